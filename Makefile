@@ -1,0 +1,86 @@
+# One command a habit; `make` alone lists them. A target that needs the virtual
+# environment makes it first, and again when pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+# `make test TESTS=tests/passes` runs a part.
+TESTS ?=
+
+# Torch's own threads and Inductor's compile workers would fight with pytest's two workers.
+PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 FIXPASS_VERIFY=1 $(PY) -P -m pytest -n 2
+
+# What the type checkers see as the package fixpass: a link for each file or folder of
+# the facade, and one for each layer.
+TYPED := $(wildcard fixpass/*.py) fixpass/py.typed lowering passes runtime \
+	$(patsubst %/__init__.py,%,$(wildcard fixpass/*/__init__.py))
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-full accept lint type check bench wheel typings doctor clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "fixpass needs Python 3.11 or newer, and $(PYTHON) is not: make PYTHON=python3.12 ..." >&2; \
+		exit 1; }
+	@echo "Making $(VENV) and installing fixpass with its development tools: a few minutes at most."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt pip
+	$(PY) -m pip install --progress-bar off -c constraints.txt --build-constraint constraints.txt \
+		-e . --group dev
+	@touch $@
+
+demo: $(STAMP) ## Compile a small Qwen3 with fixpass; report, checks, times
+	@$(PY) -m fixpass demo
+
+test: $(STAMP) ## Run the tests; TESTS=path runs a part
+	$(PYTEST) -m "not full" $(TESTS)
+
+test-full: $(STAMP) ## Run every test: each model through Inductor, 20,000 random modules
+	FIXPASS_TEST_FULL=1 $(PYTEST) $(TESTS)
+
+# expecttest rewrites the file a test stands in and counts the lines it moved, so all
+# tests of a file go to one worker.
+accept: $(STAMP) ## Rewrite the snapshots to what the code does now; read the diff
+	@status=0; EXPECTTEST_ACCEPT=1 $(PYTEST) --dist loadfile -m "not full" $(TESTS) || status=$$?; \
+		find tests examples -name '*.bak' -delete; \
+		git --no-pager diff --stat -- tests examples; exit $$status
+
+lint: $(STAMP) ## Check style and formatting
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+type: $(STAMP) ## Check types
+	$(PY) -m mypy
+
+check: lint type test ## What CI runs: lint, type, test
+
+bench: $(STAMP) ## Measure: a table, JSON and a plot
+	@$(PY) -m benchmarks
+
+# A stale build/ would put deleted modules into the wheel; building it from the sdist
+# shows that the sdist is complete.
+wheel: $(STAMP) ## Build the sdist, and the wheel from it, into dist/
+	rm -rf build dist
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(PY) -m build
+
+typings: ## Refresh the links that the type checkers follow
+	@mkdir -p typings/fixpass
+	@find typings/fixpass -type l -delete
+	@for path in $(TYPED); do ln -s ../../$$path typings/fixpass/; done
+
+doctor: $(STAMP) ## Say what this machine has
+	@$(PY) -c 'import platform, torch; print("python", platform.python_version()); print("torch ", torch.__version__, "on", "cuda" if torch.cuda.is_available() else "cpu")'
+	@$(PY) -m pip check
+	@$${CXX:-g++} --version 2>/dev/null | head -n 1 | grep . \
+		|| { echo "No C++ compiler: Inductor needs one on CPU. Install g++, or set CXX." >&2; exit 1; }
+
+clean: ## Remove the virtual environment, builds and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name '*.bak' -type f -delete

@@ -1,0 +1,74 @@
+"""Nothing is built and then forgotten: each pass runs, is tested and is in the README.
+
+Each kernel of the contract table is in the README or docs. Passes are found by reading their
+source, so one that nothing imports is found too.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from fixpass.lowering.contracts import CONTRACTS
+
+ROOT = Path(__file__).resolve().parents[1]
+# Where the passes that run are named: the default pipeline, and the backend's entry stage.
+STAGES = [ROOT / "passes/__init__.py", *sorted((ROOT / "fixpass").glob("*.py"))]
+
+
+def assigned(item):
+    """(what, value) of each assignment in a class body, annotated or not."""
+    if isinstance(item, ast.Assign):
+        return [(ast.unparse(target), item.value) for target in item.targets]
+    return [(ast.unparse(item.target), item.value)] if isinstance(item, ast.AnnAssign) else []
+
+
+def pass_classes(source):
+    """(class, name) of each pass that the source defines."""
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        if "Pass" not in {ast.unparse(base).split(".")[-1] for base in node.bases}:
+            continue
+        body = dict(pair for item in node.body for pair in assigned(item))
+        yield node.name, ast.literal_eval(body["name"])
+
+
+PASSES = [
+    pytest.param(path, *found, id=found[1])
+    for path in sorted((ROOT / "passes").glob("*.py"))
+    for found in pass_classes(path.read_text())
+]
+
+
+def test_there_are_passes():
+    assert PASSES
+
+
+@pytest.mark.parametrize(("path", "cls", "name"), PASSES)
+def test_the_names_of_a_pass_agree(path, cls, name):
+    assert name == path.stem.replace("_", "-")
+    assert cls == "".join(word.capitalize() for word in name.split("-"))
+
+
+@pytest.mark.parametrize(("path", "cls", "name"), PASSES)
+def test_a_pass_is_in_the_readme(path, cls, name):
+    assert f"`{name}`" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("path", "cls", "name"), PASSES)
+def test_a_pass_has_tests(path, cls, name):
+    assert (ROOT / f"tests/passes/test_{path.stem}.py").is_file()
+
+
+@pytest.mark.parametrize(("path", "cls", "name"), PASSES)
+def test_a_pass_runs_in_a_stage(path, cls, name):
+    trees = [ast.parse(stage.read_text()) for stage in STAGES]
+    used = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert cls in used, "neither in the default pipeline nor in the entry stage"
+
+
+@pytest.mark.parametrize("kernel", sorted({contract.kernel for contract in CONTRACTS}))
+def test_a_kernel_is_in_the_readme_or_docs(kernel):
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    assert any(f"`{kernel}`" in page.read_text() for page in pages)

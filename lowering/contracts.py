@@ -1,0 +1,190 @@
+"""CONTRACTS: what each norm kernel accepts. One row a kernel and op; the source stands on the row.
+
+The rows are read by the passes and by the eager guards. A row promises no more than its source
+shows: where a kernel takes some layout by luck, the row leaves it out.
+"""
+
+import torch
+
+from fixpass.lowering.clauses import (
+    Absent,
+    Clause,
+    ComputesIn,
+    Dense,
+    Dense2D,
+    DtypeIn,
+    HiddenAtMost,
+    LastStridesDivisible,
+    LeadingDims,
+    NotEmpty,
+    Present,
+    Rank,
+    SameDtype,
+    SameShape,
+    SameStride,
+    UnitLastStride,
+    WeightRule,
+)
+from fixpass.lowering.contract import Contract
+
+HALF = (torch.float16, torch.bfloat16)
+FLOAT = (*HALF, torch.float32)
+
+# What nearly every opaque kernel asks: fp32 inside, one dtype outside, a weight and no bias.
+_PLAIN: tuple[Clause, ...] = (
+    NotEmpty(),
+    ComputesIn(torch.float32),
+    Present("weight"),
+    Absent("bias"),
+    SameDtype("weight"),
+    SameDtype("out"),
+)
+_PLAIN_LAYER_NORM = tuple(Present("bias") if c == Absent("bias") else c for c in _PLAIN)
+_RESIDUAL: tuple[Clause, ...] = (SameShape("residual", "x"), SameDtype("residual"))
+_EITHER = WeightRule((False, True))
+_AFTER = WeightRule((False,))
+_BEFORE = WeightRule((True,))
+_STRIDED: tuple[Clause, ...] = (
+    DtypeIn("x", FLOAT),
+    DtypeIn("out", FLOAT),
+    ComputesIn(torch.float32),
+    Rank("x", 1, 6),
+    HiddenAtMost(65536),
+    LeadingDims(4),
+)
+
+_CK = "aiter 0.1.7.post2, CK: m = numel / n, stride = input.stride(0), unchecked"
+_AITER_TRITON = "aiter 0.1.7.post2, Triton: n_rows, n_cols = x.shape"
+_VLLM = "vLLM 0.32, csrc/layernorm_kernels.cu"
+_FLASHINFER = "flashinfer 0.6, norm.py"
+_OURS = "fixpass.runtime.kernels"
+
+CONTRACTS: tuple[Contract, ...] = (
+    Contract("inductor", "rms_norm", (), "any layout: the op's decomposition, fused"),
+    Contract("inductor", "layer_norm", (), "any layout: the op's decomposition, fused"),
+    Contract("inductor", "add_rms_norm", (), "any layout: the op's decomposition, fused"),
+    Contract(
+        "aiter_rms_norm",
+        "rms_norm",
+        (Dense2D("x"), Dense2D("out"), DtypeIn("x", HALF), *_PLAIN, _EITHER),
+        _CK,
+    ),
+    Contract(
+        "aiter_layer_norm",
+        "layer_norm",
+        (Dense2D("x"), Dense2D("out"), DtypeIn("x", HALF), *_PLAIN_LAYER_NORM, _AFTER),
+        _CK,
+    ),
+    Contract(
+        "aiter_add_rms_norm",
+        "add_rms_norm",
+        (
+            Dense2D("x"),
+            Dense2D("residual"),
+            Dense2D("out"),
+            DtypeIn("x", HALF),
+            *_RESIDUAL,
+            *_PLAIN,
+            _EITHER,
+        ),
+        _CK,
+    ),
+    Contract(
+        "aiter_triton_rms_norm",
+        "rms_norm",
+        (Rank("x", 2, 2), UnitLastStride("x"), Dense2D("out"), DtypeIn("x", HALF), *_PLAIN, _AFTER),
+        _AITER_TRITON,
+    ),
+    Contract(
+        "aiter_triton_add_rms_norm",
+        "add_rms_norm",
+        (
+            Rank("x", 2, 2),
+            UnitLastStride("x"),
+            *_RESIDUAL,
+            SameStride("residual", "x"),
+            SameStride("out", "x"),
+            DtypeIn("x", HALF),
+            *_PLAIN,
+            _AFTER,
+        ),
+        _AITER_TRITON + "; the residual is indexed with x's stride",
+    ),
+    Contract(
+        "vllm_rms_norm",
+        "rms_norm",
+        (
+            Rank("x", 2, 4),
+            UnitLastStride("x"),
+            LastStridesDivisible("x", 16),
+            Dense("out"),
+            DtypeIn("x", FLOAT),
+            *_PLAIN,
+            _BEFORE,
+        ),
+        _VLLM + ": the second pass reads rows as 16-byte vectors, unchecked",
+    ),
+    Contract(
+        "vllm_add_rms_norm",
+        "add_rms_norm",
+        (
+            Dense("x"),
+            Dense("residual"),
+            Dense("out"),
+            DtypeIn("x", FLOAT),
+            *_RESIDUAL,
+            *_PLAIN,
+            _BEFORE,
+        ),
+        _VLLM + ": stride(-2) with flattened rows; a packed 3-D x reads wrong rows",
+    ),
+    Contract(
+        "flashinfer_rms_norm",
+        "rms_norm",
+        (
+            Rank("x", 2, 3),
+            UnitLastStride("x"),
+            LastStridesDivisible("x", 16),
+            Dense("out"),
+            DtypeIn("x", HALF),
+            *_PLAIN,
+            WeightRule((False,), (0.0, 1.0)),
+        ),
+        _FLASHINFER + ": 2-D row-strided, 3-D any leading strides",
+    ),
+    Contract(
+        "flashinfer_add_rms_norm",
+        "add_rms_norm",
+        (
+            Rank("x", 2, 2),
+            UnitLastStride("x"),
+            UnitLastStride("residual"),
+            LastStridesDivisible("x", 16),
+            LastStridesDivisible("residual", 16),
+            Dense2D("out"),
+            DtypeIn("x", HALF),
+            *_RESIDUAL,
+            *_PLAIN,
+            WeightRule((False,), (0.0, 1.0)),
+        ),
+        _FLASHINFER,
+    ),
+    Contract("strided_rms_norm", "rms_norm", _STRIDED, _OURS),
+    Contract("strided_layer_norm", "layer_norm", _STRIDED, _OURS),
+    Contract(
+        "strided_add_rms_norm",
+        "add_rms_norm",
+        (SameShape("residual", "x"), DtypeIn("residual", FLOAT), *_STRIDED),
+        _OURS,
+    ),
+)
+
+
+def contract_of(kernel: str, op: str) -> Contract | None:
+    """The row for `kernel` computing `op`, or None when it does not compute that op."""
+    return next((c for c in CONTRACTS if c.kernel == kernel and c.op == op), None)
+
+
+def kernel_names() -> tuple[str, ...]:
+    """Every kernel of the table, once, in the table's order."""
+    return tuple(dict.fromkeys(contract.kernel for contract in CONTRACTS))

@@ -1,0 +1,82 @@
+"""One norm in a graph, as kernels see it: the layouts of its operands and its rounding steps.
+
+A site holds facts only. `Site.of` reads them from a `fixpass::` node's `meta["val"]`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from fixpass.lowering.layout import Layout
+from fixpass.runtime.norms import default_compute_dtype
+
+OPS = ("rms_norm", "layer_norm", "add_rms_norm")
+# Positions of the tensor arguments in the schemas of `fixpass.runtime.ops`.
+OPERANDS: Mapping[str, tuple[str, ...]] = {
+    "rms_norm": ("x", "weight", "bias"),
+    "layer_norm": ("x", "weight", "bias"),
+    "add_rms_norm": ("x", "residual", "weight", "bias"),
+}
+ROW_OPERANDS = ("x", "residual", "out")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A norm's op, the layout of each operand and of `out`, and its rounding steps."""
+
+    op: str
+    layouts: Mapping[str, Layout]
+    device_type: str
+    steps: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(node: fx.Node) -> "Site":
+        op = op_name(node)
+        layouts = {
+            name: Layout.of(arg.meta["val"])
+            for name, arg in zip(OPERANDS[op], node.args, strict=False)
+            if isinstance(arg, fx.Node)
+        }
+        out = first_result(node.meta["val"])
+        layouts["out"] = Layout.of(out)
+        return Site(op, layouts, out.device.type, dict(node.kwargs))
+
+    @property
+    def x(self) -> Layout:
+        return self.layouts["x"]
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The operands that have one row for each row of x, and `out`."""
+        return tuple(name for name in ROW_OPERANDS if name in self.layouts)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        dtype: torch.dtype | None = self.steps.get("compute_dtype")
+        return dtype or default_compute_dtype(self.x.dtype)
+
+    @property
+    def rounds_before_weight(self) -> bool:
+        """Whether the normalised value is rounded to x's dtype before the weight is applied."""
+        norm_dtype = self.steps.get("norm_dtype")
+        return norm_dtype is not None and norm_dtype != self.compute_dtype
+
+    def with_layouts(self, **layouts: Layout) -> "Site":
+        return replace(self, layouts={**self.layouts, **layouts})
+
+
+def op_name(node: fx.Node) -> str:
+    """`rms_norm` for a `fixpass::rms_norm` node, and the empty string for any other node."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return ""
+    namespace, _, name = node.target._schema.name.partition("::")
+    return name if namespace == "fixpass" and name in OPS else ""
+
+
+def first_result(val: Any) -> torch.Tensor:
+    """The normalised tensor of an op that returns one tensor or a tuple."""
+    result: torch.Tensor = val[0] if isinstance(val, (tuple, list)) else val
+    return result

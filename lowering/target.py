@@ -1,0 +1,71 @@
+"""Targets: a device and its norm kernels in order of preference.
+
+A target is one literal. `target_named` raises on an unknown name and lists the known ones;
+`target_of` finds the target of a device that is present. Installed libraries are not looked at.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from fixpass.runtime.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device that code is compiled for, and the kernels to try, best first."""
+
+    name: str
+    device_type: str
+    kernels: tuple[str, ...]
+
+
+_ROCM_KERNELS = (
+    "aiter_rms_norm",
+    "aiter_layer_norm",
+    "aiter_add_rms_norm",
+    "strided_rms_norm",
+    "strided_layer_norm",
+    "strided_add_rms_norm",
+    "inductor",
+)
+_CUDA_KERNELS = (
+    "strided_rms_norm",
+    "strided_layer_norm",
+    "strided_add_rms_norm",
+    "inductor",
+)
+
+# On CPU Inductor's own C++ reads any stride and fuses; an opaque kernel would only cost.
+CPU = Target("cpu", "cpu", ("inductor",))
+
+TARGETS: tuple[Target, ...] = (
+    CPU,
+    Target("cuda:sm_80", "cuda", _CUDA_KERNELS),
+    Target("cuda:sm_90", "cuda", _CUDA_KERNELS),
+    Target("cuda:sm_100", "cuda", _CUDA_KERNELS),
+    Target("rocm:gfx942", "cuda", _ROCM_KERNELS),
+    Target("rocm:gfx950", "cuda", _ROCM_KERNELS),
+)
+
+
+def target_named(name: str) -> Target:
+    """The target called `name`; ConfigError with the known names when there is none."""
+    for target in TARGETS:
+        if target.name == name:
+            return target
+    known = ", ".join(target.name for target in TARGETS)
+    raise ConfigError(f"unknown target {name!r}; known targets: {known}")
+
+
+def target_of(device: torch.device) -> Target:
+    """The target of a present device; one that we have no row for gets Inductor's code only."""
+    if device.type != "cuda":
+        return CPU if device.type == "cpu" else Target(device.type, device.type, ("inductor",))
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        name = f"rocm:{properties.gcnArchName.partition(':')[0]}"
+    else:
+        name = f"cuda:sm_{properties.major}{properties.minor}"
+    found = (target for target in TARGETS if target.name == name)
+    return next(found, Target(name, "cuda", ("inductor",)))

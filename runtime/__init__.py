@@ -1,0 +1,1 @@
+"""What compiled code and engines call: ops, kernels, errors. It imports no compiler layer."""

@@ -1,0 +1,25 @@
+"""The errors that fixpass raises, one class for each kind of mistake.
+
+Each says what was found and the way out. A pattern that does not match is no error: it is a
+remark on the report.
+"""
+
+
+class FixpassError(Exception):
+    """Base of every error raised by fixpass."""
+
+
+class ConfigError(FixpassError, ValueError):
+    """An option, a target or a kernel that fixpass does not know, or a value that does not parse."""
+
+
+class UnsupportedTorchError(FixpassError, RuntimeError):
+    """The installed torch is outside the range that fixpass supports."""
+
+
+class PassError(FixpassError, RuntimeError):
+    """A pass raised, or left a graph that does not hold; the message names the pass and the node."""
+
+
+class KernelError(FixpassError, ValueError):
+    """A kernel was asked for that is not installed, or that cannot compute what was asked."""

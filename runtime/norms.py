@@ -1,0 +1,72 @@
+"""The meaning of the norm ops, written in PyTorch: rounding steps, weight, bias, output layout.
+
+These functions are the truth. Kernels are compared with them, Inductor compiles them, and the
+op bodies in `fixpass.runtime.ops` call them. They choose no kernel and read no layout.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Affine:
+    """What follows the normalisation: each rounding step, the weight, the bias, the layout.
+
+    Shapes: `weight` and `bias` are (hidden_size,) or None. A dtype of None means that the step
+    is left out and PyTorch's type promotion decides. `order` lists the dimensions of the dense
+    output, outermost first; None means contiguous.
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    weight_offset: float = 0.0
+    compute_dtype: torch.dtype | None = None
+    norm_dtype: torch.dtype | None = None
+    weight_dtype: torch.dtype | None = None
+    out_dtype: torch.dtype | None = None
+    order: list[int] | None = None
+
+
+def rms_norm(x: Tensor, eps: float, affine: Affine) -> Tensor:
+    """Root-mean-square norm over the last dimension of x (..., hidden_size)."""
+    h = x.to(affine.compute_dtype or default_compute_dtype(x.dtype))
+    return _finish(x, h, eps, affine)
+
+
+def layer_norm(x: Tensor, eps: float, affine: Affine) -> Tensor:
+    """Layer norm over the last dimension of x (..., hidden_size), with the biased variance."""
+    h = x.to(affine.compute_dtype or default_compute_dtype(x.dtype))
+    h = h - h.mean(-1, keepdim=True)
+    return _finish(x, h, eps, affine)
+
+
+def default_compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, and float64 for float64 input."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def with_order(y: Tensor, order: list[int] | None) -> Tensor:
+    """Y in dense storage whose dimensions are laid out in `order`, outermost first."""
+    if order is None:
+        return y.contiguous()
+    inverse = [order.index(dim) for dim in range(y.dim())]
+    return y.permute(order).contiguous().permute(inverse)
+
+
+def _finish(x: Tensor, h: Tensor, eps: float, affine: Affine) -> Tensor:
+    y = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    if affine.norm_dtype is not None:
+        y = y.to(affine.norm_dtype)
+    if affine.weight is not None:
+        weight = affine.weight
+        if affine.weight_dtype is not None:
+            weight = weight.to(affine.weight_dtype)
+        if affine.weight_offset != 0.0:
+            weight = weight + affine.weight_offset
+        y = y * weight
+    if affine.bias is not None:
+        y = y + affine.bias
+    y = y.to(affine.out_dtype or x.dtype)
+    return with_order(y, affine.order)

@@ -1,0 +1,116 @@
+"""The ops `fixpass::rms_norm`, `fixpass::layer_norm` and `fixpass::add_rms_norm`.
+
+An op states what is computed; its `kernel` argument says which kernel computes it, and the empty
+string is the reference in `fixpass.runtime.norms`. Gradients follow from the reference. Passes
+choose the kernel; nothing here does.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fixpass.runtime import norms, providers
+
+_STEPS = (
+    "float weight_offset=0.0, ScalarType? compute_dtype=None, ScalarType? norm_dtype=None, "
+    "ScalarType? weight_dtype=None, ScalarType? out_dtype=None, int[]? order=None, "
+    'str kernel=""'
+)
+SCHEMAS = {
+    "rms_norm": f"(Tensor x, Tensor? weight, Tensor? bias, float eps, *, {_STEPS}) -> Tensor",
+    "layer_norm": f"(Tensor x, Tensor? weight, Tensor? bias, float eps, *, {_STEPS}) -> Tensor",
+    "add_rms_norm": (
+        "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, *, "
+        f"{_STEPS}) -> (Tensor, Tensor)"
+    ),
+}
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, **steps: Any
+) -> Tensor:
+    """Normalise the rows of x (..., hidden_size) by their root mean square."""
+    return norms.rms_norm(x, eps, norms.Affine(weight, bias, **steps))
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, **steps: Any
+) -> Tensor:
+    """Normalise the rows of x (..., hidden_size) to mean 0 and variance 1."""
+    return norms.layer_norm(x, eps, norms.Affine(weight, bias, **steps))
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    **steps: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return (rms_norm(x + residual), x + residual); x and residual have one shape."""
+    total = norms.with_order(x + residual, steps.get("order"))
+    return norms.rms_norm(total, eps, norms.Affine(weight, bias, **steps)), total
+
+
+REFERENCES: dict[str, Callable[..., Any]] = {
+    "rms_norm": rms_norm,
+    "layer_norm": layer_norm,
+    "add_rms_norm": add_rms_norm,
+}
+
+
+def _make_autograd(name: str) -> tuple[Callable[..., Any], Callable[..., None]]:
+    reference = REFERENCES[name]
+
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
+    ) -> None:
+        *tensors, ctx.eps = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.steps = {k: v for k, v in keyword_only_inputs.items() if k != "kernel"}
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        needed = [i for i, wanted in enumerate(ctx.needs_input_grad) if wanted]
+        tensors = [None if t is None else t.detach() for t in ctx.saved_tensors]
+        for i in needed:
+            tensors[i].requires_grad_()
+        with torch.enable_grad():
+            outputs = reference(*tensors, ctx.eps, **ctx.steps)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        live = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None]
+        got = torch.autograd.grad(
+            [y for y, _ in live], [tensors[i] for i in needed], [g for _, g in live]
+        )
+        found = dict(zip(needed, got, strict=True))
+        return tuple(found.get(i) for i in range(len(tensors) + 1))
+
+    return backward, setup_context
+
+
+def _define(library: torch.library.Library, name: str) -> None:
+    reference = REFERENCES[name]
+
+    def run(*args: Any, kernel: str = "", **steps: Any) -> Any:
+        if kernel in ("", "inductor"):
+            return reference(*args, **steps)
+        return providers.call(name, kernel, args, steps)
+
+    def fake(*args: Any, kernel: str = "", **steps: Any) -> Any:
+        return reference(*args, **steps)
+
+    library.define(name + SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fixpass::{name}", fake, lib=library)
+    backward, setup_context = _make_autograd(name)
+    torch.library.register_autograd(
+        f"fixpass::{name}", backward, setup_context=setup_context, lib=library
+    )
+
+
+# The library must live as long as the process: when it is collected, its ops are gone.
+_LIBRARY = torch.library.Library("fixpass", "DEF")
+for _name in SCHEMAS:
+    _define(_LIBRARY, _name)

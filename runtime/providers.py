@@ -1,0 +1,107 @@
+"""Opaque norm kernels of other libraries, called with the semantics of our ops.
+
+One small function a kernel, and one literal that names them. A provider allocates what the
+foreign op writes into and passes everything else on; it checks no layout and copies nothing,
+because the pass `insert-relayout` has already made the contract hold.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fixpass.runtime.errors import KernelError
+
+Steps = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A kernel of another library: the op it calls and how to call it."""
+
+    needs: str
+    call: Callable[..., Any]
+
+
+def op_exists(name: str) -> bool:
+    """Whether `namespace::op` is registered in this process."""
+    return bool(torch._C._jit_get_schemas_for_operator(name))
+
+
+def is_available(kernel: str) -> bool:
+    """Whether the library behind `kernel` is loaded in this process."""
+    return kernel in PROVIDERS and op_exists(PROVIDERS[kernel].needs)
+
+
+def call(op: str, kernel: str, args: tuple[Any, ...], steps: Steps) -> Any:
+    """Run `kernel` for `fixpass::op`; raise KernelError when it is unknown or not loaded."""
+    if kernel not in PROVIDERS:
+        known = ", ".join(sorted(PROVIDERS))
+        raise KernelError(f"fixpass::{op}: unknown kernel {kernel!r}; known kernels: {known}")
+    if not is_available(kernel):
+        raise KernelError(
+            f"fixpass::{op}: kernel {kernel!r} needs the op {PROVIDERS[kernel].needs}, which is "
+            "not registered: import the library that brings it, or leave the kernel out of "
+            'options={"norm_kernels": ...}'
+        )
+    return PROVIDERS[kernel].call(*args, **steps)
+
+
+def _is_model_sensitive(steps: Steps) -> int:
+    """aiter's flag: 1 rounds before the weight is applied, 0 after."""
+    return int(steps.get("norm_dtype") is not None)
+
+
+def _aiter_rms_norm(x: Tensor, weight: Tensor, _: None, eps: float, **steps: Any) -> Tensor:
+    result: Tensor = torch.ops.aiter.rms_norm(x, weight, eps, _is_model_sensitive(steps))
+    return result
+
+
+def _aiter_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, **_: Any) -> Tensor:
+    result: Tensor = torch.ops.aiter.layernorm2d_fwd(x, weight, bias, eps)
+    return result
+
+
+def _aiter_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, _: None, eps: float, **steps: Any
+) -> tuple[Tensor, Tensor]:
+    out, total = torch.empty_like(x), torch.empty_like(x)
+    torch.ops.aiter.rmsnorm2d_fwd_with_add(
+        out, x, residual, total, weight, eps, _is_model_sensitive(steps)
+    )
+    return out, total
+
+
+def _vllm_rms_norm(x: Tensor, weight: Tensor, _: None, eps: float, **__: Any) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    torch.ops._C.rms_norm(out, x, weight, eps)
+    return out
+
+
+def _vllm_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, _: None, eps: float, **__: Any
+) -> tuple[Tensor, Tensor]:
+    out = x.clone(memory_format=torch.contiguous_format)
+    total = residual.clone(memory_format=torch.contiguous_format)
+    torch.ops._C.fused_add_rms_norm(out, total, weight, eps)
+    return out, total
+
+
+def _flashinfer_rms_norm(x: Tensor, weight: Tensor, _: None, eps: float, **steps: Any) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    gemma = steps.get("weight_offset") == 1.0
+    op = torch.ops.flashinfer.gemma_rmsnorm if gemma else torch.ops.flashinfer.rmsnorm
+    op(out, x, weight, eps, False)
+    return out
+
+
+PROVIDERS: dict[str, Provider] = {
+    "aiter_rms_norm": Provider("aiter::rms_norm", _aiter_rms_norm),
+    "aiter_layer_norm": Provider("aiter::layernorm2d_fwd", _aiter_layer_norm),
+    "aiter_add_rms_norm": Provider("aiter::rmsnorm2d_fwd_with_add", _aiter_add_rms_norm),
+    "vllm_rms_norm": Provider("_C::rms_norm", _vllm_rms_norm),
+    "vllm_add_rms_norm": Provider("_C::fused_add_rms_norm", _vllm_add_rms_norm),
+    "flashinfer_rms_norm": Provider("flashinfer::rmsnorm", _flashinfer_rms_norm),
+}

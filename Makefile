@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install -qq --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
 # `make test TESTS=tests/passes` runs a part.
@@ -28,11 +29,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "fixpass needs Python 3.11 or newer, and $(PYTHON) is not: make PYTHON=python3.12 ..." >&2; \
 		exit 1; }
-	@echo "Making $(VENV) and installing fixpass with its development tools: a few minutes at most."
+	@echo "[1/3] Making $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt pip
-	$(PY) -m pip install --progress-bar off -c constraints.txt --build-constraint constraints.txt \
-		-e . --group dev
+	@$(PIP) -c constraints.txt pip
+	@echo "[2/3] Installing torch: a minute, or what its download takes"
+	@$(PIP) -c constraints.txt torch
+	@echo "[3/3] Installing fixpass, triton and the development tools"
+	@$(PIP) -c constraints.txt --build-constraint constraints.txt -e . --group dev
 	@touch $@
 
 demo: $(STAMP) ## Compile a small Qwen3 with fixpass; report, checks, times

@@ -1,0 +1,1 @@
+../../fixpass/__init__.py

@@ -20,7 +20,7 @@ TYPED := $(wildcard fixpass/*.py) fixpass/py.typed lowering passes runtime \
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-full accept lint type check bench wheel typings doctor clean
+.PHONY: help demo test test-full accept lint format type check bench wheel typings doctor clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,12 +51,16 @@ test-full: $(STAMP) ## Run every test: each model through Inductor, 20,000 rando
 # tests of a file go to one worker.
 accept: $(STAMP) ## Rewrite the snapshots to what the code does now; read the diff
 	@status=0; EXPECTTEST_ACCEPT=1 $(PYTEST) --dist loadfile -m "not full" $(TESTS) || status=$$?; \
-		find tests examples -name '*.bak' -delete; \
+		find . -name '*.bak' -not -path './$(VENV)/*' -delete; \
 		git --no-pager diff --stat -- tests examples; exit $$status
 
 lint: $(STAMP) ## Check style and formatting
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+format: $(STAMP) ## Format, and fix what ruff can fix by itself
+	$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
 
 type: $(STAMP) ## Check types
 	$(PY) -m mypy

@@ -1,0 +1,170 @@
+"""What the norm kernels refuse, said before any launch: ValueError naming the operand.
+
+Plain Python on shapes, strides, dtypes and devices: no triton, no launch, no values.
+"""
+
+import torch
+from torch import Tensor
+
+from fixpass.runtime.kernels.layout import describe, overlap_partly, overlaps_itself
+
+MAX_HIDDEN = 32768  # one row in the registers of one program
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    out: Tensor,
+    bias: Tensor | None = None,
+    weight_offset: float = 0.0,
+    norm_dtype: torch.dtype | None = None,
+    weight_dtype: torch.dtype | None = None,
+) -> None:
+    """Raise ValueError where rms_norm or layer_norm would read or write what it must not."""
+    _check_rows("x", x)
+    _check_parameter("weight", weight, x)
+    _check_parameter("bias", bias, x)
+    _check_type("norm_dtype", norm_dtype)
+    _check_type("weight_dtype", weight_dtype)
+    _check_output("out", out, x)
+    _check_overlap("out", out, {"x": x, "weight": weight, "bias": bias})
+
+
+check_layer_norm = check_rms_norm
+
+
+def check_add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    out: Tensor,
+    sum_out: Tensor,
+    bias: Tensor | None = None,
+    weight_offset: float = 0.0,
+    norm_dtype: torch.dtype | None = None,
+    weight_dtype: torch.dtype | None = None,
+) -> None:
+    """Raise ValueError where add_rms_norm would read or write what it must not."""
+    check_rms_norm(
+        x, weight, eps, out=out, bias=bias, norm_dtype=norm_dtype, weight_dtype=weight_dtype
+    )
+    _check_rows("residual", residual)
+    _check_like("residual", residual, x)
+    _check_output("sum_out", sum_out, x)
+    summed = torch.promote_types(x.dtype, residual.dtype)
+    if sum_out.dtype != summed:
+        raise ValueError(f"sum_out {describe(sum_out)}: x + residual is {summed}")
+    inputs = {"x": x, "residual": residual, "weight": weight, "bias": bias}
+    _check_overlap("sum_out", sum_out, inputs)
+    _check_overlap("out", out, inputs)
+    if _share(out, sum_out):
+        raise ValueError(f"out {describe(out)}: shares elements with sum_out {describe(sum_out)}")
+
+
+def check_qk_norm(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    *,
+    q_out: Tensor,
+    k_out: Tensor,
+    weight_offset: float = 0.0,
+    norm_dtype: torch.dtype | None = None,
+    weight_dtype: torch.dtype | None = None,
+) -> None:
+    """Raise ValueError where qk_norm would read or write what it must not."""
+    _check_rows("q", q)
+    _check_rows("k", k)
+    if k.device != q.device:
+        raise ValueError(f"k {describe(k)} is on {k.device}, q on {q.device}")
+    if k.shape[-1] != q.shape[-1] or k.dtype != q.dtype:
+        raise ValueError(f"k {describe(k)}: hidden size and dtype differ from q {describe(q)}")
+    if (q_weight is None) != (k_weight is None):
+        raise ValueError("q_weight and k_weight: both or neither")
+    _check_parameter("q_weight", q_weight, q)
+    _check_parameter("k_weight", k_weight, q)
+    if q_weight is not None and k_weight is not None and q_weight.dtype != k_weight.dtype:
+        raise ValueError(f"k_weight {describe(k_weight)}: q_weight is {describe(q_weight)}")
+    _check_type("norm_dtype", norm_dtype)
+    _check_type("weight_dtype", weight_dtype)
+    _check_output("q_out", q_out, q)
+    _check_output("k_out", k_out, k)
+    if q_out.dtype != k_out.dtype:
+        raise ValueError(f"k_out {describe(k_out)}: q_out is {describe(q_out)}")
+    weights = {"q_weight": q_weight, "k_weight": k_weight}
+    _check_overlap("q_out", q_out, {"q": q, **weights})
+    _check_overlap("k_out", k_out, {"k": k, **weights})
+    for name, one, other_name, other in (
+        ("q_out", q_out, "k", k),
+        ("k_out", k_out, "q", q),
+        ("k_out", k_out, "q_out", q_out),
+    ):
+        if _share(one, other):
+            raise ValueError(
+                f"{name} {describe(one)}: shares elements with {other_name} {describe(other)}"
+            )
+
+
+def _check_rows(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{name} {describe(tensor)}: want float16, bfloat16 or float32")
+    if tensor.dim() == 0:
+        raise ValueError(f"{name} {describe(tensor)}: has no hidden dimension")
+    if tensor.shape[-1] > MAX_HIDDEN:
+        raise ValueError(
+            f"{name} {describe(tensor)}: hidden size over {MAX_HIDDEN}, what one program holds"
+        )
+
+
+def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.shape != x.shape:
+        raise ValueError(f"{name} {describe(tensor)}: shape differs from x {describe(x)}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} {describe(tensor)} is on {tensor.device}, x on {x.device}")
+
+
+def _check_parameter(name: str, tensor: Tensor | None, x: Tensor) -> None:
+    if tensor is None:
+        return
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{name} {describe(tensor)}: want float16, bfloat16 or float32")
+    if tensor.shape != x.shape[-1:]:
+        raise ValueError(f"{name} {describe(tensor)}: want [{x.shape[-1]}] for x {describe(x)}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} {describe(tensor)} is on {tensor.device}, x on {x.device}")
+
+
+def _check_type(name: str, dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"{name} {dtype}: want float16, bfloat16 or float32")
+
+
+def _check_output(name: str, out: Tensor, x: Tensor) -> None:
+    if out.dtype not in FLOATS:
+        raise ValueError(f"{name} {describe(out)}: want float16, bfloat16 or float32")
+    _check_like(name, out, x)
+    if out.numel() and overlaps_itself(out):
+        raise ValueError(f"{name} {describe(out)}: several indices name one element")
+
+
+def _check_overlap(name: str, out: Tensor, inputs: dict[str, Tensor | None]) -> None:
+    """An output may be exactly an input of the rows, and otherwise has to lie apart."""
+    for other_name, other in inputs.items():
+        if other is not None and overlap_partly(out, other):
+            raise ValueError(
+                f"{name} {describe(out)}: lies partly over {other_name} {describe(other)}"
+            )
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have an element in common, the whole view included."""
+    if a.numel() == 0 or b.numel() == 0:
+        return False
+    return overlap_partly(a, b) or a.data_ptr() == b.data_ptr()

@@ -1,0 +1,174 @@
+"""How each norm kernel is launched: tile, warps and grid, from layout, size and device.
+
+It prepares arguments and launches. It does not check them (checks.py) and computes nothing.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fixpass.runtime.kernels.layout import (
+    MAX_LEADING,
+    UNIT_ROW,
+    Geometry,
+    aligned_base,
+    lay_out,
+    operand,
+)
+
+VECTOR = 8  # elements a thread holds in one 16-byte register group of a 16-bit type
+ENOUGH_PROGRAMS = 512  # above it every multiprocessor has work with two vectors a thread
+MAX_INT32_ROWS = 2**31 - 2**16  # below it row numbers, and the tile past the last, fit int32
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The tile a program holds in registers, and who holds it."""
+
+    rows: int
+    block: int
+    num_warps: int
+
+
+def choose(num_rows: int, hidden_size: int, *, by_rows: bool, lanes: int) -> Choice:
+    """The launch choice, a function of sizes, of the unit stride and of the warp's width.
+
+    * A tile has at least one 16-byte vector a thread, so no element is held twice: a
+      replicated element would be read by one warp after another wrote it in place.
+    * Small hidden sizes: four warps, each row inside one warp (no shared memory up to 8
+      elements a lane), two vectors a thread to overlap loads; one warp with one vector
+      when rows are few, to spread them over more programs.
+    * Large hidden sizes: one row a program, two vectors a thread, more past 16 warps of
+      32 lanes.
+    * Unit stride along rows (channels first): at least a 16-byte vector of rows, 32 where
+      registers allow, so that a column of the tile is whole sectors.
+    """
+    block = 1 << max(0, hidden_size - 1).bit_length()
+    most_warps = 512 // lanes
+    if by_rows:
+        rows = max(1, min(32, 32768 // block))
+        rows = max(rows, 4 * lanes * VECTOR // block)
+        warps = rows * block // (lanes * 2 * VECTOR)
+        return Choice(rows, block, max(4, min(most_warps, warps)))
+    rows = 4 * lanes * 2 * VECTOR // block
+    if rows >= 1 and num_rows <= rows * ENOUGH_PROGRAMS and block <= lanes * VECTOR:
+        return Choice(lanes * VECTOR // block, block, 1)
+    if rows >= 1:
+        return Choice(rows, block, 4)
+    warps = block // (lanes * 2 * VECTOR)
+    return Choice(1, block, min(most_warps, warps))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with all it needs to run, and all a compiler needs to compile it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    device: torch.device
+
+    def run(self) -> None:
+        if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                self.kernel[self.grid](**self.arguments, num_warps=self.num_warps)
+            return
+        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps)
+
+
+def place(**tensors: Tensor) -> tuple[Geometry, dict[str, Any]]:
+    """Joint geometry of row operands, and the kernel's arguments that say it.
+
+    For an operand `x`: `x_ptr` (aligned), the run-time `x_start`, `x_column` and, innermost
+    first, `x_stride0` and so on, and the constant `X_UNIT`.
+    """
+    bases = {name: aligned_base(tensor) for name, tensor in tensors.items()}
+    geometry = lay_out(tuple(operand(tensors[name], bases[name][1]) for name in tensors))
+    arguments: dict[str, Any] = {}
+    for name, placement in zip(bases, geometry.placements, strict=True):
+        values = (placement.start, placement.column, *_padded(placement.strides, MAX_LEADING))
+        arguments |= zip(placement_names(name), values, strict=True)
+        arguments[f"{name}_ptr"] = bases[name][0]
+        arguments[f"{name.upper()}_UNIT"] = placement.unit
+    return geometry, arguments
+
+
+def placement_names(name: str) -> tuple[str, ...]:
+    strides = (f"{name}_stride{i}" for i in range(MAX_LEADING))
+    return (f"{name}_start", f"{name}_column", *strides)
+
+
+def run_time(*operands: str) -> list[str]:
+    """The integer arguments of a norm kernel: no value of theirs may start a compilation.
+
+    They are separate arguments: inside a tuple the JIT specializes on values regardless.
+    """
+    placed = [each for name in operands for each in placement_names(name)]
+    return [*placed, "size0", "size1", "size2", "num_rows", "eps"]
+
+
+def _padded(outermost_first: tuple[int, ...], length: int) -> tuple[int, ...]:
+    """Innermost first; the dimensions that are not there count nothing."""
+    return (*reversed(outermost_first), *(0,) * (length - len(outermost_first)))
+
+
+def parts(**tensors: Tensor) -> Iterator[dict[str, Tensor]]:
+    """The tensors, or where their leading dimensions do not merge enough, slices of them."""
+    names = tuple(tensors)
+    geometry = lay_out(tuple(operand(tensor, 0) for tensor in tensors.values()))
+    if len(geometry.sizes) <= MAX_LEADING:
+        yield tensors
+        return
+    shape = tensors[names[0]].shape
+    outer = next(i for i, size in enumerate(shape) if size > 1)
+    for slices in zip(*(tensors[name].unbind(outer) for name in names), strict=True):
+        yield from parts(**dict(zip(names, slices, strict=True)))
+
+
+def row_arguments(geometry: Geometry, choice: Choice) -> dict[str, Any]:
+    """The arguments that say which rows there are; the outermost size is never needed."""
+    inner = _padded(geometry.sizes[1:], MAX_LEADING - 1)
+    return {
+        **{f"size{i}": size for i, size in enumerate(inner)},
+        "DIMS": len(geometry.sizes),
+        "num_rows": geometry.num_rows // geometry.size_unit,
+        "HIDDEN": geometry.hidden_size,
+        "ROWS": choice.rows,
+        "BLOCK": choice.block,
+        "VECTOR": geometry.vector,
+        "SIZE_UNIT": geometry.size_unit,
+        "WIDE_ROWS": geometry.num_rows > MAX_INT32_ROWS,
+    }
+
+
+def choose_for(geometry: Geometry, lanes: int) -> Choice:
+    by_rows = geometry.placements[0].unit == UNIT_ROW
+    return choose(geometry.num_rows, geometry.hidden_size, by_rows=by_rows, lanes=lanes)
+
+
+def num_programs(geometry: Geometry, choice: Choice) -> int:
+    return -(-geometry.num_rows // choice.rows)
+
+
+def lanes_of(device: torch.device) -> int:
+    """Threads of a warp: 32 on NVIDIA and RDNA, 64 on CDNA; 32 where nothing is launched."""
+    if device.type != "cuda":
+        return 32
+    return _cuda_lanes(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@lru_cache
+def _cuda_lanes(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).warp_size)
+
+
+def dense_vector(tensor: Tensor | None) -> Tensor | None:
+    """A weight or bias as the kernels read it; a strided one is copied, hidden-size elements."""
+    if tensor is None or tensor.stride(0) == 1 or tensor.shape[0] == 1:
+        return tensor
+    return tensor.contiguous()

@@ -1,0 +1,123 @@
+"""RMS norm of any layout: each element read once, each output written once, no copy.
+
+One kernel serves RMS norm and layer norm (layer_norm.py); its body is tile.norm_tile.
+It keeps no statistics for a backward pass.
+"""
+
+# ruff: noqa: ANN001, ANN201  (a kernel's arguments have no Python types)
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fixpass.runtime.kernels.checks import check_rms_norm
+from fixpass.runtime.kernels.launch import (
+    Launch,
+    choose_for,
+    dense_vector,
+    lanes_of,
+    num_programs,
+    parts,
+    place,
+    row_arguments,
+    run_time,
+)
+from fixpass.runtime.kernels.rounding import rounding
+from fixpass.runtime.kernels.tile import norm_tile
+
+
+@triton.jit(do_not_specialize=run_time("x", "out"))
+def norm_kernel(
+    x_ptr,
+    x_start,
+    x_column,
+    x_stride0,
+    x_stride1,
+    x_stride2,
+    x_stride3,
+    out_ptr,
+    out_start,
+    out_column,
+    out_stride0,
+    out_stride1,
+    out_stride2,
+    out_stride3,
+    weight_ptr,
+    bias_ptr,
+    size0,
+    size1,
+    size2,
+    num_rows,
+    eps,
+    X_UNIT: tl.constexpr,
+    OUT_UNIT: tl.constexpr,
+    DIMS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SIZE_UNIT: tl.constexpr,
+    WIDE_ROWS: tl.constexpr,
+    CENTER: tl.constexpr,
+    NORM: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    SUM: tl.constexpr,
+):
+    norm_tile(
+        tl.program_id(0),
+        x_ptr, (x_start, x_column, x_stride0, x_stride1, x_stride2, x_stride3),
+        out_ptr, (out_start, out_column, out_stride0, out_stride1, out_stride2, out_stride3),
+        weight_ptr, bias_ptr, (size0, size1, size2), num_rows, eps,
+        X_UNIT, OUT_UNIT, DIMS, HIDDEN, ROWS, BLOCK, VECTOR, SIZE_UNIT, WIDE_ROWS, CENTER,
+        NORM, WEIGHT, OFFSET, PRODUCT, SUM,
+    )  # fmt: skip
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    out: Tensor,
+    bias: Tensor | None = None,
+    weight_offset: float = 0.0,
+    norm_dtype: torch.dtype | None = None,
+    weight_dtype: torch.dtype | None = None,
+) -> None:
+    """Write the RMS norm of `x` over its last dimension into `out`, both of any strides."""
+    check_rms_norm(
+        x, weight, eps, out=out, bias=bias, norm_dtype=norm_dtype, weight_dtype=weight_dtype
+    )
+    if x.numel() == 0:
+        return
+    rule = rounding(weight, bias, weight_offset, norm_dtype, weight_dtype)
+    for rows in parts(x=x, out=out):
+        plan_norm(rows, weight, bias, eps, rule, center=False, lanes=lanes_of(x.device)).run()
+
+
+def plan_norm(
+    rows: dict[str, Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rule: dict[str, object],
+    *,
+    center: bool,
+    lanes: int,
+) -> Launch:
+    """The launch of a norm of checked operands with at least one element."""
+    geometry, placed = place(**rows)
+    choice = choose_for(geometry, lanes)
+    arguments = {
+        **placed,
+        "weight_ptr": dense_vector(weight),
+        "bias_ptr": dense_vector(bias),
+        "eps": eps,
+        "CENTER": center,
+        **row_arguments(geometry, choice),
+        **rule,
+    }
+    grid = (num_programs(geometry, choice),)
+    return Launch(norm_kernel, grid, arguments, choice.num_warps, rows["x"].device)

@@ -60,6 +60,7 @@ class ViewTraffic:
     """Bytes of one view: what it holds, what was moved, and how often the busiest was."""
 
     name: str
+    start: int
     size: int
     loaded: int
     stored: int
@@ -82,10 +83,18 @@ class MemoryReport:
     launches: tuple[tuple[str, tuple[int, ...]], ...]
 
     def moved(self, reads: Sequence[str], writes: Sequence[str]) -> float:
-        """Bytes moved for these views over the least possible: each read or written once."""
-        moved = sum(self.views[name].loaded for name in reads)
-        moved += sum(self.views[name].stored for name in writes)
-        return moved / sum(self.views[name].size for name in (*reads, *writes))
+        """Bytes moved over the least possible: these views' elements read or written once.
+
+        What was moved for the other views (a weight, say) is left out. Views may overlap.
+        """
+        named = (*reads, *writes)
+        others = {
+            (view.start, view.size): view.loaded + view.stored
+            for name, view in self.views.items()
+            if name not in named
+        }
+        moved = self.loaded + self.stored - sum(others.values())
+        return moved / sum(self.views[name].size for name in named)
 
     def __str__(self) -> str:
         lines = [f"{kernel}{list(grid)}" for kernel, grid in self.launches]
@@ -169,8 +178,9 @@ def _traffic(
     most_loads, most_stores = (int(each.max(initial=0)) for each in counts)
     size = tensor.numel() * tensor.element_size()
     return ViewTraffic(
-        name, size, loaded, stored, distinct_loaded, distinct_stored, most_loads, most_stores
-    )
+        name, tensor.data_ptr(), size, loaded, stored,
+        distinct_loaded, distinct_stored, most_loads, most_stores,
+    )  # fmt: skip
 
 
 def _faults(

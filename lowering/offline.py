@@ -1,0 +1,241 @@
+"""The kernels, compiled for a target with no device at hand, and their machine code read.
+
+Registers, spills, shared memory and the width of every global load and store come from SASS
+(nvdisasm, cuobjdump) or from AMDGCN assembly. It measures no time: no code runs.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fixpass.lowering.target import target_named
+
+DOCUMENTED_TARGETS = ("cuda:sm_90", "cuda:sm_100", "rocm:gfx942", "rocm:gfx950")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+HIDDEN_SIZES = (64, 128, 256, 1024, 4096, 8192)
+HEAD_SIZES = (64, 128, 256)
+OPS = ("rms_norm", "layer_norm", "add_rms_norm", "qk_norm")
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """One kernel as a table compiles it; `pitch` is the largest power of two in the row pitch."""
+
+    op: str
+    hidden_size: int
+    dtype: str = "bf16"
+    pitch: int = 8
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What the assembly of one kernel says; widths are in bits, with how often each occurs."""
+
+    registers: int
+    spills: int
+    shared: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+
+    def narrowest(self) -> int:
+        return min((*self.loads, *self.stores))
+
+
+def gpu_target(name: str) -> Any:
+    """Triton's name for one of our targets."""
+    from triton.backends.compiler import GPUTarget
+
+    vendor, _, arch = target_named(name).name.partition(":")
+    if vendor == "cuda":
+        return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    if vendor == "rocm":
+        return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+    raise ValueError(f"target {name} has no kernels of ours: Inductor compiles for it")
+
+
+def plan(specimen: Specimen, lanes: int) -> Any:
+    """The launch of a specimen, from the launcher's own planning, on tensors without storage."""
+    from fixpass.runtime.kernels.add_rms_norm import plan_add_norm
+    from fixpass.runtime.kernels.qk_norm import plan_qk_norm
+    from fixpass.runtime.kernels.rms_norm import plan_norm
+    from fixpass.runtime.kernels.rounding import rounding
+
+    dtype = DTYPES[specimen.dtype]
+    hidden_size = specimen.hidden_size
+    weight = torch.empty(hidden_size, dtype=dtype, device="meta")
+    bias = weight if specimen.op == "layer_norm" else None
+    rule = rounding(weight, bias, 0.0, None, None)
+    if specimen.op == "qk_norm":
+        q, k = _packed(specimen, dtype, 32), _packed(specimen, dtype, 8)
+        sides = {"q": (q, weight, _dense_like(q)), "k": (k, weight, _dense_like(k))}
+        return plan_qk_norm(sides, 1e-6, rule, lanes=lanes)
+    x = _packed(specimen, dtype, None)
+    rows = {"x": x, "out": _dense_like(x)}
+    if specimen.op == "add_rms_norm":
+        rows = {"x": x, "residual": _dense_like(x), "out": x, "sum_out": _dense_like(x)}
+        return plan_add_norm(rows, weight, bias, 1e-6, rule, lanes=lanes)
+    center = specimen.op == "layer_norm"
+    return plan_norm(rows, weight, bias, 1e-6, rule, center=center, lanes=lanes)
+
+
+def _packed(specimen: Specimen, dtype: torch.dtype, heads: int | None) -> Tensor:
+    """Rows, or heads of rows, sliced from wider ones whose pitch is an odd multiple of `pitch`."""
+    hidden_size = specimen.hidden_size
+    num_rows = 2**27 // hidden_size // (heads or 1)
+    pitch = 3 * hidden_size * (heads or 1) + specimen.pitch
+    wide = torch.empty((num_rows, pitch), dtype=dtype, device="meta")
+    x = wide[:, : hidden_size * (heads or 1)]
+    return x if heads is None else x.unflatten(1, (heads, hidden_size))
+
+
+def _dense_like(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def specialize(launch: Any, target: Any) -> tuple[Any, dict[str, Any]]:
+    """The source and options that a run of this launch on `target` would compile."""
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend, kernel = make_backend(target), launch.kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, _ = bind(**launch.arguments)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, {"num_warps": launch.num_warps}, bound, specialization, {}
+    )
+    return ASTSource(kernel, signature, constants, attributes), dict(vars(options))
+
+
+def compile_launch(launch: Any, target: Any) -> MachineCode:
+    """Compile one launch for a target and read its machine code."""
+    import triton
+
+    source, options = specialize(launch, target)
+    compiled = triton.compile(source, target=target, options=options)
+    if target.backend == "cuda":
+        return _read_sass(compiled.asm["cubin"], compiled.metadata.shared)
+    return read_amdgcn(compiled.asm["amdgcn"], compiled.metadata.shared)
+
+
+def _read_sass(cubin: bytes, dynamic_shared: int) -> MachineCode:
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        sass = _output(knobs.nvidia.nvdisasm.path, "-c", str(path))
+        usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", str(path))
+    return read_sass(sass, usage, dynamic_shared)
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def read_sass(sass: str, usage: str, dynamic_shared: int = 0) -> MachineCode:
+    """Machine code of an NVIDIA kernel from nvdisasm's text and cuobjdump's resource usage."""
+    counts: dict[str, Counter[int]] = {"LDG": Counter(), "STG": Counter()}
+    for op, suffixes in re.findall(r"\b(LDG|STG)((?:\.\w+)*)", sass):
+        widths = [int(n) for n in re.findall(r"\.[US]?(8|16|64|128|256)\b", suffixes)]
+        counts[op][widths[0] if widths else 32] += 1
+    return MachineCode(
+        registers=_number(r"REG:(\d+)", usage),
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        shared=_number(r"SHARED:(\d+)", usage) + dynamic_shared,
+        loads=dict(counts["LDG"]),
+        stores=dict(counts["STG"]),
+    )
+
+
+def read_amdgcn(assembly: str, dynamic_shared: int = 0) -> MachineCode:
+    """Machine code of an AMD kernel from its assembly text."""
+    counts: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
+    for op, kind in re.findall(r"\b(?:buffer|global|flat)_(load|store)_(\w+)", assembly):
+        counts[op][_amd_width(kind)] += 1
+    return MachineCode(
+        registers=_number(r"\.vgpr_count:\s+(\d+)", assembly),
+        spills=_number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
+        + _number(r"\.sgpr_spill_count:\s+(\d+)", assembly),
+        shared=_number(r"\.group_segment_fixed_size:\s+(\d+)", assembly) + dynamic_shared,
+        loads=dict(counts["load"]),
+        stores=dict(counts["store"]),
+    )
+
+
+def _amd_width(kind: str) -> int:
+    dwords = re.match(r"dwordx?(\d*)", kind)
+    if dwords:
+        return 32 * int(dwords[1] or 1)
+    return 8 if "byte" in kind else 16
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"the assembly says nothing about {pattern}")
+    return int(found[1])
+
+
+def specimens(ops: Sequence[str] = OPS, dtypes: Sequence[str] = ("bf16", "fp16")) -> list[Specimen]:
+    """What the table shows: every size at a pitch of 8, and narrower pitches for RMS norm."""
+    aligned = [
+        Specimen(op, size, dtype)
+        for op in ops
+        for size in (HEAD_SIZES if op == "qk_norm" else HIDDEN_SIZES)
+        for dtype in dtypes
+    ]
+    narrow = [
+        Specimen("rms_norm", size, dtypes[0], pitch) for size in (128, 4096) for pitch in (4, 2, 1)
+    ]
+    return aligned + (narrow if "rms_norm" in ops else [])
+
+
+HEADER = (
+    "| kernel | hidden | dtype | pitch | tile | warps | registers | spills | shared "
+    "| loads | stores |\n|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def table_row(specimen: Specimen, target: Any) -> str:
+    launch = plan(specimen, target.warp_size)
+    tile = f"{launch.arguments['ROWS']} x {launch.arguments['BLOCK']}"
+    pitch = f"{specimen.pitch}n"
+    first = (specimen.op, specimen.hidden_size, specimen.dtype, pitch, tile, launch.num_warps)
+    return _row(first, compile_launch(launch, target))
+
+
+def _row(first: Sequence[Any], code: MachineCode) -> str:
+    cells = (*first, code.registers, code.spills, code.shared)
+    return f"| {' | '.join(map(str, cells))} | {_widths(code.loads)} | {_widths(code.stores)} |"
+
+
+def _widths(counts: dict[int, int]) -> str:
+    return ", ".join(f"{n} x {bits}" for bits, n in sorted(counts.items(), reverse=True))
+
+
+def table(target_name: str, ops: Sequence[str] = OPS) -> Iterator[str]:
+    """The machine-code table of one target, line by line as kernels get compiled."""
+    target = gpu_target(target_name)
+    yield HEADER
+    for specimen in specimens(ops):
+        yield table_row(specimen, target)
+
+
+def kernels_command(
+    target: str, ops: Sequence[str] = OPS, show: Callable[[str], None] = print
+) -> int:
+    """`python -m fixpass kernels --target ...`: print what each kernel compiles to."""
+    names = DOCUMENTED_TARGETS if target == "all" else (target,)
+    for name in names:
+        show(f"\n## {name}\n")
+        for line in table(name, ops):
+            show(line)
+    return 0

@@ -127,7 +127,7 @@ def dense_stride(shape: Sequence[Dim], order: Iterable[int]) -> tuple[Dim, ...]:
 
 
 def dense_order(layout: Layout) -> tuple[int, ...] | None:
-    """The order of dimensions, outermost first, in which the layout is dense; None if not proved."""
+    """The order of dimensions, outermost first, that makes it dense; None if not proved."""
     identity = tuple(range(layout.rank))
     if layout.has_stride(dense_stride(layout.shape, identity)) is True:
         return identity

@@ -4,10 +4,10 @@
 the bytes that a change moves decide. It plans; `insert-relayout` edits the graph.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
-from fixpass.lowering.contract import Contract
+from fixpass.lowering.contract import Contract, Verdict
 from fixpass.lowering.layout import Dim, Layout
 from fixpass.lowering.site import Site
 
@@ -31,6 +31,8 @@ class Relayout:
 
 def cheapest_relayout(contract: Contract, site: Site) -> Relayout | None:
     """The change that makes the contract hold and moves the fewest bytes, or None."""
+    if contract.check(site):
+        return Relayout((), False, 0)
     names = site.rows
     best: Relayout | None = None
     for flags in product((False, True), repeat=len(names) + 1):
@@ -43,6 +45,13 @@ def cheapest_relayout(contract: Contract, site: Site) -> Relayout | None:
         if changed is not None and contract.check(changed):
             best = plan
     return best
+
+
+def why_not(contract: Contract, site: Site) -> Verdict:
+    """What still stops the contract when everything that a relayout can change is changed."""
+    everything = apply_relayout(site, Relayout(site.rows, bool(site.x.rank), 0))
+    verdict = contract.check(everything or site)
+    return contract.check(site) if verdict else replace(verdict, site=site)
 
 
 def apply_relayout(site: Site, plan: Relayout) -> Site | None:
@@ -78,4 +87,5 @@ def hint(value: Dim) -> int:
     """The value at the sizes seen while tracing, 4096 for an unbacked size; adds no guard."""
     if isinstance(value, int):
         return value
-    return int(value.node.shape_env.size_hint(value.node.expr, allow_none=True) or 4096)
+    known_size = value.node.hint
+    return 4096 if known_size is None else int(known_size)

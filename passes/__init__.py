@@ -1,0 +1,34 @@
+"""Graph in, graph out: the passes of fixpass and the order in which they run."""
+
+from fixpass.lowering.target import Target
+from fixpass.passes.base import Pass
+from fixpass.passes.canonicalize_norms import CanonicalizeNorms
+from fixpass.passes.drop_dead_copies import DropDeadCopies
+from fixpass.passes.functionalize_norms import FunctionalizeNorms
+from fixpass.passes.insert_relayout import InsertRelayout
+from fixpass.passes.lower_norms import LowerNorms
+from fixpass.passes.select_norm_kernel import SelectNormKernel
+
+
+def entry_passes() -> tuple[Pass, ...]:
+    """What runs on Dynamo's graph, on every compile, also when a cache is warm."""
+    return (
+        # Before AOTAutograd, which would wrap an op that writes into its arguments.
+        FunctionalizeNorms(),
+    )
+
+
+def default_passes(target: Target) -> tuple[Pass, ...]:
+    """What runs on the functional ATen graph, in order."""
+    return (
+        # First: everything after it sees one spelling of each norm.
+        CanonicalizeNorms(),
+        # Before any relayout: the choice of kernel decides which one is needed, if any.
+        SelectNormKernel(target),
+        # Makes the chosen kernel's contract hold.
+        InsertRelayout(),
+        # After the relayouts, so that no copy is dropped that a kernel turned out to need.
+        DropDeadCopies(),
+        # Last: what Inductor compiles becomes plain operations again and fuses.
+        LowerNorms(),
+    )

@@ -10,7 +10,7 @@ class FixpassError(Exception):
 
 
 class ConfigError(FixpassError, ValueError):
-    """An option, a target or a kernel that fixpass does not know, or a value that does not parse."""
+    """An unknown option, target or kernel, or a value that does not parse."""
 
 
 class UnsupportedTorchError(FixpassError, RuntimeError):
@@ -18,7 +18,7 @@ class UnsupportedTorchError(FixpassError, RuntimeError):
 
 
 class PassError(FixpassError, RuntimeError):
-    """A pass raised, or left a graph that does not hold; the message names the pass and the node."""
+    """A pass raised, or broke the graph; the message names the pass and the node."""
 
 
 class KernelError(FixpassError, ValueError):

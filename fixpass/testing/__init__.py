@@ -1,0 +1,11 @@
+"""For authors of passes and models: trace a graph, print it, compare what compiled code gives.
+
+`trace` gives the functional ATen graph that the passes see, `text` prints it for an inline
+snapshot, and `assert_same` compares values, dtypes, strides and gradients of two functions.
+"""
+
+from fixpass.testing.compare import assert_same
+from fixpass.testing.inputs import bf16, f16, f32
+from fixpass.testing.tracing import text, trace
+
+__all__ = ["assert_same", "bf16", "f16", "f32", "text", "trace"]

@@ -1,0 +1,1 @@
+"""Declared rewrites, one family a file."""

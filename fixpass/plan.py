@@ -1,0 +1,72 @@
+"""From options and a device to the pipelines that run: ours, the user's, installed ones.
+
+Entry points of the group `fixpass.passes` are read here, once a process.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from importlib.metadata import entry_points
+
+import torch
+
+from fixpass.config import Config
+from fixpass.lowering.target import CPU, Target, target_of
+from fixpass.passes import default_passes, entry_passes
+from fixpass.passes.base import Pass
+from fixpass.passes.pipeline import Pipeline
+from fixpass.runtime.errors import ConfigError, UnsupportedTorchError
+from fixpass.runtime.providers import is_available
+
+OLDEST, NEWEST = (2, 11), (2, 14)
+
+
+def check_torch(version: str = torch.__version__) -> None:
+    """Raise UnsupportedTorchError unless the installed torch is one that fixpass supports."""
+    found = tuple(int(part) for part in version.split(".")[:2])
+    if not OLDEST <= found <= NEWEST:
+        raise UnsupportedTorchError(
+            f"fixpass supports torch {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}, found "
+            f'{version}: install another torch, or compile with backend="inductor"'
+        )
+
+
+@cache
+def installed_passes() -> tuple[Pass, ...]:
+    """Passes that installed packages offer through the entry point group `fixpass.passes`."""
+    found = []
+    for entry in sorted(entry_points(group="fixpass.passes"), key=lambda entry: entry.name):
+        step = entry.load()()
+        if not isinstance(step, Pass):
+            raise ConfigError(f"entry point {entry.name} ({entry.value}) gives no fixpass.Pass")
+        found.append(step)
+    return tuple(found)
+
+
+def entry_pipeline(config: Config) -> Pipeline:
+    """What runs on Dynamo's graph. It is not verified: no recorded value is functional there."""
+    return Pipeline(_enabled(entry_passes(), config), strict=config.strict, fuel=config.fuel)
+
+
+def graph_pipeline(config: Config, target: Target) -> Pipeline:
+    """What runs on the functional ATen graph for `target`."""
+    steps = (*default_passes(target), *installed_passes(), *config.passes)
+    return Pipeline(_enabled(steps, config), config.verify, config.strict, config.fuel)
+
+
+def present_target(example_inputs: Sequence[object], config: Config) -> Target:
+    """The target of the device that the inputs are on, with the kernels that are installed."""
+    devices = [x.device for x in example_inputs if isinstance(x, torch.Tensor)]
+    accelerated = [device for device in devices if device.type != "cpu"]
+    target = target_of(accelerated[0]) if accelerated else CPU
+    kernels = preferred(target, config).kernels
+    return replace(target, kernels=tuple(k for k in kernels if k == "inductor" or is_available(k)))
+
+
+def preferred(target: Target, config: Config) -> Target:
+    """The target with the user's order of kernels, where there is one."""
+    return target if config.norm_kernels is None else replace(target, kernels=config.norm_kernels)
+
+
+def _enabled(steps: tuple[Pass, ...], config: Config) -> tuple[Pass, ...]:
+    return tuple(step for step in steps if step.name not in config.disable)

@@ -1,0 +1,69 @@
+"""`trace` and `text`: the graph that the passes see, and that graph as text."""
+
+import contextlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fixpass.capture import compile_graphs, copy_graph
+from fixpass.config import Config
+from fixpass.passes.printer import format_graph
+from fixpass.plan import entry_pipeline
+
+
+def trace(
+    fn_or_module: Callable[..., Any],
+    *args: Any,
+    dynamic: bool | None = None,
+    training: bool = False,
+    **kwargs: Any,
+) -> fx.GraphModule:
+    """The functional ATen graph of `fn_or_module(*args, **kwargs)`, before any pass on it.
+
+    dynamic: as for torch.compile. training: trace the forward graph of a training step instead of
+    inference. The model must be one graph. Inputs are named after parameters and arguments.
+    """
+    found: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        entry_pipeline(Config()).run(gm.graph)
+        gm.recompile()
+        names = [_short(node.name) for node in gm.graph.nodes if node.op == "placeholder"]
+
+        def keep(graph: fx.Graph, stage: str) -> None:
+            if stage != "backward":
+                _rename_inputs(graph, names)
+                found.append(fx.GraphModule(graph.owning_module or {}, copy_graph(graph)))
+
+        return compile_graphs(gm, example_inputs, keep)
+
+    torch._dynamo.reset()
+    with contextlib.nullcontext() if training else torch.no_grad():
+        torch.compile(fn_or_module, backend=backend, dynamic=dynamic, fullgraph=True)(
+            *args, **kwargs
+        )
+    return found[0]
+
+
+def text(graph: fx.Graph) -> str:
+    """The graph as text: strides where a tensor is not dense, symbols numbered from s0."""
+    return format_graph(graph)
+
+
+def _rename_inputs(graph: fx.Graph, names: Sequence[str]) -> None:
+    """Give the inputs their names in the model, where there is one for each."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    if len(inputs) != len(names):
+        return
+    for node, name in zip(inputs, names, strict=True):
+        node._rename(name)
+
+
+def _short(name: str) -> str:
+    """`l_self_modules_q_norm_parameters_weight_` is q_norm_weight, `l_x_` is x."""
+    name = re.sub(r"^[lL]_(self_|fn_|args_|kwargs_)?", "", name)
+    name = re.sub(r"(^|_)(modules|parameters|buffers)_", r"\1", name).strip("_")
+    return f"arg_{name}" if name[:1].isdigit() or not name else name

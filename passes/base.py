@@ -1,0 +1,83 @@
+"""What a pass is, and what it says: Pass, PassResult, Remark.
+
+A pass is a frozen dataclass whose fields are its options. It rewrites one graph in place and
+leaves a remark for each thing it did or declined to do. It reads no environment and no device.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from torch import fx
+
+Kind = Literal["applied", "missed", "failed"]
+
+
+@dataclass(frozen=True)
+class Remark:
+    """One thing that a pass did (`applied`), declined to do (`missed`) or could not (`failed`)."""
+
+    pass_name: str
+    kind: Kind
+    node: str
+    text: str
+    where: str = ""
+    bytes_saved: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind:<7} {self.node}: {self.text}"
+
+
+@dataclass
+class PassResult:
+    """The remarks of one run of one pass, and whether the graph changed.
+
+    `fuel` is what is left of the pipeline's fuel: a pass asks `take_fuel()` before each change.
+    """
+
+    pass_name: str
+    changed: bool = False
+    remarks: list[Remark] = field(default_factory=list)
+    fuel: Callable[[], bool] = lambda: True
+
+    def applied(self, node: fx.Node, text: str, *, bytes_saved: int = 0) -> None:
+        self.changed = True
+        self._add("applied", node, text, bytes_saved)
+
+    def missed(self, node: fx.Node, why: str) -> None:
+        self._add("missed", node, why)
+
+    def failed(self, node: fx.Node, why: str) -> None:
+        self._add("failed", node, why)
+
+    def take_fuel(self) -> bool:
+        """Whether one more change may be made; asking for it spends it."""
+        return self.fuel()
+
+    def _add(self, kind: Kind, node: fx.Node, text: str, bytes_saved: int = 0) -> None:
+        self.remarks.append(
+            Remark(self.pass_name, kind, node.name, text, module_path(node), bytes_saved)
+        )
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """A rewrite of a whole graph. Subclasses are frozen dataclasses with a kebab-case `name`."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def run(self, graph: fx.Graph, result: PassResult) -> None:
+        """Rewrite `graph` in place; the graph is valid before and must be valid after."""
+
+
+def module_path(node: fx.Node) -> str:
+    """The module that the node came from, such as `model.layers.0.self_attn.q_norm`."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    path = re.sub(r"\._modules\['(\w+)'\]", r".\1", path)
+    return re.sub(r"^L\['\w+'\]\.?", "", path)

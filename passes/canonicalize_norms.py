@@ -1,0 +1,28 @@
+"""Every spelling of RMSNorm and LayerNorm becomes `fixpass::rms_norm` and its siblings.
+
+Runs on the functional ATen graph. Three rewrites, each anchored at an op: norms written out, norm
+ops of other libraries, and the residual add in front. It chooses no kernel.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from fixpass.passes.base import Pass, PassResult
+from fixpass.passes.rewrite import apply_rewrite
+from fixpass.passes.rewrites.norm_idiom import NormIdiom
+from fixpass.passes.rewrites.opaque_norm import OpaqueNormRewrite
+from fixpass.passes.rewrites.residual_norm import ResidualNorm
+
+
+@dataclass(frozen=True)
+class CanonicalizeNorms(Pass):
+    """Idioms and foreign ops to `fixpass::` norm ops."""
+
+    name: ClassVar[str] = "canonicalize-norms"
+
+    def run(self, graph: fx.Graph, result: PassResult) -> None:
+        # The residual is joined last: it starts from the ops that the others make.
+        for rewrite in (OpaqueNormRewrite(), NormIdiom(), ResidualNorm()):
+            apply_rewrite(graph, rewrite, result)

@@ -1,0 +1,87 @@
+"""Make the chosen kernel's contract hold: a view of rows, or a copy of exactly one operand.
+
+For an opaque kernel whose contract does not hold at its site, the cheapest legal relayout is
+inserted, and the inverse view on the results. A kernel whose contract holds is left alone.
+"""
+
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from fixpass.lowering.contracts import contract_of
+from fixpass.lowering.relayout import Relayout, cheapest_relayout, hint
+from fixpass.lowering.site import OPERANDS, OPS, Site, op_name
+from fixpass.passes.base import Pass, PassResult
+from fixpass.passes.edit import Editor
+from fixpass.passes.rewrite import find_anchors
+from fixpass.passes.rewrites.norm import op_overload
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class InsertRelayout(Pass):
+    """Views and copies in front of opaque kernels, and their inverses behind."""
+
+    name: ClassVar[str] = "insert-relayout"
+
+    def run(self, graph: fx.Graph, result: PassResult) -> None:
+        for node in list(find_anchors(graph, tuple(op_overload(op) for op in OPS))):
+            contract = contract_of(node.kwargs.get("kernel", ""), op_name(node))
+            if contract is None:
+                continue
+            verdict = contract.check(Site.of(node))
+            if verdict:
+                continue
+            plan = cheapest_relayout(contract, Site.of(node))
+            if plan is None:
+                result.missed(node, f"{verdict}; no relayout makes it hold, so Inductor runs it")
+                node.update_kwarg("kernel", "inductor")
+            elif result.take_fuel():
+                new = relayout(graph, node, plan)
+                cost = f"{hint(plan.num_bytes):,} bytes copied"
+                result.applied(new, f"{contract.kernel}: {plan}, {cost}")
+
+
+def relayout(graph: fx.Graph, node: fx.Node, plan: Relayout) -> fx.Node:
+    """Replace `node` by the same op on relaid operands, and give readers the old layout."""
+    op = op_name(node)
+    edit = Editor(graph, node)
+    args = list(node.args)
+    for i, name in enumerate(OPERANDS[op]):
+        if name in ("x", "residual"):
+            args[i] = _relay(edit, args[i], plan, copied=name in plan.copied)
+    kwargs = dict(node.kwargs)
+    if plan.as_rows or "out" in plan.copied:
+        kwargs.pop("order", None)
+    new = edit.call(node.target, tuple(args), kwargs)
+    if op != "add_rms_norm":
+        node.replace_all_uses_with(_restore(edit, new, node))
+        graph.erase_node(node)
+        return new
+    for user in list(node.users):
+        part = edit.call(getitem, (new, user.args[1]))
+        user.replace_all_uses_with(_restore(edit, part, user))
+        graph.erase_node(user)
+    graph.erase_node(node)
+    return new
+
+
+def _relay(edit: Editor, operand: Any, plan: Relayout, *, copied: bool) -> fx.Node:
+    node = edit.clone(operand) if copied else operand
+    val = node.meta["val"]
+    if not plan.as_rows or val.dim() == 2:
+        return node
+    return edit.call(aten.reshape.default, (node, [-1, edit.size(node, val.dim() - 1)]))
+
+
+def _restore(edit: Editor, result: fx.Node, old: fx.Node) -> fx.Node:
+    """`result` with the shape and the strides that `old` recorded."""
+    wanted = old.meta["val"]
+    if result.meta["val"].dim() != wanted.dim():
+        shape = [edit.size(old, dim) for dim in range(wanted.dim())]
+        result = edit.call(aten.reshape.default, (result, shape))
+    return edit.with_strides_of(result, wanted)

@@ -1,0 +1,88 @@
+"""Norms that Inductor is to compile become ordinary ATen operations, so that they fuse.
+
+The decomposition is the op's own reference, traced once for each kind of site and then inlined.
+Norms with another kernel stay single ops.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fixpass.lowering.layout import Layout
+from fixpass.lowering.site import OPS, op_name
+from fixpass.passes.base import Pass, PassResult
+from fixpass.passes.edit import Editor, guards_suppressed
+from fixpass.passes.rewrite import find_anchors
+from fixpass.passes.rewrites.norm import op_overload
+from fixpass.runtime.ops import REFERENCES
+
+
+@dataclass(frozen=True)
+class LowerNorms(Pass):
+    """`fixpass::` norms with kernel "inductor" to their decompositions."""
+
+    name: ClassVar[str] = "lower-norms"
+
+    def run(self, graph: fx.Graph, result: PassResult) -> None:
+        templates: dict[Any, fx.Graph] = {}
+        for node in list(find_anchors(graph, tuple(op_overload(op) for op in OPS))):
+            if node.kwargs.get("kernel") != "inductor" or not result.take_fuel():
+                continue
+            key = _kind(node)
+            if key not in templates:
+                templates[key] = _trace(node)
+            _inline(graph, node, templates[key])
+            result.changed = True
+
+
+def _kind(node: fx.Node) -> tuple[Any, ...]:
+    """What the decomposition depends on."""
+    operands = tuple(
+        (str(Layout.of(a.meta["val"])), str(a.meta["val"].stride()), a.meta["val"].device)
+        if isinstance(a, fx.Node)
+        else a
+        for a in node.args
+    )
+    return (op_name(node), operands, repr(node.kwargs))
+
+
+def _trace(node: fx.Node) -> fx.Graph:
+    """The reference of `node`'s op as ATen operations on its operands, in their order."""
+    operands = [a for a in node.args if isinstance(a, fx.Node)]
+    steps = {k: v for k, v in node.kwargs.items() if k != "kernel"}
+
+    def reference(*values: torch.Tensor) -> Any:
+        given = iter(values)
+        args = [next(given) if isinstance(a, fx.Node) else a for a in node.args]
+        return REFERENCES[op_name(node)](*args, **steps)
+
+    vals = [operand.meta["val"] for operand in operands]
+    with guards_suppressed(vals):
+        traced = make_fx(reference, select_decomp_table())(*vals)
+    traced.graph.eliminate_dead_code()
+    return traced.graph
+
+
+def _inline(graph: fx.Graph, node: fx.Node, template: fx.Graph) -> None:
+    edit = Editor(graph, node)
+    operands = iter([a for a in node.args if isinstance(a, fx.Node)])
+    values: dict[fx.Node, fx.Node] = {}
+    for step in template.nodes:
+        if step.op == "placeholder":
+            values[step] = next(operands)
+        elif step.op == "call_function":
+            args, kwargs = fx.node.map_arg((step.args, step.kwargs), lambda n: values[n])
+            values[step] = edit.call(step.target, args, kwargs)
+    results = fx.node.map_arg(template.output_node().args[0], lambda n: values[n])
+    if isinstance(results, fx.Node):
+        node.replace_all_uses_with(edit.with_strides_of(results, node.meta["val"]))
+    else:
+        for user in list(node.users):
+            part = results[user.args[1]]
+            user.replace_all_uses_with(edit.with_strides_of(part, user.meta["val"]))
+            graph.erase_node(user)
+    graph.erase_node(node)

@@ -1,0 +1,110 @@
+"""Run passes in order, check the graph after each, and name them all in a cache key.
+
+A pass that is not ours is run on a graph that can be restored, and is always checked: when it
+raises or breaks the graph, the graph goes on without it and the report says so. With `strict`
+that is an error. The pipeline holds no state between runs.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from fixpass.passes.base import Pass, PassResult, Remark
+from fixpass.passes.report import Report
+from fixpass.passes.snapshot import Snapshot
+from fixpass.passes.verify import faulty_nodes, verify
+from fixpass.runtime.errors import PassError
+from fixpass.runtime.providers import PROVIDERS, is_available
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in order.
+
+    verify: check the graph after every pass, not only after third parties' (fake tensors again).
+    strict: raise PassError where a pass fails, instead of going on without it.
+    fuel: stop changing the graph after this many changes; None means no limit.
+    """
+
+    passes: tuple[Pass, ...]
+    verify: bool = False
+    strict: bool = False
+    fuel: int | None = None
+
+    def run(self, graph: fx.Graph, title: str = "") -> Report:
+        """Rewrite `graph` in place and return what was done."""
+        take_fuel = _tank(self.fuel)
+        excused = faulty_nodes(graph) if self.verify else frozenset()
+        remarks: list[Remark] = []
+        for step in self.passes:
+            result = PassResult(step.name, fuel=take_fuel)
+            if self.verify or not is_ours(step):
+                self._run_guarded(step, graph, result, excused)
+            else:
+                step.run(graph, result)
+            remarks += result.remarks
+        return Report(tuple(remarks), title)
+
+    def uuid(self) -> str:
+        """A key that changes with the passes, their options, their source and what they call."""
+        digest = hashlib.sha256(source_hash().encode())
+        digest.update(repr((self.passes, self.fuel, self.strict, torch.__version__)).encode())
+        digest.update(repr([name for name in PROVIDERS if is_available(name)]).encode())
+        for step in self.passes:
+            if not is_ours(step):
+                digest.update(
+                    inspect.getsource(inspect.getmodule(type(step)) or type(step)).encode()
+                )
+        return digest.hexdigest()
+
+    def _run_guarded(
+        self, step: Pass, graph: fx.Graph, result: PassResult, excused: frozenset[fx.Node]
+    ) -> None:
+        snapshot = Snapshot.of(graph)
+        try:
+            step.run(graph, result)
+            verify(graph, step.name, excused)
+        # Any error is the pass's: this is the boundary where third parties' code is called.
+        except Exception as error:
+            why = str(error) if isinstance(error, PassError) else f"{type(error).__name__}: {error}"
+            if self.strict:
+                raise PassError(f"pass {step.name}: {why}") from error
+            snapshot.restore(graph)
+            result.changed = False
+            result.remarks[:] = [Remark(step.name, "failed", "graph", f"left out: {why}")]
+
+
+def is_ours(step: Pass) -> bool:
+    return type(step).__module__.startswith("fixpass.")
+
+
+def source_files() -> Iterator[Path]:
+    """Every source file of the layers that compiled graphs depend on."""
+    import fixpass.lowering
+    import fixpass.passes
+    import fixpass.runtime
+
+    for package in (fixpass.passes, fixpass.lowering, fixpass.runtime):
+        yield from sorted(Path(package.__path__[0]).rglob("*.py"))
+
+
+@cache
+def source_hash() -> str:
+    """The hash of our sources, computed once a process."""
+    digest = hashlib.sha256()
+    for path in source_files():
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _tank(fuel: int | None) -> Callable[[], bool]:
+    if fuel is None:
+        return lambda: True
+    left = iter(range(fuel))
+    return lambda: next(left, None) is not None

@@ -1,0 +1,121 @@
+"""Rewrite: an anchor op, what is matched around it, and what replaces the match.
+
+`apply_rewrite` visits every anchor once. A match that cannot be taken says why, and a replacement
+is built completely before anything is taken out, so that an error leaves the graph whole.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from fixpass.passes.base import PassResult
+
+
+@dataclass(frozen=True)
+class Missed:
+    """Why an anchor was not matched. Falsy. An empty reason is not worth a remark."""
+
+    why: str
+
+    def __bool__(self) -> bool:
+        return False
+
+
+NOT_OURS = Missed("")
+
+
+@dataclass(frozen=True)
+class Match:
+    """What a rewrite found: the nodes whose values it replaces and a line for the report."""
+
+    replaced: tuple[fx.Node, ...]
+    text: str
+    bytes_saved: int = 0
+
+
+class Rewrite(ABC):
+    """One rewrite idea. `anchors` are the op overloads from which it starts."""
+
+    anchors: ClassVar[tuple[Any, ...]]
+
+    @abstractmethod
+    def match(self, anchor: fx.Node) -> Match | Missed:
+        """Look around the anchor; change nothing."""
+
+    @abstractmethod
+    def replace(self, graph: fx.Graph, match: Match) -> tuple[fx.Node, ...]:
+        """Build the new nodes, one for each of `match.replaced`, and take nothing out."""
+
+
+def apply_rewrite(graph: fx.Graph, rewrite: Rewrite, result: PassResult) -> None:
+    """Apply `rewrite` at every anchor of `graph`."""
+    for anchor in list(find_anchors(graph, rewrite.anchors)):
+        if anchor._erased:
+            continue
+        match = rewrite.match(anchor)
+        if isinstance(match, Missed):
+            if match.why:
+                result.missed(anchor, match.why)
+            continue
+        if not result.take_fuel():
+            return
+        new = rewrite.replace(graph, match)
+        site = new[0].args[0] if is_call(new[0], getitem) else new[0]
+        assert isinstance(site, fx.Node)
+        result.applied(site, match.text, bytes_saved=match.bytes_saved)
+        for old, node in zip(match.replaced, new, strict=True):
+            old.replace_all_uses_with(node)
+        for old in match.replaced:
+            erase_dead(graph, old)
+
+
+def find_anchors(graph: fx.Graph, anchors: tuple[Any, ...]) -> Iterator[fx.Node]:
+    for target in anchors:
+        yield from graph.find_nodes(op="call_function", target=target)
+
+
+def erase_dead(graph: fx.Graph, root: fx.Node) -> None:
+    """Erase `root` and what only it needed; never an input, an output or a node with effects."""
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        if node._erased or node.users or node.op != "call_function" or is_impure(node):
+            continue
+        inputs = node.all_input_nodes
+        graph.erase_node(node)
+        stack += inputs
+
+
+def is_impure(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.is_impure()
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    """Whether `node` is a node that calls one of `targets`."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+    """A new node at the insertion point, named after the op without its overload."""
+    name = (
+        target._schema.name.partition("::")[2]
+        if isinstance(target, torch._ops.OpOverload)
+        else None
+    )
+    return graph.create_node("call_function", target, args, kwargs, name)
+
+
+def sole_user(node: fx.Node) -> fx.Node | None:
+    """The only user of `node`, or None when it has none or several."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def val_of(node: Any) -> torch.Tensor | None:
+    """The fake tensor that `node` records, or None for anything else."""
+    val = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return val if isinstance(val, torch.Tensor) else None

@@ -1,0 +1,95 @@
+"""The second half of a norm in a graph: from the normalised value through weight, bias and casts.
+
+Goes forward as long as each value has one user. It stops at the first step that is none of ours,
+so what follows stays in the graph as it is.
+"""
+
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import fx
+
+from fixpass.lowering.layout import known
+from fixpass.passes.rewrite import is_call, sole_user, val_of
+from fixpass.passes.rewrites.norm_scale import ADDS, CONVERT, Scale, aten
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The last node of a norm, its weight and bias, and the rounding steps between."""
+
+    last: fx.Node
+    weight: fx.Node | None
+    bias: fx.Node | None
+    steps: dict[str, Any]
+
+
+def read_affine(scale: Scale) -> Tail:
+    """Follow `y` forward through an optional cast, weight, bias and final cast."""
+    steps: dict[str, Any] = {}
+    last = cast = _cast_of(scale.y) or scale.y
+    weight_node, product = _operand_of(last, aten.mul.Tensor)
+    weight = bias = None
+    if weight_node is not None and product is not None:
+        if cast is not scale.y:
+            steps["norm_dtype"] = _dtype(cast)
+        weight, prepared = _read_weight(weight_node, _dtype(cast))
+        steps.update(prepared)
+        last = product
+    if weight is not None or last is scale.y:
+        bias, total = _operand_of(last, aten.add.Tensor)
+        last = total or last
+    if last is not scale.y and last is not cast:
+        last = _cast_of(last) or last
+    return Tail(last, weight, bias, steps)
+
+
+def _operand_of(node: fx.Node, op: Any) -> tuple[fx.Node | None, fx.Node | None]:
+    """The 1-D operand that the only user of `node` applies to it with `op`, and that user."""
+    user = sole_user(node)
+    if user is None or not is_call(user, op) or user.kwargs or user.args[0] is user.args[1]:
+        return None, None
+    other = user.args[1] if user.args[0] is node else user.args[0]
+    vector, rows = val_of(other), val_of(node)
+    if vector is None or rows is None or vector.dim() != 1 or not rows.dim():
+        return None, None
+    if not vector.dtype.is_floating_point or known(vector.shape[0] == rows.shape[-1]) is not True:
+        return None, None
+    return other, user
+
+
+def _cast_of(node: fx.Node) -> fx.Node | None:
+    """The only user of `node` when it converts to another floating dtype."""
+    user = sole_user(node)
+    if user is None or not is_call(user, CONVERT):
+        return None
+    return user if user.args[1].is_floating_point else None
+
+
+def _read_weight(node: fx.Node, norm_dtype: torch.dtype) -> tuple[fx.Node, dict[str, Any]]:
+    """The stored weight behind `offset + weight.to(dtype)`, and the steps that lead to it."""
+    steps: dict[str, Any] = {}
+    stored = node
+    if is_call(stored, *ADDS) and isinstance(stored.args[1], Real) and not stored.kwargs:
+        steps["weight_offset"] = float(stored.args[1])
+        stored = stored.args[0]
+    if is_call(stored, CONVERT) and _is_vector(stored.args[0]):
+        dtype, source = stored.args[1], stored.args[0]
+        # Without an offset, type promotion makes the same conversion by itself.
+        promoted = torch.promote_types(_dtype(source), norm_dtype)
+        if steps or promoted != torch.promote_types(dtype, norm_dtype) or promoted != dtype:
+            steps["weight_dtype"] = dtype
+        stored = source
+    return (stored, steps) if _is_vector(stored) else (node, {})
+
+
+def _is_vector(node: Any) -> bool:
+    val = val_of(node)
+    return val is not None and val.dim() == 1 and val.dtype.is_floating_point
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype

@@ -1,0 +1,232 @@
+"""The first half of a norm in a graph: from the reciprocal root to the normalised value.
+
+Reads `h * rsqrt(mean(h^2) + eps)` and its spellings backwards from the root, with or without the
+mean taken off, and finds x behind an upcast. What follows the normalised value, weight and bias,
+is read by `fixpass.passes.rewrites.norm_affine`.
+"""
+
+from dataclasses import dataclass
+from numbers import Real
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+
+from fixpass.passes.rewrite import NOT_OURS, Missed, is_call, sole_user, val_of
+
+aten = torch.ops.aten
+CONVERT = torch.ops.prims.convert_element_type.default
+ADDS = (aten.add.Tensor, aten.add.Scalar)
+ROOTS = (aten.rsqrt.default, aten.sqrt.default, aten.pow.Tensor_Scalar)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A normalised value `y`, the x it was made from, and the nodes that only it may need."""
+
+    op: str
+    x: fx.Node
+    y: fx.Node
+    eps: float
+    compute_dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """A mean of squares of `centred`; `base` is the value before its mean was taken off."""
+
+    op: str
+    base: fx.Node
+    centred: fx.Node | None
+    owned: tuple[fx.Node, ...]
+
+
+def read_scale(root: fx.Node) -> Scale | Missed:
+    """The norm around `root`, a reciprocal square root in one of its spellings."""
+    found = _read_root(root)
+    if isinstance(found, Missed):
+        return found
+    variance, scale, owned = found
+    moment_node, eps, added = _read_eps(variance)
+    moment = _read_moment(moment_node)
+    if isinstance(moment, Missed):
+        return moment if root.target == aten.rsqrt.default else NOT_OURS
+    y = sole_user(scale)
+    if y is None:
+        return Missed(_shared(scale, "the scale"))
+    numerator = _numerator(y, scale)
+    if numerator is None:
+        return Missed(f"the scale goes to {y.name}, which is not a multiply of the input by it")
+    if not _is_base(numerator, moment):
+        return Missed(f"{y.name} does not scale what was squared")
+    owned = (*owned, *added, *moment.owned, *_centred_nodes(numerator, moment))
+    for node in owned:
+        if any(user not in owned and user is not y for user in node.users):
+            return Missed(_shared(node, node.name, {*owned, y}))
+    return _finish(moment, y, eps)
+
+
+def _finish(moment: _Moment, y: fx.Node, eps: float) -> Scale | Missed:
+    base, result = val_of(moment.base), val_of(y)
+    if base is None or result is None or base.layout != torch.strided:
+        return Missed("its values are not known strided tensors")
+    if not base.dtype.is_floating_point or result.dtype != base.dtype:
+        return Missed(f"it computes in {base.dtype} and gives {result.dtype}")
+    return Scale(moment.op, peel_upcast(moment.base), y, eps, base.dtype)
+
+
+def _read_root(root: fx.Node) -> tuple[fx.Node, fx.Node, tuple[fx.Node, ...]] | Missed:
+    """The variance under the root, the node that scales, and the nodes in between."""
+    variance = root.args[0]
+    if not isinstance(variance, fx.Node):
+        return NOT_OURS
+    if root.target == aten.rsqrt.default:
+        return variance, root, (root,)
+    if root.target == aten.pow.Tensor_Scalar:
+        return (variance, root, (root,)) if root.args[1] == -0.5 else NOT_OURS
+    user = sole_user(root)
+    if user is not None and is_call(user, aten.reciprocal.default):
+        return variance, user, (root, user)
+    return variance, root, (root,)
+
+
+def _read_eps(node: fx.Node) -> tuple[fx.Node, float, tuple[fx.Node, ...]]:
+    """The mean of squares, eps, and the nodes passed on the way."""
+    passed: tuple[fx.Node, ...] = ()
+    eps = 0.0
+    for _ in range(3):
+        if is_call(node, *ADDS) and isinstance(node.args[1], Real) and not node.kwargs and not eps:
+            eps = float(node.args[1])
+        elif not is_call(node, aten.unsqueeze.default):
+            break
+        passed = (*passed, node)
+        node = _node(node.args[0])
+    return node, eps, passed
+
+
+def _read_moment(node: fx.Node) -> _Moment | Missed:
+    if is_call(node, getitem) and is_call(node.args[0], aten.var_mean.correction):
+        return _read_var_mean(node)
+    if is_call(node, aten.var.correction):
+        return _read_var(node)
+    if not is_call(node, aten.mean.dim):
+        return Missed(f"{node.name} under the root is not a mean of squares")
+    wrong = _wrong_dims(node)
+    if wrong:
+        return Missed(wrong)
+    square = _node(node.args[0])
+    h = _squared(square)
+    if h is None:
+        return Missed(f"{square.name} under the mean is not a square")
+    centred = _read_centred(h)
+    if centred is None:
+        return _Moment("rms_norm", h, None, (node, square))
+    base, mean = centred
+    return _Moment("layer_norm", base, h, (node, square, h, mean))
+
+
+def _read_var_mean(node: fx.Node) -> _Moment | Missed:
+    pair = _node(node.args[0])
+    wrong = "the root is over the mean" if node.args[1] != 0 else _wrong_variance(pair)
+    if wrong:
+        return Missed(wrong)
+    return _Moment("layer_norm", _node(pair.args[0]), None, (node, pair, *pair.users))
+
+
+def _read_var(node: fx.Node) -> _Moment | Missed:
+    wrong = _wrong_variance(node)
+    return Missed(wrong) if wrong else _Moment("layer_norm", _node(node.args[0]), None, (node,))
+
+
+def _wrong_variance(node: fx.Node) -> str:
+    if node.kwargs.get("correction", 1) != 0:
+        return f"{node.name} is an unbiased variance"
+    return _wrong_dims(node)
+
+
+def _wrong_dims(node: fx.Node) -> str:
+    """Why the reduction is not over the last dimension alone; empty when it is."""
+    source = val_of(node.args[0])
+    dims = node.args[1] if len(node.args) > 1 else None
+    if source is None or not isinstance(dims, (list, tuple)):
+        return f"{node.name} reduces every dimension"
+    if [d % max(source.dim(), 1) for d in dims] != [source.dim() - 1]:
+        return f"{node.name} reduces dimensions {list(dims)} of {source.dim()}, not the last alone"
+    if node.kwargs.get("dtype") not in (None, source.dtype):
+        return f"{node.name} accumulates in {node.kwargs['dtype']}"
+    return ""
+
+
+def _squared(node: fx.Node) -> fx.Node | None:
+    if is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == 2:
+        return _node(node.args[0])
+    if is_call(node, aten.mul.Tensor) and node.args[0] is node.args[1]:
+        return _node(node.args[0])
+    return None
+
+
+def _read_centred(h: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(base, mean) when `h` is base minus its mean over the last dimension."""
+    if not is_call(h, aten.sub.Tensor) or h.kwargs:
+        return None
+    base, mean = h.args
+    if not is_call(mean, aten.mean.dim) or mean.args[0] is not base or _wrong_dims(mean):
+        return None
+    return (base, mean) if isinstance(base, fx.Node) else None
+
+
+def _numerator(y: fx.Node, scale: fx.Node) -> fx.Node | None:
+    """What `y` multiplies by `scale`, or divides by it where it is a root not yet inverted."""
+    if scale.target == aten.sqrt.default:
+        is_quotient = is_call(y, aten.div.Tensor) and y.args[1] is scale and not y.kwargs
+        return _node(y.args[0]) if is_quotient else None
+    if not is_call(y, aten.mul.Tensor) or y.args[0] is y.args[1]:
+        return None
+    other = y.args[1] if y.args[0] is scale else y.args[0]
+    return other if isinstance(other, fx.Node) else None
+
+
+def _is_base(numerator: fx.Node, moment: _Moment) -> bool:
+    if moment.op == "rms_norm":
+        return peel_upcast(numerator) is peel_upcast(moment.base)
+    if numerator is moment.centred:
+        return True
+    if not is_call(numerator, aten.sub.Tensor) or numerator.kwargs:
+        return False
+    base, mean = numerator.args
+    if peel_upcast(base) is not peel_upcast(moment.base):
+        return False
+    if is_call(mean, getitem):
+        return mean.args[0] in moment.owned and mean.args[1] == 1
+    return is_call(mean, aten.mean.dim) and _read_centred(numerator) is not None
+
+
+def _centred_nodes(numerator: fx.Node, moment: _Moment) -> tuple[fx.Node, ...]:
+    if moment.op == "rms_norm":
+        return ()
+    mean = numerator.args[1]
+    return (numerator, mean) if isinstance(mean, fx.Node) else (numerator,)
+
+
+def peel_upcast(node: Any) -> Any:
+    """The value before a conversion to a wider floating dtype, which loses nothing."""
+    source = val_of(node.args[0]) if is_call(node, CONVERT) else None
+    if source is None or not source.dtype.is_floating_point:
+        return node
+    if torch.promote_types(source.dtype, node.args[1]) != node.args[1]:
+        return node
+    return node.args[0]
+
+
+def _shared(node: fx.Node, name: str, known: Any = ()) -> str:
+    others = [user for user in node.users if user not in known]
+    if any(user.op == "output" for user in others):
+        return f"{name} is also a result of the graph (saved for the backward pass)"
+    return f"{name} is also read by {', '.join(user.name for user in others) or 'nothing'}"
+
+
+def _node(arg: Any) -> fx.Node:
+    if not isinstance(arg, fx.Node):
+        raise TypeError(f"expected a node, found {arg!r}")
+    return arg

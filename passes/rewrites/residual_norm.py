@@ -1,0 +1,82 @@
+"""`s = x + residual; rms_norm(s)` with both results used becomes `fixpass::add_rms_norm`.
+
+A sum that only the norm reads stays an ordinary add, which fuses anyway. Nothing is done where
+an operand is broadcast or rounded differently from the sum.
+"""
+
+from dataclasses import dataclass
+from operator import getitem
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+import fixpass.runtime.ops  # noqa: F401  (defines torch.ops.fixpass)
+from fixpass.lowering.layout import Layout, dense_stride, same_shape
+from fixpass.passes.rewrite import NOT_OURS, Match, Missed, Rewrite, is_call, val_of
+from fixpass.passes.rewrites.norm import Norm, build_norm
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class ResidualNorm(Rewrite):
+    """Anchored at the norm; the sum is looked for behind it."""
+
+    anchors: ClassVar = (torch.ops.fixpass.rms_norm.default,)
+
+    def match(self, anchor: fx.Node) -> Norm | Missed:
+        total, weight, bias, eps = anchor.args
+        if not is_call(total, aten.add.Tensor) or total.kwargs or len(total.users) < 2:
+            return NOT_OURS
+        operands = tuple(total.args)
+        wrong = _wrong_operands(total, operands) or _wrong_order(anchor, total)
+        if wrong:
+            return Missed(wrong)
+        if any(isinstance(arg, fx.Node) and not arg < total for arg in (weight, bias)):
+            return Missed(f"the weight is computed after the sum {total.name}")
+        later, earlier = sorted(operands, reverse=True)
+        return Norm(
+            (total, anchor),
+            f"{total.name} joined as add_rms_norm of {Layout.of(later.meta['val'])}",
+            0,
+            "add_rms_norm",
+            (later, earlier, weight, bias),
+            eps,
+            dict(anchor.kwargs),
+        )
+
+    def replace(self, graph: fx.Graph, match: Match) -> tuple[fx.Node, ...]:
+        assert isinstance(match, Norm)
+        total, norm = match.replaced
+        vals = (norm.meta["val"], total.meta["val"])
+        pair = build_norm(graph, match, total, vals)
+        with graph.inserting_after(pair):
+            new_total = graph.call_function(getitem, (pair, 1))
+            new_norm = graph.call_function(getitem, (pair, 0))
+        new_total.meta = {**total.meta}
+        new_norm.meta = {**norm.meta}
+        return new_total, new_norm
+
+
+def _wrong_operands(total: fx.Node, operands: tuple[object, ...]) -> str:
+    vals = [val_of(operand) for operand in operands]
+    if any(val is None for val in vals) or operands[0] is operands[1]:
+        return f"{total.name} does not add two tensors"
+    layouts = [Layout.of(val) for val in vals if val is not None]
+    out = Layout.of(total.meta["val"])
+    for layout in layouts:
+        if same_shape(layout, out) is not True:
+            return f"{total.name} broadcasts {layout} to {out}"
+        if layout.dtype != out.dtype:
+            return f"{total.name} converts {layout} to {out}"
+    return ""
+
+
+def _wrong_order(norm: fx.Node, total: fx.Node) -> str:
+    layout = Layout.of(total.meta["val"])
+    order = norm.kwargs.get("order") or range(layout.rank)
+    assert isinstance(order, (list, tuple, range))
+    if layout.has_stride(dense_stride(layout.shape, order)) is not True:
+        return f"the sum {layout} and the norm differ in the order of their dimensions"
+    return ""

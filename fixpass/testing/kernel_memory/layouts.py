@@ -97,7 +97,7 @@ def four_leading_dimensions(h: int, dtype: torch.dtype) -> Tensor:
 
 
 def five_leading_dimensions(h: int, dtype: torch.dtype) -> Tensor:
-    return _strided(dtype, (2, 2, 1, 2, 2, 2, h), (62 * h, 30 * h, 5, 14 * h, 6 * h, 2 * h, 1))
+    return _strided(dtype, (2, 2, 2, 2, 2, h), (62 * h, 30 * h, 14 * h, 6 * h, 2 * h, 1))
 
 
 def overlapping_windows(h: int, dtype: torch.dtype) -> Tensor:

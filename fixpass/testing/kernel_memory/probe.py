@@ -17,6 +17,7 @@ from fixpass.runtime.kernels.add_rms_norm import add_rms_norm
 from fixpass.runtime.kernels.layer_norm import layer_norm
 from fixpass.runtime.kernels.qk_norm import qk_norm
 from fixpass.runtime.kernels.rms_norm import rms_norm
+from fixpass.testing.kernel_memory.accuracy import steps, ulps
 from fixpass.testing.kernel_memory.layouts import EVERY, READ_ONLY, Make
 from fixpass.testing.kernel_memory.report import MemoryReport
 from fixpass.testing.kernel_memory.trace import trace_memory
@@ -52,12 +53,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The report, the tensors read and written by name, and the largest distance in ulps."""
+    """The report, which tensors were rows read and written, and the distance (accuracy.py)."""
 
     report: MemoryReport
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     ulps: float
+    steps: float
 
 
 def cases() -> Iterator[Case]:
@@ -88,7 +90,9 @@ def run(case: Case) -> Outcome:
     out = _out(case, x)
     want = reference(x, EPS, norms.Affine(weight, bias, **rule, out_dtype=out.dtype))
     report = trace_memory(kernel, x, weight, EPS, out=out, bias=bias, **rule)
-    return Outcome(report, ("x",), ("out",), ulps(out, want))
+    center = case.op == "layer_norm"
+    far = steps(out, want, x, weight, bias, rule, center=center, eps=EPS)
+    return Outcome(report, ("x",), ("out",), ulps(out, want), far)
 
 
 def _out(case: Case, x: Tensor) -> Tensor:
@@ -113,7 +117,9 @@ def _add(case: Case, x: Tensor, weight: Tensor | None, bias: Tensor | None, rule
         add_rms_norm, x, residual, weight, EPS, out=out, sum_out=sum_out, bias=bias, **rule
     )
     distance = max(ulps(sum_out, total), ulps(out, want))
-    return Outcome(report, ("x", "residual"), ("out", "sum_out"), distance)
+    far = steps(out, want, total, weight, bias, rule, center=False, eps=EPS)
+    far = max(far, ulps(sum_out, total))
+    return Outcome(report, ("x", "residual"), ("out", "sum_out"), distance, far)
 
 
 def _residual(case: Case, x: Tensor, in_place: bool) -> Tensor:
@@ -137,21 +143,9 @@ def _qk(case: Case, q: Tensor, q_weight: Tensor | None, rule: Rule) -> Outcome:
     ]
     report = trace_memory(qk_norm, q, k, q_weight, k_weight, EPS, q_out=q_out, k_out=k_out, **rule)
     distance = max(map(ulps, (q_out, k_out), wants))
-    return Outcome(report, ("q", "k"), ("q_out", "k_out"), distance)
-
-
-def ulps(got: Tensor, want: Tensor) -> float:
-    """The largest distance, in steps between neighbours of this dtype; NaN is infinitely far."""
-    if got.numel() == 0:
-        return 0.0
-    if bool(torch.isnan(got).any()):
-        return float("inf")
-    return float((_step(got) - _step(want)).abs().max())
-
-
-def _step(x: Tensor) -> Tensor:
-    """Position of each value among the ordered values of its dtype."""
-    integer = {2: torch.int16, 4: torch.int32}[x.element_size()]
-    bits = x.contiguous().view(integer).to(torch.int64)
-    magnitude = bits & (2 ** (8 * x.element_size() - 1) - 1)
-    return torch.where(bits < 0, -magnitude, magnitude)
+    sides = ((q, q_weight, q_out, wants[0]), (k, k_weight, k_out, wants[1]))
+    far = max(
+        steps(got, want, x, weight, None, rule, center=False, eps=EPS)
+        for x, weight, got, want in sides
+    )
+    return Outcome(report, ("q", "k"), ("q_out", "k_out"), distance, far)

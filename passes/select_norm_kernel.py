@@ -2,7 +2,8 @@
 
 The choice is written into the op's `kernel` argument. A copy that stands in front of the norm
 counts as avoidable, so a kernel that reads the strided source is preferred to one that needs the
-copy. Nothing is moved here: `insert-relayout` does that.
+copy. What is saved is the copy that the target's preferred kernel would have needed. Nothing is
+moved here: `insert-relayout` does that.
 """
 
 from dataclasses import dataclass
@@ -41,16 +42,19 @@ class SelectNormKernel(Pass):
         op = op_name(node)
         site = without_copies(Site.of(node), OPERANDS[op], copied_operands(node))
         kernel, plan, cost = FLOOR, Relayout((), False, 0), -1
+        refused = 0
         for contract in self._contracts(op):
             found = cheapest_relayout(contract, site)
             if found is None or hint(found.num_bytes):
                 result.missed(node, _refusal(contract, site, found))
+                refused = refused or (hint(found.num_bytes) if found else 0)
             if found is not None and (cost < 0 or hint(found.num_bytes) < cost):
                 kernel, plan, cost = contract.kernel, found, hint(found.num_bytes)
             if cost == 0:
                 break
         node.update_kwarg("kernel", kernel)
-        result.applied(node, f"{kernel} reads {site.x}, {_describe(plan)}")
+        saved = max(refused - max(cost, 0), 0)
+        result.applied(node, f"{kernel} reads {site.x}, {_describe(plan)}", bytes_saved=saved)
 
     def _contracts(self, op: str) -> list[Contract]:
         rows = (contract_of(kernel, op) for kernel in self.target.kernels)

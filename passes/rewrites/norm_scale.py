@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fixpass.lowering.layout import all_known, known
 from fixpass.passes.rewrite import NOT_OURS, Missed, is_call, sole_user, val_of
 
 aten = torch.ops.aten
@@ -60,6 +61,8 @@ def read_scale(root: fx.Node) -> Scale | Missed:
         return Missed(f"the scale goes to {y.name}, which is not a multiply of the input by it")
     if not _is_base(numerator, moment):
         return Missed(f"{y.name} does not scale what was squared")
+    if not _is_column(scale, moment.base):
+        return Missed(f"{scale.name} is not one value a row of {moment.base.name}")
     owned = (*owned, *added, *moment.owned, *_centred_nodes(numerator, moment))
     for node in owned:
         if any(user not in owned and user is not y for user in node.users):
@@ -173,7 +176,7 @@ def _read_centred(h: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     base, mean = h.args
     if not is_call(mean, aten.mean.dim) or mean.args[0] is not base or _wrong_dims(mean):
         return None
-    return (base, mean) if isinstance(base, fx.Node) else None
+    return (base, mean) if isinstance(base, fx.Node) and _is_column(mean, base) else None
 
 
 def _numerator(y: fx.Node, scale: fx.Node) -> fx.Node | None:
@@ -197,9 +200,22 @@ def _is_base(numerator: fx.Node, moment: _Moment) -> bool:
     base, mean = numerator.args
     if peel_upcast(base) is not peel_upcast(moment.base):
         return False
+    # Taken off in a narrower dtype, the mean would be rounded where the op does not round.
+    if numerator.meta["val"].dtype != moment.base.meta["val"].dtype:
+        return False
     if is_call(mean, getitem):
-        return mean.args[0] in moment.owned and mean.args[1] == 1
+        is_mean = mean.args[0] in moment.owned and mean.args[1] == 1
+        return is_mean and _is_column(mean, moment.base)
     return is_call(mean, aten.mean.dim) and _read_centred(numerator) is not None
+
+
+def _is_column(node: fx.Node, base: fx.Node) -> bool:
+    """Whether `node` has the shape of `base` with a last size of 1, and so scales whole rows."""
+    column, rows = val_of(node), val_of(base)
+    if column is None or rows is None or column.dim() != rows.dim():
+        return False
+    wanted = (*rows.shape[:-1], 1)
+    return all_known(known(a == b) for a, b in zip(column.shape, wanted, strict=True)) is True
 
 
 def _centred_nodes(numerator: fx.Node, moment: _Moment) -> tuple[fx.Node, ...]:
@@ -219,8 +235,8 @@ def peel_upcast(node: Any) -> Any:
     return node.args[0]
 
 
-def _shared(node: fx.Node, name: str, known: Any = ()) -> str:
-    others = [user for user in node.users if user not in known]
+def _shared(node: fx.Node, name: str, owned: Any = ()) -> str:
+    others = [user for user in node.users if user not in owned]
     if any(user.op == "output" for user in others):
         return f"{name} is also a result of the graph (saved for the backward pass)"
     return f"{name} is also read by {', '.join(user.name for user in others) or 'nothing'}"

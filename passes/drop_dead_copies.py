@@ -17,7 +17,12 @@ from fixpass.lowering.site import OPERANDS, OPS, Site, op_name
 from fixpass.passes.base import Pass, PassResult
 from fixpass.passes.edit import Editor
 from fixpass.passes.rewrite import erase_dead, find_anchors
-from fixpass.passes.rewrites.dead_copy import copied_operands, without_copies
+from fixpass.passes.rewrites.dead_copy import (
+    copied_operands,
+    has_shape_of,
+    viewed_shape,
+    without_copies,
+)
 from fixpass.passes.rewrites.norm import op_overload
 
 
@@ -60,14 +65,15 @@ def _read_source(
 
 def _with_operand(graph: fx.Graph, node: fx.Node, i: int, source: fx.Node) -> fx.Node:
     """The norm reading `source`; a result of another shape is viewed as what it was."""
-    if source.meta["val"].shape == node.args[i].meta["val"].shape:  # type: ignore[union-attr]
+    operand = node.args[i]
+    assert isinstance(operand, fx.Node)
+    if has_shape_of(source, operand):
         node.update_arg(i, source)
         return node
     edit = Editor(graph, node)
     args = (*node.args[:i], source, *node.args[i + 1 :])
     new = edit.call(node.target, args, dict(node.kwargs))
-    wanted: torch.Tensor = node.meta["val"]
-    shape = [edit.size(node, dim) for dim in range(wanted.dim())]
+    shape = viewed_shape(operand)
     node.replace_all_uses_with(edit.call(torch.ops.aten.reshape.default, (new, shape)))
     graph.erase_node(node)
     return new

@@ -59,12 +59,12 @@ def relayout(graph: fx.Graph, node: fx.Node, plan: Relayout) -> fx.Node:
         kwargs.pop("order", None)
     new = edit.call(node.target, tuple(args), kwargs)
     if op != "add_rms_norm":
-        node.replace_all_uses_with(_restore(edit, new, node))
+        node.replace_all_uses_with(_restore(edit, new, node, node.args[0]))
         graph.erase_node(node)
         return new
     for user in list(node.users):
         part = edit.call(getitem, (new, user.args[1]))
-        user.replace_all_uses_with(_restore(edit, part, user))
+        user.replace_all_uses_with(_restore(edit, part, user, node.args[0]))
         graph.erase_node(user)
     graph.erase_node(node)
     return new
@@ -78,10 +78,10 @@ def _relay(edit: Editor, operand: Any, plan: Relayout, *, copied: bool) -> fx.No
     return edit.call(aten.reshape.default, (node, [-1, edit.size(node, val.dim() - 1)]))
 
 
-def _restore(edit: Editor, result: fx.Node, old: fx.Node) -> fx.Node:
-    """`result` with the shape and the strides that `old` recorded."""
+def _restore(edit: Editor, result: fx.Node, old: fx.Node, x: Any) -> fx.Node:
+    """`result` with the strides that `old` recorded and the shape of `x`, which stays."""
     wanted = old.meta["val"]
     if result.meta["val"].dim() != wanted.dim():
-        shape = [edit.size(old, dim) for dim in range(wanted.dim())]
+        shape = [edit.size(x, dim) for dim in range(wanted.dim())]
         result = edit.call(aten.reshape.default, (result, shape))
     return edit.with_strides_of(result, wanted)

@@ -4,6 +4,8 @@ A norm of the last dimension does not mind where its rows lie, so it may read th
 copied. Here such sources are found; whether a kernel can read them is the contract's to say.
 """
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -30,7 +32,7 @@ def copied_operands(norm: fx.Node) -> dict[int, fx.Node]:
         if name not in ("x", "residual") or not isinstance(operand, fx.Node):
             continue
         source = _source_of(operand)
-        if source is not operand and (may_reshape or _same_shape(source, operand)):
+        if source is not operand and (may_reshape or has_shape_of(source, operand)):
             found[i] = source
     return found
 
@@ -40,10 +42,18 @@ def without_copies(site: Site, op_operands: tuple[str, ...], sources: dict[int, 
     for i, source in sources.items():
         layout = Layout.of(source.meta["val"])
         changed = {op_operands[i]: layout}
-        if layout.shape != site.layouts["out"].shape:
+        if same_shape(layout, site.layouts["out"]) is not True:
             changed["out"] = Layout.contiguous(layout.shape, site.layouts["out"].dtype)
         site = site.with_layouts(**changed)
     return site
+
+
+def viewed_shape(operand: fx.Node) -> list[Any]:
+    """The shape that a view gave to the copied `operand`, as the view's argument has it."""
+    node: Any = operand
+    while not is_call(node, *VIEWS):
+        node = node.args[0]
+    return list(node.args[1])
 
 
 def _source_of(operand: fx.Node) -> fx.Node:
@@ -69,5 +79,6 @@ def _keeps_rows(source: fx.Node, view: fx.Node) -> bool:
     return known(before.shape[-1] == after.shape[-1]) is True
 
 
-def _same_shape(left: fx.Node, right: fx.Node) -> bool:
+def has_shape_of(left: fx.Node, right: fx.Node) -> bool:
+    """Whether both are proved to have one shape."""
     return same_shape(Layout.of(left.meta["val"]), Layout.of(right.meta["val"])) is True

@@ -84,14 +84,20 @@ def _read_root(root: fx.Node) -> tuple[fx.Node, fx.Node, tuple[fx.Node, ...]] | 
     variance = root.args[0]
     if not isinstance(variance, fx.Node):
         return NOT_OURS
-    if root.target == aten.rsqrt.default:
-        return variance, root, (root,)
-    if root.target == aten.pow.Tensor_Scalar:
-        return (variance, root, (root,)) if root.args[1] == -0.5 else NOT_OURS
-    user = sole_user(root)
-    if user is not None and is_call(user, aten.reciprocal.default):
-        return variance, user, (root, user)
-    return variance, root, (root,)
+    if root.target == aten.pow.Tensor_Scalar and root.args[1] != -0.5:
+        return NOT_OURS
+    return (variance, *_follow_scale(root))
+
+
+def _follow_scale(root: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+    """The node that scales, behind `1 / root` and `unsqueeze`, and the nodes on the way to it."""
+    passed = (root,)
+    while (user := sole_user(passed[-1])) is not None:
+        is_one = is_call(user, aten.mul.Tensor) and user.args[1] == 1.0
+        if not is_one and not is_call(user, aten.reciprocal.default, aten.unsqueeze.default):
+            break
+        passed = (*passed, user)
+    return passed[-1], passed
 
 
 def _read_eps(node: fx.Node) -> tuple[fx.Node, float, tuple[fx.Node, ...]]:
@@ -113,6 +119,8 @@ def _read_moment(node: fx.Node) -> _Moment | Missed:
         return _read_var_mean(node)
     if is_call(node, aten.var.correction):
         return _read_var(node)
+    if is_call(node, *ADDS) and is_call(node.args[0], aten.mean.dim):
+        return Missed(f"{node.name} adds no constant eps to the mean of squares")
     if not is_call(node, aten.mean.dim):
         return Missed(f"{node.name} under the root is not a mean of squares")
     wrong = _wrong_dims(node)

@@ -10,6 +10,8 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ import torch
 from torch import Tensor
 
 from fixpass.lowering.target import target_named
+from fixpass.runtime.errors import ConfigError
 
 DOCUMENTED_TARGETS = ("cuda:sm_90", "cuda:sm_100", "rocm:gfx942", "rocm:gfx950")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HIDDEN_SIZES = (64, 128, 256, 1024, 4096, 8192)
 HEAD_SIZES = (64, 128, 256)
+MARKER = "<!-- written by python -m fixpass kernels --target all --write docs/kernels.md -->"
 OPS = ("rms_norm", "layer_norm", "add_rms_norm", "qk_norm")
 
 
@@ -58,7 +62,7 @@ def gpu_target(name: str) -> Any:
         return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     if vendor == "rocm":
         return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
-    raise ValueError(f"target {name} has no kernels of ours: Inductor compiles for it")
+    raise ConfigError(f"target {name} has no kernels of ours: Inductor compiles for it")
 
 
 def plan(specimen: Specimen, lanes: int) -> Any:
@@ -221,21 +225,68 @@ def _widths(counts: dict[int, int]) -> str:
     return ", ".join(f"{n} x {bits}" for bits, n in sorted(counts.items(), reverse=True))
 
 
+def liger_plan(specimen: Specimen) -> Any:
+    """What Liger-Kernel's RMS norm launches for many dense rows of this size."""
+    from liger_kernel.ops import rms_norm, utils
+
+    from fixpass.runtime.kernels.launch import Launch
+
+    dtype, hidden_size = DTYPES[specimen.dtype], specimen.hidden_size
+    x = torch.empty(2**27 // hidden_size, hidden_size, dtype=dtype, device="meta")
+    weight = torch.empty(hidden_size, dtype=dtype, device="meta")
+    scale = torch.empty(x.shape[0], device="meta")
+    block, num_warps = utils.calculate_settings(hidden_size)
+    arguments: dict[str, Any] = {}
+    for name, tensor in (("Y", x), ("X", x), ("W", weight), ("RSTD", scale)):
+        arguments |= {f"{name}_ptr": tensor, f"{name}_row_stride": tensor.stride(0)}
+    arguments |= {"n_cols": hidden_size, "eps": 1e-6, "offset": 0.0, "casting_mode": 0}
+    arguments |= {"elementwise_affine": True, "BLOCK_SIZE": block}
+    kernel = rms_norm._rms_norm_forward_kernel
+    if block <= 256:
+        kernel = rms_norm._block_rms_norm_forward_kernel
+        arguments |= {"BLOCK_ROW": 16, "n_rows": x.shape[0]}
+    return Launch(kernel, (1,), arguments, num_warps, x.device)
+
+
+def liger_table(target_name: str) -> Iterator[str]:
+    """Liger-Kernel's RMS norm, which takes dense rows only, compiled in the same way."""
+    target = gpu_target(target_name)
+    yield f"\nLiger-Kernel {metadata.version('liger-kernel')}, dense rows:\n"
+    yield HEADER
+    for size in HIDDEN_SIZES:
+        launch = liger_plan(Specimen("liger rms_norm", size))
+        tile = f"{launch.arguments.get('BLOCK_ROW', 1)} x {launch.arguments['BLOCK_SIZE']}"
+        first = ("liger rms_norm", size, "bf16", "dense", tile, launch.num_warps)
+        yield _row(first, compile_launch(launch, target))
+
+
 def table(target_name: str, ops: Sequence[str] = OPS) -> Iterator[str]:
     """The machine-code table of one target, line by line as kernels get compiled."""
     target = gpu_target(target_name)
+    yield f"\n## {target_name}\n"
     yield HEADER
     for specimen in specimens(ops):
         yield table_row(specimen, target)
+    if "rms_norm" in ops and find_spec("liger_kernel"):
+        yield from liger_table(target_name)
 
 
 def kernels_command(
-    target: str, ops: Sequence[str] = OPS, show: Callable[[str], None] = print
+    target: str,
+    ops: Sequence[str] = OPS,
+    show: Callable[[str], None] = print,
+    write: Path | None = None,
 ) -> int:
-    """`python -m fixpass kernels --target ...`: print what each kernel compiles to."""
+    """`python -m fixpass kernels --target ...`: print, or write, what each kernel compiles to.
+
+    `write` replaces what follows the marker in a document, and "all" is every target there.
+    """
     names = DOCUMENTED_TARGETS if target == "all" else (target,)
-    for name in names:
-        show(f"\n## {name}\n")
-        for line in table(name, ops):
+    lines = (line for name in names for line in table(name, ops))
+    if write is None:
+        for line in lines:
             show(line)
+        return 0
+    prose = write.read_text().split(MARKER)[0]
+    write.write_text("\n".join([prose + MARKER, *lines, ""]))
     return 0

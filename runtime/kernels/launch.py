@@ -50,7 +50,7 @@ def choose(num_rows: int, hidden_size: int, *, by_rows: bool, lanes: int) -> Cho
     block = 1 << max(0, hidden_size - 1).bit_length()
     most_warps = 512 // lanes
     if by_rows:
-        rows = max(1, min(32, 32768 // block))
+        rows = max(1, min(32, 16384 // block))
         rows = max(rows, 4 * lanes * VECTOR // block)
         warps = rows * block // (lanes * 2 * VECTOR)
         return Choice(rows, block, max(4, min(most_warps, warps)))

@@ -1,0 +1,117 @@
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fixpass.lowering import offline
+from fixpass.lowering.offline import Specimen, compile_launch, gpu_target, plan, specialize
+from fixpass.runtime.errors import ConfigError
+from fixpass.runtime.kernels.layout import describe
+from fixpass.runtime.kernels.rms_norm import plan_norm
+from fixpass.runtime.kernels.rounding import rounding
+from fixpass.runtime.kernels.shuffle import plan_shuffle
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
+WIDTHS = {8: 128, 4: 64, 2: 32, 1: 16}
+# What one core compiles in seconds; the rest of the table is for `full`.
+SHORT = [
+    ("cuda:sm_90", Specimen("rms_norm", 128)),
+    ("cuda:sm_90", Specimen("qk_norm", 128)),
+    ("cuda:sm_90", Specimen("add_rms_norm", 4096, "fp16")),
+    ("cuda:sm_90", Specimen("rms_norm", 128, "bf16", 1)),
+    ("cuda:sm_100", Specimen("rms_norm", 4096)),
+    ("cuda:sm_100", Specimen("layer_norm", 64)),
+    *(
+        (target, specimen)
+        for target in ("rocm:gfx942", "rocm:gfx950")
+        for specimen in (
+            Specimen("rms_norm", 128),
+            Specimen("layer_norm", 256, "fp16"),
+            Specimen("add_rms_norm", 8192),
+            Specimen("qk_norm", 128),
+            Specimen("rms_norm", 128, "bf16", 4),
+            Specimen("rms_norm", 4096, "bf16", 2),
+            Specimen("rms_norm", 4096, "bf16", 1),
+        )
+    ),
+]
+
+
+def assert_wide_and_documented(target_name, specimen):
+    target = gpu_target(target_name)
+    code = compile_launch(plan(specimen, target.warp_size), target)
+    assert code.spills == 0
+    if specimen.hidden_size <= 256 and specimen.pitch == 8:
+        assert code.shared == 0
+    assert set(code.stores) == {WIDTHS[specimen.pitch]}
+    assert set(code.loads) - {128} == set(code.stores) - {128}  # the weight is loaded 128 wide
+    section = DOCUMENT.read_text().split(f"## {target_name}\n")[1].split("\n## ")[0]
+    assert offline.table_row(specimen, target) in section.splitlines()
+
+
+@pytest.mark.parametrize(("target", "specimen"), SHORT, ids=str)
+def test_machine_code(target, specimen):
+    assert_wide_and_documented(target, specimen)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("specimen", offline.specimens(), ids=str)
+@pytest.mark.parametrize("target", offline.DOCUMENTED_TARGETS)
+def test_machine_code_of_the_whole_table(target, specimen):
+    assert_wide_and_documented(target, specimen)
+
+
+def test_the_document_names_every_kernel_of_every_target():
+    sections = re.findall(r"^## (\S+:\S+)$", DOCUMENT.read_text(), re.MULTILINE)
+    assert sections == list(offline.DOCUMENTED_TARGETS)
+    rows = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("| rms_norm")]
+    assert len(rows) == 4 * len(offline.specimens(("rms_norm",)))
+
+
+def source_hash(x, target):
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rule = rounding(None, None, 0.0, None, None)
+    rows = {"x": x, "out": out}
+    launch = plan_norm(rows, None, None, 1e-6, rule, center=False, lanes=32)
+    return specialize(launch, target)[0].hash()
+
+
+@pytest.mark.parametrize("target", ["cuda:sm_90", "rocm:gfx942"])
+def test_nothing_recompiles_because_a_pitch_or_a_batch_changed(target):
+    target = gpu_target(target)
+
+    def heads(batch, pitch, offset):
+        wide = torch.empty(batch, pitch, dtype=torch.bfloat16, device="meta")
+        return wide[:, offset : offset + 1024].unflatten(1, (8, 128))
+
+    variants = [(7000, 3072, 0), (7001, 6152, 8), (9999, 1040, 16), (8000, 1 << 17, 1024)]
+    found = {source_hash(heads(*variant), target) for variant in variants}
+    assert len(found) == 1
+    assert source_hash(heads(7000, 3076, 4), target) not in found
+
+
+def test_weights_are_shuffled_in_whole_cells():
+    for name in ("cuda:sm_90", "rocm:gfx942"):
+        target = gpu_target(name)
+        for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+            weight = torch.empty(1024, 1024, dtype=dtype, device="meta")
+            for inverse in (False, True):
+                launch = plan_shuffle(weight, weight, inverse=inverse, lanes=target.warp_size)
+                code = compile_launch(launch, target)
+                assert (set(code.loads), set(code.stores)) == ({128}, {128}), describe(weight)
+                assert (code.spills, code.shared) == (0, 0)
+
+
+def test_an_unknown_target_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match=r"known targets: .*rocm:gfx942"):
+        offline.kernels_command("rocm:gfx000")
+    with pytest.raises(ConfigError, match="target cpu has no kernels"):
+        offline.kernels_command("cpu")
+
+
+def test_the_command_prints_a_row_a_kernel():
+    lines = []
+    assert offline.kernels_command("rocm:gfx942", ops=("qk_norm",), show=lines.append) == 0
+    assert lines[1] == offline.HEADER
+    assert len(lines) == 2 + 6

@@ -46,7 +46,7 @@ def _read_source(
     name = OPERANDS[op][i]
     copy = node.args[i]
     assert isinstance(copy, fx.Node)
-    contract = contract_of(str(node.kwargs.get("kernel", "")), op)
+    contract = contract_of(str(node.kwargs.get("kernel_name", "")), op)
     if contract is None:
         return node
     verdict = contract.check(without_copies(Site.of(node), OPERANDS[op], {i: source}))

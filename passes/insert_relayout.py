@@ -30,7 +30,7 @@ class InsertRelayout(Pass):
 
     def run(self, graph: fx.Graph, result: PassResult) -> None:
         for node in list(find_anchors(graph, tuple(op_overload(op) for op in OPS))):
-            contract = contract_of(node.kwargs.get("kernel", ""), op_name(node))
+            contract = contract_of(node.kwargs.get("kernel_name", ""), op_name(node))
             if contract is None:
                 continue
             verdict = contract.check(Site.of(node))
@@ -39,7 +39,7 @@ class InsertRelayout(Pass):
             plan = cheapest_relayout(contract, Site.of(node))
             if plan is None:
                 result.missed(node, f"{verdict}; no relayout makes it hold, so Inductor runs it")
-                node.update_kwarg("kernel", "inductor")
+                node.update_kwarg("kernel_name", "inductor")
             elif result.take_fuel():
                 new = relayout(graph, node, plan)
                 cost = f"{hint(plan.num_bytes):,} bytes copied"

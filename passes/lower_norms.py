@@ -30,7 +30,7 @@ class LowerNorms(Pass):
     def run(self, graph: fx.Graph, result: PassResult) -> None:
         templates: dict[Any, fx.Graph] = {}
         for node in list(find_anchors(graph, tuple(op_overload(op) for op in OPS))):
-            if node.kwargs.get("kernel") != "inductor" or not result.take_fuel():
+            if node.kwargs.get("kernel_name") != "inductor" or not result.take_fuel():
                 continue
             key = _kind(node)
             if key not in templates:
@@ -53,7 +53,7 @@ def _kind(node: fx.Node) -> tuple[Any, ...]:
 def _trace(node: fx.Node) -> fx.Graph:
     """The reference of `node`'s op as ATen operations on its operands, in their order."""
     operands = [a for a in node.args if isinstance(a, fx.Node)]
-    steps = {k: v for k, v in node.kwargs.items() if k != "kernel"}
+    steps = {k: v for k, v in node.kwargs.items() if k != "kernel_name"}
 
     def reference(*values: torch.Tensor) -> Any:
         given = iter(values)

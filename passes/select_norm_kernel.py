@@ -1,6 +1,6 @@
 """Choose a kernel for each norm: the first whose contract holds without a copy, else the cheapest.
 
-The choice is written into the op's `kernel` argument. A copy that stands in front of the norm
+The choice is written into the op's `kernel_name` argument. A copy that stands in front of the norm
 counts as avoidable, so a kernel that reads the strided source is preferred to one that needs the
 copy. What is saved is the copy that the target's preferred kernel would have needed. Nothing is
 moved here: `insert-relayout` does that.
@@ -35,7 +35,7 @@ class SelectNormKernel(Pass):
 
     def run(self, graph: fx.Graph, result: PassResult) -> None:
         for node in find_anchors(graph, tuple(op_overload(op) for op in OPS)):
-            if node.kwargs.get("kernel", "") == "" and result.take_fuel():
+            if node.kwargs.get("kernel_name", "") == "" and result.take_fuel():
                 self._select(node, result)
 
     def _select(self, node: fx.Node, result: PassResult) -> None:
@@ -52,7 +52,7 @@ class SelectNormKernel(Pass):
                 kernel, plan, cost = contract.kernel, found, hint(found.num_bytes)
             if cost == 0:
                 break
-        node.update_kwarg("kernel", kernel)
+        node.update_kwarg("kernel_name", kernel)
         saved = max(refused - max(cost, 0), 0)
         result.applied(node, f"{kernel} reads {site.x}, {_describe(plan)}", bytes_saved=saved)
 

@@ -1,6 +1,6 @@
 """The ops `fixpass::rms_norm`, `fixpass::layer_norm` and `fixpass::add_rms_norm`.
 
-An op states what is computed; its `kernel` argument says which kernel computes it, and the empty
+An op states what is computed; its `kernel_name` argument says which kernel computes it, and the empty
 string is the reference in `fixpass.runtime.norms`. Gradients follow from the reference. Passes
 choose the kernel; nothing here does.
 """
@@ -16,8 +16,11 @@ from fixpass.runtime import norms, providers
 _STEPS = (
     "float weight_offset=0.0, ScalarType? compute_dtype=None, ScalarType? norm_dtype=None, "
     "ScalarType? weight_dtype=None, ScalarType? out_dtype=None, int[]? order=None, "
-    'str kernel=""'
+    'str kernel_name=""'
 )
+# Inductor hands the operands over with the strides that the graph records: what `insert-relayout`
+# made is kept, and a kernel that reads any stride gets no hidden copy.
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 SCHEMAS = {
     "rms_norm": f"(Tensor x, Tensor? weight, Tensor? bias, float eps, *, {_STEPS}) -> Tensor",
     "layer_norm": f"(Tensor x, Tensor? weight, Tensor? bias, float eps, *, {_STEPS}) -> Tensor",
@@ -70,7 +73,7 @@ def _make_autograd(name: str) -> tuple[Callable[..., Any], Callable[..., None]]:
     ) -> None:
         *tensors, ctx.eps = inputs
         ctx.save_for_backward(*tensors)
-        ctx.steps = {k: v for k, v in keyword_only_inputs.items() if k != "kernel"}
+        ctx.steps = {k: v for k, v in keyword_only_inputs.items() if k != "kernel_name"}
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         needed = [i for i, wanted in enumerate(ctx.needs_input_grad) if wanted]
@@ -93,15 +96,15 @@ def _make_autograd(name: str) -> tuple[Callable[..., Any], Callable[..., None]]:
 def _define(library: torch.library.Library, name: str) -> None:
     reference = REFERENCES[name]
 
-    def run(*args: Any, kernel: str = "", **steps: Any) -> Any:
-        if kernel in ("", "inductor"):
+    def run(*args: Any, kernel_name: str = "", **steps: Any) -> Any:
+        if kernel_name in ("", "inductor"):
             return reference(*args, **steps)
-        return providers.call(name, kernel, args, steps)
+        return providers.call(name, kernel_name, args, steps)
 
-    def fake(*args: Any, kernel: str = "", **steps: Any) -> Any:
+    def fake(*args: Any, kernel_name: str = "", **steps: Any) -> Any:
         return reference(*args, **steps)
 
-    library.define(name + SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(name + SCHEMAS[name], tags=TAGS)
     library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fixpass::{name}", fake, lib=library)
     backward, setup_context = _make_autograd(name)

@@ -16,7 +16,9 @@ class LayoutFault(RuntimeError):
     """What a real kernel answers with a memory fault or a wrong result."""
 
 
-def scaled(x: Tensor, weight: Tensor, eps: float, *, rounds_before: bool, offset: float = 0) -> Tensor:
+def scaled(
+    x: Tensor, weight: Tensor, eps: float, *, rounds_before: bool, offset: float = 0
+) -> Tensor:
     h = x.float()
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
     if rounds_before:
@@ -48,7 +50,9 @@ def aiter_add(out, x, residual_in, residual_out, weight, epsilon, sensitive=0) -
 
 def aiter_layer_norm(x, weight, bias, epsilon) -> Tensor:
     demand_dense_2d(input=x)
-    return torch.nn.functional.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), epsilon).to(x.dtype)
+    return torch.nn.functional.layer_norm(
+        x.float(), x.shape[-1:], weight.float(), bias.float(), epsilon
+    ).to(x.dtype)
 
 
 def vllm_rms_norm(result, x, weight, epsilon) -> None:
@@ -153,5 +157,8 @@ def fake_of(schema: str) -> Callable[..., Any]:
     if schema.endswith("-> ()"):
         return lambda *args, **kwargs: None
     if schema.endswith("(Tensor, Tensor)"):
-        return lambda x, *args, **kwargs: (torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype))
+        return lambda x, *args, **kwargs: (
+            torch.empty(x.shape, dtype=x.dtype),
+            torch.empty(x.shape, dtype=x.dtype),
+        )
     return lambda x, *args, **kwargs: torch.empty(x.shape, dtype=x.dtype, device=x.device)

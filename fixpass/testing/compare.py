@@ -16,13 +16,16 @@ def assert_same(
     strides: bool = True,
     rtol: float | None = None,
     atol: float | None = None,
+    scaled: bool = False,
     **kwargs: Any,
 ) -> None:
-    """Call both on the same inputs and compare all that they return.
+    """Call both on the same inputs and compare all that they return and what they wrote into.
 
     gradients: also compare those of the inputs and parameters, for a fixed random cotangent.
     strides: also compare the strides of the outputs, except where a size is 1.
     rtol, atol: as for torch.testing.assert_close, whose defaults by dtype hold when left out.
+    scaled: take rtol of the largest element of each tensor, not of each element: an element that
+    is small because large ones cancelled has their rounding error.
     Raises AssertionError that names the output or the input.
     """
     got = _run(actual, args, kwargs, gradients)
@@ -30,11 +33,17 @@ def assert_same(
     if [name for name, _ in got] != [name for name, _ in want]:
         raise AssertionError(f"{[n for n, _ in got]} came out, expected {[n for n, _ in want]}")
     for (name, a), (_, b) in zip(got, want, strict=True):
+        slack = rtol * _largest(b) if scaled and rtol is not None else atol
         torch.testing.assert_close(
-            a, b, rtol=rtol, atol=atol, equal_nan=True, msg=lambda text, n=name: f"{n}: {text}"
+            a, b, rtol=rtol, atol=slack, equal_nan=True, msg=lambda text, n=name: f"{n}: {text}"
         )
         if strides and name.startswith("output"):
             _assert_strides(name, a, b)
+
+
+def _largest(t: Tensor) -> float:
+    finite = t[t.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 def _assert_strides(name: str, got: Tensor, want: Tensor) -> None:
@@ -49,31 +58,58 @@ def _assert_strides(name: str, got: Tensor, want: Tensor) -> None:
 def _run(
     fn: Callable[..., Any], args: Any, kwargs: Any, gradients: bool
 ) -> list[tuple[str, Tensor]]:
-    args, kwargs = pytree.tree_map_only(Tensor, _fresh, (args, kwargs))
+    args, kwargs = _fresh(args, kwargs)
+    with torch.set_grad_enabled(gradients):
+        results = list(_tensors("output", fn(*args, **kwargs)))
+    written = [(f"{n} afterwards", t.detach()) for n, t in _tensors("input", (args, kwargs))]
     if not gradients:
-        with torch.no_grad():
-            return list(_tensors("output", fn(*args, **kwargs)))
-    results = list(_tensors("output", fn(*args, **kwargs)))
+        return results + written
     inputs = [*_inputs(args, kwargs), *_parameters(fn)]
+    if not inputs:
+        raise ValueError("gradients=True, but no input and no parameter requires a gradient")
     live = [t for _, t in results if t.requires_grad]
     generator = torch.Generator().manual_seed(0)
     cotangents = [_cotangent(t, generator) for t in live]
+    if not live:
+        return results + written
     grads = torch.autograd.grad(live, [t for _, t in inputs], cotangents, allow_unused=True)
     found = [(f"gradient of {n}", g) for (n, _), g in zip(inputs, grads, strict=True)]
-    return [(n, t.detach()) for n, t in results] + [(n, g) for n, g in found if g is not None]
+    values = [(n, t.detach()) for n, t in results]
+    return values + written + [(n, g) for n, g in found if g is not None]
 
 
 def _cotangent(t: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(t.shape, generator=generator).to(t.device, t.dtype)
 
 
-def _fresh(t: Tensor) -> Tensor:
-    """A leaf with the same values, strides and storage offset, so that runs do not meet."""
-    if t.layout != torch.strided:
-        return t.detach().clone()
-    size = t.untyped_storage().nbytes() // t.element_size()
-    storage = t.detach().as_strided((size,), (1,), 0).clone()
-    view = storage.as_strided(t.shape, t.stride(), t.storage_offset())
+def _fresh(args: Any, kwargs: Any) -> Any:
+    """The arguments with every tensor copied, so that runs do not meet.
+
+    Copies have the same values, strides, offsets and marks, are leaves, and share storage where
+    the tensors did; one tensor given twice stays one tensor.
+    """
+    storages: dict[Any, Tensor] = {}
+    copies: dict[int, Tensor] = {}
+
+    def copy(t: Tensor) -> Tensor:
+        if id(t) not in copies:
+            copies[id(t)] = _copy(t, storages)
+        return copies[id(t)]
+
+    return pytree.tree_map_only(Tensor, copy, (args, kwargs))
+
+
+def _copy(t: Tensor, storages: dict[Any, Tensor]) -> Tensor:
+    if t.layout != torch.strided or type(t) not in (Tensor, nn.Parameter):
+        return t.detach().clone().requires_grad_(t.requires_grad)
+    storage = t.untyped_storage()
+    key = (storage._cdata, t.dtype)
+    if key not in storages:
+        size = storage.nbytes() // t.element_size()
+        storages[key] = t.detach().as_strided((size,), (1,), 0).clone()
+    view = storages[key].as_strided(t.shape, t.stride(), t.storage_offset())
+    # Where torch._dynamo.mark_dynamic and its siblings leave their marks.
+    view.__dict__.update(t.__dict__)
     return view.requires_grad_(t.requires_grad)
 
 

@@ -22,6 +22,7 @@ from fixpass.config import Config
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.report import Report
 from fixpass.plan import check_torch, entry_pipeline, graph_pipeline, present_target
+from fixpass.specialize import specialize_eps
 
 log = logging.getLogger("fixpass")
 HOOK = "post_grad_custom_pre_pass"
@@ -45,6 +46,7 @@ def fixpass(
     """
     check_torch()
     config = Config.resolve(options)
+    specialize_eps(gm.graph)
     report = entry_pipeline(config).run(gm.graph)
     if report.of_kind("applied"):
         gm.recompile()

@@ -19,6 +19,7 @@ from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.report import Report
 from fixpass.plan import check_torch, entry_pipeline, graph_pipeline, preferred, present_target
 from fixpass.retarget import claim_device
+from fixpass.specialize import specialize_eps
 
 
 def explain(
@@ -39,6 +40,7 @@ def explain(
     reports: list[Report] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        specialize_eps(gm.graph)
         chosen = asked or present_target(example_inputs, config)
         reports.append(entry_pipeline(config).run(gm.graph, f"target {chosen.name}"))
         gm.recompile()

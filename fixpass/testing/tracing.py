@@ -12,6 +12,7 @@ from fixpass.capture import compile_graphs, copy_graph
 from fixpass.config import Config
 from fixpass.passes.printer import format_graph
 from fixpass.plan import entry_pipeline
+from fixpass.specialize import specialize_eps
 
 
 def trace(
@@ -29,6 +30,7 @@ def trace(
     found: list[fx.GraphModule] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        specialize_eps(gm.graph)
         entry_pipeline(Config()).run(gm.graph)
         gm.recompile()
         names = [_short(node.name) for node in gm.graph.nodes if node.op == "placeholder"]

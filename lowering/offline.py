@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -227,15 +227,16 @@ def _widths(counts: dict[int, int]) -> str:
 
 def liger_plan(specimen: Specimen) -> Any:
     """What Liger-Kernel's RMS norm launches for many dense rows of this size."""
-    from liger_kernel.ops import rms_norm, utils
-
     from fixpass.runtime.kernels.launch import Launch
+
+    rms_norm = import_module("liger_kernel.ops.rms_norm")
+    settings = import_module("liger_kernel.ops.utils").calculate_settings
 
     dtype, hidden_size = DTYPES[specimen.dtype], specimen.hidden_size
     x = torch.empty(2**27 // hidden_size, hidden_size, dtype=dtype, device="meta")
     weight = torch.empty(hidden_size, dtype=dtype, device="meta")
     scale = torch.empty(x.shape[0], device="meta")
-    block, num_warps = utils.calculate_settings(hidden_size)
+    block, num_warps = settings(hidden_size)
     arguments: dict[str, Any] = {}
     for name, tensor in (("Y", x), ("X", x), ("W", weight), ("RSTD", scale)):
         arguments |= {f"{name}_ptr": tensor, f"{name}_row_stride": tensor.stride(0)}

@@ -4,7 +4,9 @@
 it writes any of them. It keeps no statistics for a backward pass.
 """
 
-# ruff: noqa: ANN001, ANN201  (a kernel's arguments have no Python types)
+# A kernel's arguments have no Python types.
+# ruff: noqa: ANN001, ANN201
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
 import torch
 import triton
 import triton.language as tl
@@ -146,7 +148,7 @@ def plan_add_norm(
 ) -> Launch:
     """The launch for checked operands with at least one element."""
     geometry, placed = place(**rows)
-    choice = choose_for(geometry, lanes)
+    choice = choose_for(geometry, rows["x"].element_size(), lanes)
     arguments = {
         **placed,
         "weight_ptr": dense_vector(weight),

@@ -15,6 +15,7 @@ from fixpass.runtime.kernels.layout import (
     MAX_LEADING,
     UNIT_ROW,
     Geometry,
+    Operand,
     aligned_base,
     lay_out,
     operand,
@@ -22,6 +23,7 @@ from fixpass.runtime.kernels.layout import (
 
 VECTOR = 8  # elements a thread holds in one 16-byte register group of a 16-bit type
 ENOUGH_PROGRAMS = 512  # above it every multiprocessor has work with two vectors a thread
+BY_ROWS_BYTES = 32768
 MAX_INT32_ROWS = 2**31 - 2**16  # below it row numbers, and the tile past the last, fit int32
 
 
@@ -34,8 +36,8 @@ class Choice:
     num_warps: int
 
 
-def choose(num_rows: int, hidden_size: int, *, by_rows: bool, lanes: int) -> Choice:
-    """The launch choice, a function of sizes, of the unit stride and of the warp's width.
+def choose(num_rows: int, hidden_size: int, itemsize: int, *, by_rows: bool, lanes: int) -> Choice:
+    """The launch choice, from sizes, the width of an item, the unit stride and the warp's width.
 
     * A tile has at least one 16-byte vector a thread, so no element is held twice: a
       replicated element would be read by one warp after another wrote it in place.
@@ -44,13 +46,13 @@ def choose(num_rows: int, hidden_size: int, *, by_rows: bool, lanes: int) -> Cho
       when rows are few, to spread them over more programs.
     * Large hidden sizes: one row a program, two vectors a thread, more past 16 warps of
       32 lanes.
-    * Unit stride along rows (channels first): at least a 16-byte vector of rows, 32 where
-      registers allow, so that a column of the tile is whole sectors.
+    * Unit stride along rows (channels first): up to 32 rows, so that a column of the tile
+      is whole sectors, as long as the tile is 32 KiB: more spills.
     """
     block = 1 << max(0, hidden_size - 1).bit_length()
     most_warps = 512 // lanes
     if by_rows:
-        rows = max(1, min(32, 16384 // block))
+        rows = max(1, min(32, BY_ROWS_BYTES // itemsize // block))
         rows = max(rows, 4 * lanes * VECTOR // block)
         warps = rows * block // (lanes * 2 * VECTOR)
         return Choice(rows, block, max(4, min(most_warps, warps)))
@@ -88,14 +90,21 @@ def place(**tensors: Tensor) -> tuple[Geometry, dict[str, Any]]:
     first, `x_stride0` and so on, and the constant `X_UNIT`.
     """
     bases = {name: aligned_base(tensor) for name, tensor in tensors.items()}
-    geometry = lay_out(tuple(operand(tensors[name], bases[name][1]) for name in tensors))
-    arguments: dict[str, Any] = {}
-    for name, placement in zip(bases, geometry.placements, strict=True):
+    operands = tuple(operand(tensor, bases[name][1]) for name, tensor in tensors.items())
+    geometry, integers = _told(tuple(tensors), operands)
+    pointers = {f"{name}_ptr": base for name, (base, _) in bases.items()}
+    return geometry, {**integers, **pointers}
+
+
+@lru_cache(maxsize=4096)
+def _told(names: tuple[str, ...], operands: tuple[Operand, ...]) -> tuple[Geometry, dict[str, int]]:
+    geometry = lay_out(operands)
+    integers: dict[str, int] = {}
+    for name, placement in zip(names, geometry.placements, strict=True):
         values = (placement.start, placement.column, *_padded(placement.strides, MAX_LEADING))
-        arguments |= zip(placement_names(name), values, strict=True)
-        arguments[f"{name}_ptr"] = bases[name][0]
-        arguments[f"{name.upper()}_UNIT"] = placement.unit
-    return geometry, arguments
+        integers |= zip(placement_names(name), values, strict=True)
+        integers[f"{name.upper()}_UNIT"] = placement.unit
+    return geometry, integers
 
 
 def placement_names(name: str) -> tuple[str, ...]:
@@ -146,9 +155,10 @@ def row_arguments(geometry: Geometry, choice: Choice) -> dict[str, Any]:
     }
 
 
-def choose_for(geometry: Geometry, lanes: int) -> Choice:
+def choose_for(geometry: Geometry, itemsize: int, lanes: int) -> Choice:
     by_rows = geometry.placements[0].unit == UNIT_ROW
-    return choose(geometry.num_rows, geometry.hidden_size, by_rows=by_rows, lanes=lanes)
+    sizes = geometry.num_rows, geometry.hidden_size
+    return choose(*sizes, itemsize, by_rows=by_rows, lanes=lanes)
 
 
 def num_programs(geometry: Geometry, choice: Choice) -> int:

@@ -4,7 +4,12 @@ The first programs take rows of q, the rest rows of k; each side has its own lay
 own weight and its own number of heads. v is not touched, and no rotary embedding is applied.
 """
 
-# ruff: noqa: ANN001, ANN201  (a kernel's arguments have no Python types)
+# A kernel's arguments have no Python types.
+# ruff: noqa: ANN001, ANN201
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -144,7 +149,7 @@ def qk_norm(
         q, k, q_weight, k_weight, eps, q_out=q_out, k_out=k_out,
         norm_dtype=norm_dtype, weight_dtype=weight_dtype,
     )  # fmt: skip
-    rule = {
+    rule: dict[str, Any] = {
         "weight_offset": weight_offset, "norm_dtype": norm_dtype, "weight_dtype": weight_dtype
     }  # fmt: skip
     if q.numel() == 0 or k.numel() == 0 or _in_parts(q, q_out) or _in_parts(k, k_out):
@@ -161,26 +166,30 @@ def _in_parts(tensor: Tensor, out: Tensor) -> bool:
 
 
 def plan_qk_norm(
-    sides: dict[str, tuple[Tensor, Tensor | None, Tensor]],
+    sides: Mapping[str, tuple[Tensor, Tensor | None, Tensor]],
     eps: float,
-    rule: dict[str, object],
+    rule: dict[str, Any],
     *,
     lanes: int,
 ) -> Launch:
     """The launch for checked operands with at least one element; q's size makes the choice."""
-    arguments: dict[str, object] = {"eps": eps, **rule}
+    arguments: dict[str, Any] = {"eps": eps, **rule}
+    placed = {
+        side: place(**{side: tensor, f"{side}_out": out})
+        for side, (tensor, _, out) in sides.items()
+    }
+    choice = choose_for(placed["q"][0], sides["q"][0].element_size(), lanes)
     programs = {}
-    choice = None
-    for side, (tensor, weight, out) in sides.items():
-        geometry, placed = place(**{side: tensor, f"{side}_out": out})
-        choice = choice or choose_for(geometry, lanes)
+    for side, (_, weight, _) in sides.items():
+        geometry, integers_and_pointers = placed[side]
         told = row_arguments(geometry, choice)
         for shared in ("HIDDEN", "ROWS", "BLOCK"):
             arguments[shared] = told.pop(shared)
         prefixed = {
             f"{side.upper() if name.isupper() else side}_{name}": v for name, v in told.items()
         }
-        arguments |= {**placed, **prefixed, f"{side}_weight_ptr": dense_vector(weight)}
+        arguments |= {**integers_and_pointers, **prefixed}
+        arguments[f"{side}_weight_ptr"] = dense_vector(weight)
         programs[side] = num_programs(geometry, choice)
     arguments["q_programs"] = programs["q"]
     grid = (sum(programs.values()),)

@@ -5,7 +5,9 @@ that what a wavefront loads lies together. Types of 1, 2 and 4 bytes; packed 4-b
 moved as the bytes they lie in. Nothing here records that a weight is shuffled.
 """
 
-# ruff: noqa: ANN001, ANN201  (a kernel's arguments have no Python types)
+# A kernel's arguments have no Python types.
+# ruff: noqa: ANN001, ANN201
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
 from math import gcd
 
 import torch

@@ -101,7 +101,7 @@ def _out(case: Case, x: Tensor) -> Tensor:
     if kind == 0 or case.layout in READ_ONLY:
         return torch.full(x.shape, -7.0, dtype=x.dtype)
     if kind == 1:
-        dims = sorted(range(x.dim()), key=lambda dim: -x.stride(dim))
+        dims = sorted(range(x.dim()), key=lambda dim: x.stride()[dim], reverse=True)
         empty = torch.full([x.shape[dim] for dim in dims], -7.0, dtype=x.dtype)
         return empty.permute([dims.index(dim) for dim in range(x.dim())])
     return case.layout(case.hidden_size, case.dtype)

@@ -289,5 +289,6 @@ def kernels_command(
             show(line)
         return 0
     prose = write.read_text().split(MARKER)[0]
-    write.write_text("\n".join([prose + MARKER, *lines, ""]))
+    made_with = f"\nCompiled with Triton {metadata.version('triton')}."
+    write.write_text("\n".join([prose + MARKER, made_with, *lines, ""]))
     return 0

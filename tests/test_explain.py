@@ -1,0 +1,124 @@
+"""`fixpass.explain` and the command line: what would happen, on this device and on absent ones."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import nn
+
+import fixpass
+from fixpass.__main__ import load_function, main
+from fixpass.runtime.errors import ConfigError
+from fixpass.testing import bf16
+
+
+class Attention(nn.Module):
+    """Heads of a packed projection, normalised."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(32, 192, bias=False, dtype=torch.bfloat16)
+        self.q_norm = nn.RMSNorm(16, eps=1e-6, dtype=torch.bfloat16)
+
+    def forward(self, x):
+        return self.q_norm(self.qkv(x)[..., :64].view(*x.shape[:-1], 4, 16))
+
+
+@torch.no_grad()
+def test_the_report_names_modules_layouts_and_kernels():
+    report = fixpass.explain(Attention(), bf16(5, 32))
+    assert_expected_inline(
+        str(report),
+        """\
+target cpu
+canonicalize-norms
+    applied rms_norm (q_norm): became rms_norm of bf16[5, 4, 16][192, 16, 1]
+select-norm-kernel
+    applied rms_norm (q_norm): inductor reads bf16[5, 4, 16][192, 16, 1], 0 bytes copied
+""",
+    )
+
+
+@torch.no_grad()
+def test_an_absent_device_is_explained_with_its_kernels():
+    report = fixpass.explain(Attention(), bf16(5, 32), target="rocm:gfx942")
+    assert_expected_inline(
+        str(report),
+        """\
+target rocm:gfx942
+canonicalize-norms
+    applied rms_norm (q_norm): became rms_norm of bf16[5, 4, 16][192, 16, 1]
+select-norm-kernel
+    missed  rms_norm (q_norm): aiter_rms_norm: x is dense 2-D does not hold for bf16[5, 4, 16][192, 16, 1]; a copy would move 1,280 bytes
+    applied rms_norm (q_norm): strided_rms_norm reads bf16[5, 4, 16][192, 16, 1], 0 bytes copied
+bytes saved: 1,280
+""",
+    )
+
+
+def test_an_unknown_target_is_an_error_that_lists_the_known():
+    with pytest.raises(ConfigError, match="known targets: cpu, cuda:sm_80"):
+        fixpass.explain(Attention(), bf16(5, 32), target="tpu")
+
+
+def test_explain_leaves_the_models_own_compiles_alone():
+    model, x = Attention(), bf16(5, 32)
+    compiled = torch.compile(model, backend="fixpass", options={"lower": "eager"})
+    want = compiled(x)
+    for target in (None, "cuda:sm_90", None):
+        fixpass.explain(model, x, target=target)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(compiled(x), want)
+
+
+def test_graph_breaks_are_reported_one_after_the_other():
+    def broken(x):
+        y = torch.nn.functional.rms_norm(x, (32,))
+        torch._dynamo.graph_break()
+        return torch.nn.functional.rms_norm(y, (32,))
+
+    report = fixpass.explain(broken, bf16(5, 32))
+    assert len(report.of_pass("canonicalize-norms")) == 2
+
+
+def build():
+    return Attention(), (bf16(5, 32),)
+
+
+def test_the_command_line_explains_a_function_of_a_file(capsys):
+    assert main(["explain", f"{__file__}:build", "--target", "cuda:sm_90"]) == 0
+    assert "strided_rms_norm reads bf16[5, 4, 16][192, 16, 1]" in capsys.readouterr().out
+    assert main(["explain", f"{__file__}:build", "--json"]) == 0
+    assert '"pass_name": "canonicalize-norms"' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nothing", "say FILE.py:FUNCTION or MODULE:FUNCTION"),
+        ("nowhere.py:build", "there is no file nowhere.py"),
+        (f"{__file__}:nothing", "has no function 'nothing'"),
+    ],
+)
+def test_a_model_that_cannot_be_found_is_said_on_one_line(name, message, capsys):
+    with pytest.raises(ConfigError, match=message):
+        load_function(name)
+    assert main(["explain", name]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_passes_kernels_and_doctor_list_what_there_is(capsys):
+    for command, expected in (
+        ("passes", "insert-relayout"),
+        ("kernels", "aiter_rms_norm computes rms_norm"),
+        ("doctor", f"torch {torch.__version__}"),
+    ):
+        assert main([command]) == 0
+        assert expected in capsys.readouterr().out
+
+
+def test_the_module_runs_as_a_program():
+    run = [sys.executable, "-P", "-m", "fixpass", "passes"]
+    assert "lower-norms" in subprocess.run(run, capture_output=True, text=True, check=True).stdout

@@ -64,6 +64,33 @@ def test_machine_code_of_the_whole_table(target, specimen):
     assert_wide_and_documented(target, specimen)
 
 
+# Sizes that fill no power of two, and so are masked.
+MASKED = [
+    Specimen(op, size)
+    for op in offline.OPS
+    for size in ((80, 192) if op == "qk_norm" else (80, 192, 1536, 5000, 7168))
+]
+
+
+def assert_wide(target_name, specimen):
+    target = gpu_target(target_name)
+    code = compile_launch(plan(specimen, target.warp_size), target)
+    assert (code.narrowest(), code.spills) == (128, 0)
+    assert specimen.hidden_size > 256 or code.shared == 0
+
+
+def test_a_masked_size_loads_wide_too():
+    assert_wide("rocm:gfx942", Specimen("rms_norm", 5000))
+    assert_wide("rocm:gfx950", Specimen("qk_norm", 80))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("specimen", MASKED, ids=str)
+@pytest.mark.parametrize("target", offline.DOCUMENTED_TARGETS)
+def test_every_masked_size_loads_wide_too(target, specimen):
+    assert_wide(target, specimen)
+
+
 def test_the_document_names_every_kernel_of_every_target():
     sections = re.findall(r"^## (\S+:\S+)$", DOCUMENT.read_text(), re.MULTILINE)
     assert sections == list(offline.DOCUMENTED_TARGETS)

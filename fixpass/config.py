@@ -5,7 +5,7 @@ option, or a value that does not parse, raises ConfigError with the known ones.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -77,9 +77,11 @@ def _check(name: str, value: Any) -> Any:
         raise ConfigError(f"option {name!r} is True or False, not {value!r}")
     if name == "lower" and value not in ("inductor", "eager"):
         raise ConfigError(f'option "lower" is "inductor" or "eager", not {value!r}')
-    if name == "fuel" and not (value is None or (isinstance(value, int) and value >= 0)):
+    if name == "fuel" and not (value is None or (type(value) is int and value >= 0)):
         raise ConfigError(f'option "fuel" is a number of changes or None, not {value!r}')
     if name == "inductor":
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"option 'inductor' is a mapping of names to values, not {value!r}")
         return tuple(sorted(dict(value).items()))
     if name in ("norm_kernels", "disable", "passes") and value is not None:
         return _check_names(name, value)
@@ -87,7 +89,7 @@ def _check(name: str, value: Any) -> Any:
 
 
 def _check_names(name: str, value: Any) -> tuple[Any, ...]:
-    if isinstance(value, (str, Pass)):
+    if isinstance(value, str) or not isinstance(value, Iterable):
         raise ConfigError(f"option {name!r} is a sequence, not {value!r}")
     items = tuple(value)
     if name == "passes":
@@ -117,7 +119,7 @@ def _boolean(name: str, text: str) -> bool:
 
 
 def _integer(name: str, text: str) -> int:
-    if not text.isdigit():
+    if not text.isdecimal():
         raise ConfigError(f"{name}={text!r} is not a number")
     return int(text)
 

@@ -18,7 +18,7 @@ from torch import fx
 from fixpass.passes.base import Pass, PassResult, Remark
 from fixpass.passes.report import Report
 from fixpass.passes.snapshot import Snapshot
-from fixpass.passes.verify import faulty_nodes, verify
+from fixpass.passes.verify import faulty_nodes, results_of, verify
 from fixpass.runtime.errors import PassError
 from fixpass.runtime.providers import PROVIDERS, is_available
 
@@ -64,12 +64,12 @@ class Pipeline:
         return digest.hexdigest()
 
     def _run_guarded(
-        self, step: Pass, graph: fx.Graph, result: PassResult, excused: frozenset[fx.Node]
+        self, step: Pass, graph: fx.Graph, result: PassResult, excused: frozenset[str]
     ) -> None:
-        snapshot = Snapshot.of(graph)
+        snapshot, results = Snapshot.of(graph), results_of(graph)
         try:
             step.run(graph, result)
-            verify(graph, step.name, excused)
+            verify(graph, step.name, excused, results)
         # Any error is the pass's: this is the boundary where third parties' code is called.
         except Exception as error:
             why = str(error) if isinstance(error, PassError) else f"{type(error).__name__}: {error}"

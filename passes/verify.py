@@ -5,7 +5,7 @@ Each node is run again on fake tensors and must give the dtype, shape, device an
 guard is added. Numerics are compared by tests, not here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,25 +37,45 @@ def find_faults(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
                 yield node, f"records {recorded} but gives {format_value(got)}"
 
 
-def verify(graph: fx.Graph, pass_name: str, excused: frozenset[fx.Node] = frozenset()) -> None:
-    """Raise PassError naming the pass and the node unless the graph holds."""
+def verify(
+    graph: fx.Graph,
+    pass_name: str,
+    excused: frozenset[str] = frozenset(),
+    results: Sequence[Any] | None = None,
+) -> None:
+    """Raise PassError naming the pass and the node unless the graph holds.
+
+    excused: names of nodes that need not hold. results: what the graph recorded for its results
+    before the pass; they may not change.
+    """
     try:
         graph.lint()
     except (AssertionError, RuntimeError, NameError) as error:
         raise PassError(f"{pass_name} left a malformed graph: {error}") from error
     for node in graph.nodes:
-        if _is_tensor_call(node) and "val" not in node.meta:
+        if _is_tensor_call(node) and node.target._schema.returns and "val" not in node.meta:
             raise PassError(
                 f"{pass_name} left {node.name} ({node.target}) without a recorded value"
             )
     for node, fault in find_faults(graph):
-        if node not in excused:
+        if node.name not in excused:
             raise PassError(f"{pass_name} left {node.name} ({node.target}), which {fault}")
+    found = results_of(graph)
+    if results is not None and not _same(found, results):
+        raise PassError(
+            f"{pass_name} changed the results from {format_value(results)} to {format_value(found)}"
+        )
 
 
-def faulty_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
-    """The nodes that did not hold before any pass ran: they are not our passes' fault."""
-    return frozenset(node for node, _ in find_faults(graph))
+def faulty_nodes(graph: fx.Graph) -> frozenset[str]:
+    """Names of nodes that did not hold before any pass ran: they are not our passes' fault."""
+    return frozenset(node.name for node, _ in find_faults(graph))
+
+
+def results_of(graph: fx.Graph) -> list[Any]:
+    """What the graph records for its results, in order."""
+    leaves = pytree.tree_leaves(graph.output_node().args[0])
+    return [leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
 
 
 def _is_tensor_call(node: fx.Node) -> bool:

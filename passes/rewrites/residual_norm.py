@@ -29,6 +29,8 @@ class ResidualNorm(Rewrite):
         total, weight, bias, eps = anchor.args
         if not is_call(total, aten.add.Tensor) or total.kwargs or len(total.users) < 2:
             return NOT_OURS
+        if anchor.kwargs.get("kernel_name"):
+            return Missed(f"the model asks for {anchor.kwargs['kernel_name']}, which does not add")
         operands = tuple(total.args)
         wrong = _wrong_operands(total, operands) or _wrong_order(anchor, total)
         if wrong:

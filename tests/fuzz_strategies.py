@@ -11,7 +11,6 @@ import torch
 from fuzz_modules import (
     Input,
     Program,
-    RandomModule,
     Step,
     new_input,
     run_step,
@@ -31,8 +30,9 @@ def pick(draw: Draw, *choices: Any) -> Any:
 
 
 @st.composite
-def programs(draw: Draw, dtypes: tuple[torch.dtype, ...] = DTYPES, most_steps: int = 7) -> Program:
-    dtype = pick(draw, *dtypes)
+def programs(draw: Draw, of_models: bool = False) -> Program:
+    """Programs of up to 7 steps; `of_models` leaves out the norms that no model has."""
+    dtype = pick(draw, *(HALF if of_models else DTYPES))
     shape = tuple(draw(st.lists(st.sampled_from((4, 3, 2, 1, 8)), min_size=1, max_size=3)))
     shape = (*shape[:-1], pick(draw, 8, 16, 4, 1, 24))
     if draw(st.integers(0, 19)) == 19:
@@ -44,8 +44,8 @@ def programs(draw: Draw, dtypes: tuple[torch.dtype, ...] = DTYPES, most_steps: i
         )
     values = [new_input(spec, None) for spec in inputs]
     steps: list[Step] = []
-    for _ in range(draw(st.integers(1, most_steps))):
-        step = draw_step(draw, values)
+    for _ in range(draw(st.integers(1, 7))):
+        step = draw_step(draw, values, model_form if of_models else draw_form)
         weights = [
             torch.empty(size, dtype=kind, device="meta")
             for size, kind in shapes_of_parameters(step, values[step.on])
@@ -75,13 +75,13 @@ def draw_input(draw: Draw, shape: tuple[int, ...], dtype: torch.dtype) -> Input:
     return Input(shape, dtype, pick(draw, *layouts), draw(st.booleans()))
 
 
-def draw_step(draw: Draw, values: list[Tensor]) -> Step:
+def draw_step(draw: Draw, values: list[Tensor], form: Callable[[Draw, Tensor], Form]) -> Step:
     # Mostly the newest value, so that steps make chains.
     on = len(values) - 1 - draw(st.integers(0, min(len(values) - 1, 3)))
     x = values[on]
     op = pick(draw, "norm", "norm", "norm", "add", "linear", "narrow", "view", "copy", "pointwise")
     if op == "norm":
-        return Step("norm", on, (draw_form(draw, x),))
+        return Step("norm", on, (form(draw, x),))
     if op == "add":
         # To the left only what broadcasts to x, or to what x broadcasts.
         other = [i for i, v in enumerate(values) if _broadcast(v, x)]
@@ -154,6 +154,19 @@ def draw_form(draw: Draw, x: Tensor) -> Form:
         twist=pick(draw, *[""] * 30, *TWISTS) if via == "written" else "",
     )
     return form if _runs(form, x) else Form(weight=x.dtype)
+
+
+def model_form(draw: Draw, x: Tensor) -> Form:
+    """A norm as models spell it, in the dtype of its input: Llama, OLMo2, Gemma, LayerNorm."""
+    forms = (
+        Form(weight=x.dtype, weight_first=True),
+        Form(weight=x.dtype, weight_first=True, rounds="after"),
+        Form(weight=x.dtype, widens_weight=True, offset=1.0, rounds="after"),
+        Form("functional", weight=x.dtype),
+        Form("functional", centred=True, eps=1e-5, weight=x.dtype, has_bias=True),
+    )
+    # Rows of one element, as in `draw_form`.
+    return pick(draw, *forms) if x.shape[-1] > 1 else Form(eps=0.5)
 
 
 def _runs(form: Form, x: Tensor) -> bool:

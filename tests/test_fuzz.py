@@ -6,17 +6,18 @@ A failing example prints as the `Program` to put into tests/test_faults.py.
 """
 
 import os
+from dataclasses import replace
 
-import pytest
 import standins
 import torch
-from fuzz_modules import Input, Program, RandomModule, Step, new_input
+from fuzz_modules import Program, RandomModule, Step, new_input
 from fuzz_norms import Form
 from fuzz_strategies import draw_form, draw_input, draw_view, pick, programs
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fixpass import explain
+from fixpass.runtime.providers import PROVIDERS
 from fixpass.testing import assert_same
 
 # The share of a tensor's largest element by which each of its elements may differ. Rewritten
@@ -25,6 +26,8 @@ from fixpass.testing import assert_same
 # difference crosses a rounding boundary and later steps carry it on.
 # Where everything cancels, as in the layer norm of rows of one element, float32's noise is left.
 EAGER = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# The kernels that stand-ins compute here; our own need a GPU.
+FOREIGN = sorted(name for name, provider in PROVIDERS.items() if provider.needs)
 FULL = os.environ.get("FIXPASS_TEST_FULL", "0") == "1"
 OPTIONS = {"lower": "eager", "verify": True, "strict": True}
 
@@ -92,6 +95,13 @@ def fits(program: Program, module: RandomModule) -> bool:
 @given(programs())
 def test_random_modules_give_what_eager_gives(program):
     check(program)
+
+
+@examples(60, full=2_000)
+@given(programs(of_models=True), st.permutations(FOREIGN))
+def test_opaque_kernels_get_the_layouts_that_they_ask_for(program, kernels):
+    standins.register()
+    check(replace(program, training=False), norm_kernels=(*kernels, "inductor"))
 
 
 @st.composite

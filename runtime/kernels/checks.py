@@ -62,8 +62,7 @@ def check_add_rms_norm(
     inputs = {"x": x, "residual": residual, "weight": weight, "bias": bias}
     _check_overlap("sum_out", sum_out, inputs)
     _check_overlap("out", out, inputs)
-    if _share(out, sum_out):
-        raise ValueError(f"out {describe(out)}: shares elements with sum_out {describe(sum_out)}")
+    _check_apart("out", out, {"sum_out": sum_out})
 
 
 def check_qk_norm(
@@ -101,15 +100,8 @@ def check_qk_norm(
     weights = {"q_weight": q_weight, "k_weight": k_weight}
     _check_overlap("q_out", q_out, {"q": q, **weights})
     _check_overlap("k_out", k_out, {"k": k, **weights})
-    for name, one, other_name, other in (
-        ("q_out", q_out, "k", k),
-        ("k_out", k_out, "q", q),
-        ("k_out", k_out, "q_out", q_out),
-    ):
-        if _share(one, other):
-            raise ValueError(
-                f"{name} {describe(one)}: shares elements with {other_name} {describe(other)}"
-            )
+    _check_apart("q_out", q_out, {"k": k})
+    _check_apart("k_out", k_out, {"q": q, "q_out": q_out})
 
 
 def _check_rows(name: str, tensor: Tensor) -> None:
@@ -160,6 +152,14 @@ def _check_overlap(name: str, out: Tensor, inputs: dict[str, Tensor | None]) -> 
         if other is not None and overlap_partly(out, other):
             raise ValueError(
                 f"{name} {describe(out)}: lies partly over {other_name} {describe(other)}"
+            )
+
+
+def _check_apart(name: str, out: Tensor, others: dict[str, Tensor]) -> None:
+    for other_name, other in others.items():
+        if _share(out, other):
+            raise ValueError(
+                f"{name} {describe(out)}: shares elements with {other_name} {describe(other)}"
             )
 
 

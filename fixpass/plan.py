@@ -64,8 +64,10 @@ def present_target(example_inputs: Sequence[object], config: Config) -> Target:
 
 
 def preferred(target: Target, config: Config) -> Target:
-    """The target with the user's order of kernels, where there is one."""
-    return target if config.norm_kernels is None else replace(target, kernels=config.norm_kernels)
+    """The target with the user's order of kernels, where there is one: then it is kept to."""
+    if config.norm_kernels is None:
+        return target
+    return replace(target, kernels=config.norm_kernels, prefers_fusion=False)
 
 
 def _enabled(steps: tuple[Pass, ...], config: Config) -> tuple[Pass, ...]:

@@ -136,6 +136,20 @@ class SameShape(OperandClause):
 
 
 @dataclass(frozen=True)
+class SameHidden(OperandClause):
+    """Two operands have rows of one size."""
+
+    other: str
+
+    def holds(self, site: Site) -> Known:
+        ours, others = site.layouts[self.operand], site.layouts[self.other]
+        return bool(ours.rank and others.rank) and known(ours.shape[-1] == others.shape[-1])
+
+    def __str__(self) -> str:
+        return f"{self.operand}.shape[-1] == {self.other}.shape[-1]"
+
+
+@dataclass(frozen=True)
 class LeadingDims(Clause):
     """The rows of all operands merge to at most `most` dimensions, size-1 dimensions apart."""
 

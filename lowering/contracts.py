@@ -20,15 +20,18 @@ from fixpass.lowering.clauses import (
     Present,
     Rank,
     SameDtype,
+    SameHidden,
     SameShape,
     SameStride,
     UnitLastStride,
     WeightRule,
 )
 from fixpass.lowering.contract import Contract
+from fixpass.runtime.kernels.checks import FLOATS as FLOAT
+from fixpass.runtime.kernels.checks import MAX_HIDDEN
+from fixpass.runtime.strided import MAX_RANK
 
 HALF = (torch.float16, torch.bfloat16)
-FLOAT = (*HALF, torch.float32)
 
 # What nearly every opaque kernel asks: fp32 inside, one dtype outside, a weight and no bias.
 _PLAIN: tuple[Clause, ...] = (
@@ -48,8 +51,8 @@ _STRIDED: tuple[Clause, ...] = (
     DtypeIn("x", FLOAT),
     DtypeIn("out", FLOAT),
     ComputesIn(torch.float32),
-    Rank("x", 1, 6),
-    HiddenAtMost(65536),
+    Rank("x", 1, MAX_RANK),
+    HiddenAtMost(MAX_HIDDEN),
     LeadingDims(4),
 )
 
@@ -63,6 +66,7 @@ CONTRACTS: tuple[Contract, ...] = (
     Contract("inductor", "rms_norm", (), "any layout: the op's decomposition, fused"),
     Contract("inductor", "layer_norm", (), "any layout: the op's decomposition, fused"),
     Contract("inductor", "add_rms_norm", (), "any layout: the op's decomposition, fused"),
+    Contract("inductor", "qk_norm", (), "any layout: the op's decomposition, fused"),
     Contract(
         "aiter_rms_norm",
         "rms_norm",
@@ -176,6 +180,20 @@ CONTRACTS: tuple[Contract, ...] = (
         "add_rms_norm",
         (SameShape("residual", "x"), DtypeIn("residual", FLOAT), *_STRIDED),
         _OURS,
+    ),
+    Contract(
+        "strided_qk_norm",
+        "qk_norm",
+        (
+            DtypeIn("q", FLOAT),
+            SameDtype("k"),
+            ComputesIn(torch.float32),
+            Rank("q", 1, MAX_RANK),
+            Rank("k", 1, MAX_RANK),
+            HiddenAtMost(MAX_HIDDEN),
+            SameHidden("k", "q"),
+        ),
+        _OURS + ": q and k in one launch",
     ),
 )
 

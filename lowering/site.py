@@ -13,13 +13,15 @@ from torch import fx
 from fixpass.lowering.layout import Layout
 from fixpass.runtime.norms import default_compute_dtype
 
-OPS = ("rms_norm", "layer_norm", "add_rms_norm")
+OPS = ("rms_norm", "layer_norm", "add_rms_norm", "qk_norm")
 # Positions of the tensor arguments in the schemas of `fixpass.runtime.ops`.
 OPERANDS: Mapping[str, tuple[str, ...]] = {
     "rms_norm": ("x", "weight", "bias"),
     "layer_norm": ("x", "weight", "bias"),
     "add_rms_norm": ("x", "residual", "weight", "bias"),
+    "qk_norm": ("q", "k", "q_weight", "k_weight"),
 }
+# Operands that have one row for each row of x; q and k have rows of their own.
 ROW_OPERANDS = ("x", "residual", "out")
 
 
@@ -46,7 +48,8 @@ class Site:
 
     @property
     def x(self) -> Layout:
-        return self.layouts["x"]
+        """The first operand, whose dtype and rows the others are compared with."""
+        return self.layouts[OPERANDS[self.op][0]]
 
     @property
     def rows(self) -> tuple[str, ...]:

@@ -18,6 +18,8 @@ class Target:
     name: str
     device_type: str
     kernels: tuple[str, ...]
+    prefers_fusion: bool = True
+    """Leave a norm to Inductor where that saves more bytes by fusing than a kernel saves."""
 
 
 _ROCM_KERNELS = (
@@ -27,12 +29,14 @@ _ROCM_KERNELS = (
     "strided_rms_norm",
     "strided_layer_norm",
     "strided_add_rms_norm",
+    "strided_qk_norm",
     "inductor",
 )
 _CUDA_KERNELS = (
     "strided_rms_norm",
     "strided_layer_norm",
     "strided_add_rms_norm",
+    "strided_qk_norm",
     "inductor",
 )
 

@@ -6,6 +6,7 @@ from fixpass.passes.canonicalize_norms import CanonicalizeNorms
 from fixpass.passes.drop_dead_copies import DropDeadCopies
 from fixpass.passes.functionalize_norms import FunctionalizeNorms
 from fixpass.passes.insert_relayout import InsertRelayout
+from fixpass.passes.join_qk_norms import JoinQkNorms
 from fixpass.passes.lower_norms import LowerNorms
 from fixpass.passes.select_norm_kernel import SelectNormKernel
 
@@ -29,6 +30,8 @@ def default_passes(target: Target) -> tuple[Pass, ...]:
         InsertRelayout(),
         # After the relayouts, so that no copy is dropped that a kernel turned out to need.
         DropDeadCopies(),
+        # Behind the dropped copies, which may have stood between q or k and the packed tensor.
+        JoinQkNorms(target),
         # Last: what Inductor compiles becomes plain operations again and fuses.
         LowerNorms(),
     )

@@ -2,8 +2,8 @@
 
 The choice is written into the op's `kernel_name` argument. A copy that stands in front of the norm
 counts as avoidable, so a kernel that reads the strided source is preferred to one that needs the
-copy. What is saved is the copy that the target's preferred kernel would have needed. Nothing is
-moved here: `insert-relayout` does that.
+copy. Where Inductor would fuse the norm with pointwise neighbours, its code is the default: an
+opaque kernel would move those bytes. Nothing is moved here: `insert-relayout` does that.
 """
 
 from dataclasses import dataclass
@@ -17,11 +17,25 @@ from fixpass.lowering.relayout import Relayout, cheapest_relayout, hint, why_not
 from fixpass.lowering.site import OPERANDS, OPS, Site, op_name
 from fixpass.lowering.target import Target
 from fixpass.passes.base import Pass, PassResult
+from fixpass.passes.fusion import fusion_of
 from fixpass.passes.rewrite import find_anchors
 from fixpass.passes.rewrites.dead_copy import copied_operands, without_copies
 from fixpass.passes.rewrites.norm import op_overload
 
 FLOOR = "inductor"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel, the relayout that it needs, and the copy that a preferred kernel needed."""
+
+    kernel: str
+    plan: Relayout
+    refused_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return hint(self.plan.num_bytes)
 
 
 @dataclass(frozen=True)
@@ -41,24 +55,37 @@ class SelectNormKernel(Pass):
     def _select(self, node: fx.Node, result: PassResult) -> None:
         op = op_name(node)
         site = without_copies(Site.of(node), OPERANDS[op], copied_operands(node))
-        kernel, plan, cost = FLOOR, Relayout((), False, 0), -1
-        refused = 0
-        for contract in self._contracts(op):
-            found = cheapest_relayout(contract, site)
-            if found is None or hint(found.num_bytes):
-                result.missed(node, _refusal(contract, site, found))
-                refused = refused or (hint(found.num_bytes) if found else 0)
-            if found is not None and (cost < 0 or hint(found.num_bytes) < cost):
-                kernel, plan, cost = contract.kernel, found, hint(found.num_bytes)
-            if cost == 0:
-                break
-        node.update_kwarg("kernel_name", kernel)
-        saved = max(refused - max(cost, 0), 0)
-        result.applied(node, f"{kernel} reads {site.x}, {_describe(plan)}", bytes_saved=saved)
+        choice = self._choose(node, site, result)
+        if choice.kernel != FLOOR and self.target.prefers_fusion:
+            fusion = fusion_of(node)
+            if fusion.saved > 0 and FLOOR in self.target.kernels:
+                node.update_kwarg("kernel_name", FLOOR)
+                moved = f"{fusion.fused_bytes:,} bytes moved, {fusion.opaque_bytes:,}"
+                text = f"{FLOOR} reads {site.x}, fused with {', '.join(fusion.names)}: {moved}"
+                result.applied(node, f"{text} by {choice.kernel}", bytes_saved=fusion.saved)
+                return
+        node.update_kwarg("kernel_name", choice.kernel)
+        saved = max(choice.refused_bytes - choice.num_bytes, 0)
+        text = f"{choice.kernel} reads {site.x}, {_describe(choice.plan)}"
+        result.applied(node, text, bytes_saved=saved)
 
-    def _contracts(self, op: str) -> list[Contract]:
-        rows = (contract_of(kernel, op) for kernel in self.target.kernels)
-        return [row for row in rows if row is not None]
+    def _choose(self, node: fx.Node, site: Site, result: PassResult) -> Choice:
+        """The first kernel that needs no copy, else the one whose copy is the cheapest."""
+        best: Choice | None = None
+        refused = 0
+        for kernel in self.target.kernels:
+            contract = contract_of(kernel, site.op)
+            if contract is None:
+                continue
+            plan = cheapest_relayout(contract, site)
+            if plan is None or hint(plan.num_bytes):
+                result.missed(node, _refusal(contract, site, plan))
+                refused = refused or (hint(plan.num_bytes) if plan else 0)
+            if plan is not None and (best is None or hint(plan.num_bytes) < best.num_bytes):
+                best = Choice(kernel, plan, refused)
+            if best is not None and best.num_bytes == 0:
+                break
+        return best or Choice(FLOOR, Relayout((), False, 0), refused)
 
 
 def _refusal(contract: Contract, site: Site, plan: Relayout | None) -> str:

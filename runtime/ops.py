@@ -1,8 +1,9 @@
-"""The ops `fixpass::rms_norm`, `fixpass::layer_norm` and `fixpass::add_rms_norm`.
+"""The ops `fixpass::rms_norm`, `layer_norm`, `add_rms_norm` and `qk_norm`.
 
-An op states what is computed; its `kernel_name` argument says which kernel computes it, and the empty
-string is the reference in `fixpass.runtime.norms`. Gradients follow from the reference. Passes
-choose the kernel; nothing here does.
+An op states what is computed; its `kernel_name` argument says which kernel computes it. The name
+"inductor" is the reference in `fixpass.runtime.norms`, and the empty name, an op that no pass has
+seen, is our Triton kernel on CUDA and ROCm where it can compute the op, else the reference.
+Gradients follow from the reference.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fixpass.runtime import norms, providers
+from fixpass.runtime import norms, providers, strided
 
 _STEPS = (
     "float weight_offset=0.0, ScalarType? compute_dtype=None, ScalarType? norm_dtype=None, "
@@ -26,6 +27,10 @@ SCHEMAS = {
     "layer_norm": f"(Tensor x, Tensor? weight, Tensor? bias, float eps, *, {_STEPS}) -> Tensor",
     "add_rms_norm": (
         "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, *, "
+        f"{_STEPS}) -> (Tensor, Tensor)"
+    ),
+    "qk_norm": (
+        "(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, float eps, *, "
         f"{_STEPS}) -> (Tensor, Tensor)"
     ),
 }
@@ -58,10 +63,23 @@ def add_rms_norm(
     return norms.rms_norm(total, eps, norms.Affine(weight, bias, **steps)), total
 
 
+def qk_norm(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    **steps: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return (rms_norm(q), rms_norm(k)): q (..., heads, head_size) and k of other heads."""
+    return rms_norm(q, q_weight, None, eps, **steps), rms_norm(k, k_weight, None, eps, **steps)
+
+
 REFERENCES: dict[str, Callable[..., Any]] = {
     "rms_norm": rms_norm,
     "layer_norm": layer_norm,
     "add_rms_norm": add_rms_norm,
+    "qk_norm": qk_norm,
 }
 
 
@@ -85,7 +103,10 @@ def _make_autograd(name: str) -> tuple[Callable[..., Any], Callable[..., None]]:
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         live = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None]
         got = torch.autograd.grad(
-            [y for y, _ in live], [tensors[i] for i in needed], [g for _, g in live]
+            [y for y, _ in live],
+            [tensors[i] for i in needed],
+            [g for _, g in live],
+            allow_unused=True,
         )
         found = dict(zip(needed, got, strict=True))
         return tuple(found.get(i) for i in range(len(tensors) + 1))
@@ -101,11 +122,17 @@ def _define(library: torch.library.Library, name: str) -> None:
             return reference(*args, **steps)
         return providers.call(name, kernel_name, args, steps)
 
+    def run_on_gpu(*args: Any, kernel_name: str = "", **steps: Any) -> Any:
+        if kernel_name == "" and strided.can_compute(args[0], steps):
+            kernel_name = f"strided_{name}"
+        return run(*args, kernel_name=kernel_name, **steps)
+
     def fake(*args: Any, kernel_name: str = "", **steps: Any) -> Any:
         return reference(*args, **steps)
 
     library.define(name + SCHEMAS[name], tags=TAGS)
     library.impl(name, run, "CompositeExplicitAutograd")
+    library.impl(name, run_on_gpu, "CUDA")
     torch.library.register_fake(f"fixpass::{name}", fake, lib=library)
     backward, setup_context = _make_autograd(name)
     torch.library.register_autograd(

@@ -1,4 +1,4 @@
-"""Opaque norm kernels of other libraries, called with the semantics of our ops.
+"""The norm kernels behind our ops: ours, and those of other libraries.
 
 One small function a kernel, and one literal that names them. A provider allocates what the
 foreign op writes into and passes everything else on; it checks no layout and copies nothing,
@@ -7,11 +7,13 @@ because the pass `insert-relayout` has already made the contract hold.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fixpass.runtime import strided
 from fixpass.runtime.errors import KernelError
 
 Steps = dict[str, Any]
@@ -19,10 +21,18 @@ Steps = dict[str, Any]
 
 @dataclass(frozen=True)
 class Provider:
-    """A kernel of another library: the op it calls and how to call it."""
+    """How to call a kernel, and the op of another library that it needs; empty for our own."""
 
     needs: str
     call: Callable[..., Any]
+
+    def is_available(self) -> bool:
+        return op_exists(self.needs) if self.needs else strided.is_available()
+
+    def way_out(self) -> str:
+        if not self.needs:
+            return "Triton and a CUDA or ROCm device: neither can be done without"
+        return f"the op {self.needs}: import the library that brings it"
 
 
 def op_exists(name: str) -> bool:
@@ -32,21 +42,26 @@ def op_exists(name: str) -> bool:
 
 def is_available(kernel: str) -> bool:
     """Whether the library behind `kernel` is loaded in this process."""
-    return kernel in PROVIDERS and op_exists(PROVIDERS[kernel].needs)
+    return kernel in PROVIDERS and PROVIDERS[kernel].is_available()
 
 
 def call(op: str, kernel: str, args: tuple[Any, ...], steps: Steps) -> Any:
     """Run `kernel` for `fixpass::op`; raise KernelError when it is unknown or not loaded."""
+    return _require(op, kernel).call(*args, **steps)
+
+
+@cache
+def _require(op: str, kernel: str) -> Provider:
+    """The provider, looked for once: a call must not pay for the search."""
     if kernel not in PROVIDERS:
         known = ", ".join(sorted(PROVIDERS))
         raise KernelError(f"fixpass::{op}: unknown kernel {kernel!r}; known kernels: {known}")
     if not is_available(kernel):
         raise KernelError(
-            f"fixpass::{op}: kernel {kernel!r} needs the op {PROVIDERS[kernel].needs}, which is "
-            "not registered: import the library that brings it, or leave the kernel out of "
-            'options={"norm_kernels": ...}'
+            f"fixpass::{op}: kernel {kernel!r} needs {PROVIDERS[kernel].way_out()}, or leave the "
+            'kernel out of options={"norm_kernels": ...}'
         )
-    return PROVIDERS[kernel].call(*args, **steps)
+    return PROVIDERS[kernel]
 
 
 def _is_model_sensitive(steps: Steps) -> int:
@@ -98,6 +113,10 @@ def _flashinfer_rms_norm(x: Tensor, weight: Tensor, _: None, eps: float, **steps
 
 
 PROVIDERS: dict[str, Provider] = {
+    "strided_rms_norm": Provider("", strided.rms_norm),
+    "strided_layer_norm": Provider("", strided.layer_norm),
+    "strided_add_rms_norm": Provider("", strided.add_rms_norm),
+    "strided_qk_norm": Provider("", strided.qk_norm),
     "aiter_rms_norm": Provider("aiter::rms_norm", _aiter_rms_norm),
     "aiter_layer_norm": Provider("aiter::layernorm2d_fwd", _aiter_layer_norm),
     "aiter_add_rms_norm": Provider("aiter::rmsnorm2d_fwd_with_add", _aiter_add_rms_norm),

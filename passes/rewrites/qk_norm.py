@@ -1,0 +1,143 @@
+"""Two norms over parts of one packed tensor, with one eps and one rule, become `fixpass::qk_norm`.
+
+Anchored at the first of the two, where the views of the second are made again if they come
+later. It joins only norms that our strided kernel computes, because only there is it one launch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+import fixpass.runtime.ops  # noqa: F401  (defines torch.ops.fixpass)
+from fixpass.lowering.contracts import contract_of
+from fixpass.lowering.layout import Layout
+from fixpass.lowering.site import Site
+from fixpass.passes.edit import Editor
+from fixpass.passes.fusion import VIEWS, source_of
+from fixpass.passes.rewrite import NOT_OURS, Match, Missed, Rewrite, is_call
+from fixpass.passes.rewrites.norm import Norm, build_norm
+
+KERNEL, JOINED = "strided_rms_norm", "strided_qk_norm"
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class QkNorm(Rewrite):
+    """Anchored at a norm of a view; the other norm is looked for behind the same tensor."""
+
+    anchors: ClassVar = (torch.ops.fixpass.rms_norm.default,)
+
+    def match(self, anchor: fx.Node) -> Norm | Missed:
+        packed = _packed(anchor)
+        if packed is None or anchor.kwargs.get("kernel_name") != KERNEL:
+            return NOT_OURS
+        later = [n for n in _norms_of(packed) if anchor < n and n.kwargs == anchor.kwargs]
+        other = next((n for n in later if n.args[2] is None and n.args[3] == anchor.args[3]), None)
+        if other is None or anchor.args[2] is not None:
+            return NOT_OURS
+        wrong = _wrong(anchor, other)
+        if wrong:
+            return Missed(f"not joined with {other.name}: {wrong}")
+        q, k = _operand(anchor), _operand(other)
+        layouts = f"{Layout.of(q.meta['val'])} and {Layout.of(k.meta['val'])}"
+        return Norm(
+            (anchor, other),
+            f"{anchor.name} and {other.name} of {layouts} became one launch",
+            0,
+            "qk_norm",
+            (q, k, _weight(anchor), _weight(other)),
+            _eps(anchor),
+            {**anchor.kwargs, "kernel_name": JOINED},
+        )
+
+    def replace(self, graph: fx.Graph, match: Match) -> tuple[fx.Node, ...]:
+        assert isinstance(match, Norm)
+        first, second = match.replaced
+        edit = Editor(graph, first)
+        q, k, *weights = match.inputs
+        assert k is not None
+        inputs = (q, _hoist(edit, k), *weights)
+        joined = Norm((first,), match.text, 0, match.op, inputs, match.eps, match.steps)
+        pair = build_norm(graph, joined, first, (first.meta["val"], second.meta["val"]))
+        with graph.inserting_after(pair):
+            parts = [graph.call_function(getitem, (pair, i)) for i in (1, 0)][::-1]
+        for part, old in zip(parts, match.replaced, strict=True):
+            part.meta = {**old.meta}
+        return tuple(parts)
+
+
+def _wrong(first: fx.Node, second: fx.Node) -> str:
+    """Why the two cannot be one launch; empty when they can."""
+    weights = [_weight(first), _weight(second)]
+    if (weights[0] is None) != (weights[1] is None):
+        return "one has a weight and the other has none"
+    for node in (*_views_after(second, first), weights[1]):
+        if node is not None and not node < first and not is_call(node, *VIEWS):
+            return f"{node.name} is computed after {first.name}"
+    vals = {"q": _operand(first), "k": _operand(second)}
+    names = zip(("q_weight", "k_weight"), weights, strict=True)
+    vals |= {name: node for name, node in names if node is not None}
+    layouts = {name: Layout.of(node.meta["val"]) for name, node in vals.items()}
+    layouts["out"] = Layout.of(first.meta["val"])
+    if weights[0] is not None and layouts["q_weight"].dtype != layouts["k_weight"].dtype:
+        return "their weights differ in dtype"
+    contract = contract_of(JOINED, "qk_norm")
+    assert contract is not None
+    verdict = contract.check(Site("qk_norm", layouts, "cuda", dict(first.kwargs)))
+    return "" if verdict else str(verdict)
+
+
+def _packed(norm: fx.Node) -> fx.Node | None:
+    """The tensor that the norm's input is a part of, or None when it is no view."""
+    operand = _operand(norm)
+    source = source_of(operand)
+    return None if source is operand else source
+
+
+def _norms_of(packed: fx.Node) -> Iterator[fx.Node]:
+    """Every norm that our kernel computes over a view of `packed`, in no order."""
+    queue = list(packed.users)
+    while queue:
+        node = queue.pop(0)
+        if is_call(node, torch.ops.fixpass.rms_norm.default):
+            if source_of(_operand(node)) is packed:
+                yield node
+        elif is_call(node, *VIEWS):
+            queue += node.users
+
+
+def _views_after(norm: fx.Node, first: fx.Node) -> Iterator[fx.Node]:
+    """What the norm's input is made of behind `first`: views, and sizes that they are given."""
+    queue = [_operand(norm)]
+    while queue:
+        node = queue.pop()
+        if not node < first:
+            yield node
+            queue += node.all_input_nodes
+
+
+def _hoist(edit: Editor, node: fx.Node) -> fx.Node:
+    """`node`, or a copy of the views that make it where they come behind the editor's place."""
+    if node < edit.anchor:
+        return node
+    args = fx.node.map_arg(node.args, lambda source: _hoist(edit, source))
+    return edit.call(node.target, args, dict(node.kwargs))
+
+
+def _operand(norm: fx.Node) -> fx.Node:
+    assert isinstance(norm.args[0], fx.Node)
+    return norm.args[0]
+
+
+def _weight(norm: fx.Node) -> fx.Node | None:
+    weight: Any = norm.args[1]
+    return weight
+
+
+def _eps(norm: fx.Node) -> float:
+    eps: Any = norm.args[3]
+    return float(eps)

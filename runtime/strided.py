@@ -1,0 +1,137 @@
+"""Our Triton kernels behind the ops: they read any stride and write the layout that is asked for.
+
+Allocates the results and calls the launchers of `fixpass.runtime.kernels`, which refuse what they
+cannot compute with a ValueError before any launch. Triton is imported at the first call.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fixpass.runtime.kernels.checks import FLOATS, MAX_HIDDEN
+
+MAX_RANK = 6
+
+
+@cache
+def is_available() -> bool:
+    """Whether Triton is installed and has a device to run on, or its interpreter is switched on."""
+    if find_spec("triton") is None:
+        return False
+    if torch.cuda.is_available():
+        return True
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def can_compute(x: Tensor, steps: Mapping[str, Any]) -> bool:
+    """Whether the kernels take rows of x with these rounding steps."""
+    return (
+        x.dtype in FLOATS
+        and steps.get("compute_dtype") in (None, torch.float32)
+        and steps.get("out_dtype") in (None, *FLOATS)
+        and 1 <= x.dim() <= MAX_RANK
+        and x.shape[-1] <= MAX_HIDDEN
+        and is_available()
+    )
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    out_dtype: torch.dtype | None = None,
+    order: Sequence[int] | None = None,
+    compute_dtype: torch.dtype | None = None,
+    **steps: Any,
+) -> Tensor:
+    """`fixpass::rms_norm` of x (..., hidden_size) by a kernel of any layout."""
+    from fixpass.runtime.kernels.rms_norm import rms_norm as launch
+
+    _check_compute(compute_dtype)
+    out = empty_like(x, out_dtype, order)
+    launch(x, weight, eps, out=out, bias=bias, **steps)
+    return out
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    out_dtype: torch.dtype | None = None,
+    order: Sequence[int] | None = None,
+    compute_dtype: torch.dtype | None = None,
+    **steps: Any,
+) -> Tensor:
+    """`fixpass::layer_norm` of x (..., hidden_size) by a kernel of any layout."""
+    from fixpass.runtime.kernels.layer_norm import layer_norm as launch
+
+    _check_compute(compute_dtype)
+    out = empty_like(x, out_dtype, order)
+    launch(x, weight, eps, out=out, bias=bias, **steps)
+    return out
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    out_dtype: torch.dtype | None = None,
+    order: Sequence[int] | None = None,
+    compute_dtype: torch.dtype | None = None,
+    **steps: Any,
+) -> tuple[Tensor, Tensor]:
+    """`fixpass::add_rms_norm` of x and residual, each with its own strides."""
+    from fixpass.runtime.kernels.add_rms_norm import add_rms_norm as launch
+
+    _check_compute(compute_dtype)
+    total_dtype = torch.promote_types(x.dtype, residual.dtype)
+    total = empty_like(x, total_dtype, order)
+    out = empty_like(x, out_dtype or total_dtype, order)
+    launch(x, residual, weight, eps, out=out, sum_out=total, bias=bias, **steps)
+    return out, total
+
+
+def qk_norm(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    *,
+    out_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
+    order: Sequence[int] | None = None,
+    **steps: Any,
+) -> tuple[Tensor, Tensor]:
+    """`fixpass::qk_norm` in one launch, straight from a packed projection."""
+    from fixpass.runtime.kernels.qk_norm import qk_norm as launch
+
+    _check_compute(compute_dtype)
+    outs = empty_like(q, out_dtype, order), empty_like(k, out_dtype, order)
+    launch(q, k, q_weight, k_weight, eps, q_out=outs[0], k_out=outs[1], **steps)
+    return outs
+
+
+def empty_like(x: Tensor, dtype: torch.dtype | None, order: Sequence[int] | None) -> Tensor:
+    """An uninitialised dense tensor of x's shape, its dimensions in `order`, outermost first."""
+    if order is None:
+        return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+    return torch.empty_permuted(x.shape, order, dtype=dtype or x.dtype, device=x.device)
+
+
+def _check_compute(compute_dtype: torch.dtype | None) -> None:
+    if compute_dtype not in (None, torch.float32):
+        raise ValueError(f"the strided kernels compute in float32, not in {compute_dtype}")

@@ -74,8 +74,9 @@ class GraphPass(CustomGraphPass):
 
     def uuid(self) -> Any:
         theirs = [hook.uuid() if isinstance(hook, CustomGraphPass) else None for hook in self.hooks]
-        # A hook that cannot be named in a key must not be cached: None says so to Inductor.
-        return None if None in theirs else repr((self.pipeline.uuid(), theirs))
+        keys = [self.pipeline.uuid(), *theirs]
+        # What cannot be named in a key must not be cached: None says so to Inductor.
+        return None if None in keys else repr(keys)
 
 
 def run_on(pipeline: Pipeline, graph: fx.Graph, title: str = "") -> Report:

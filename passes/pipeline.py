@@ -51,16 +51,20 @@ class Pipeline:
             remarks += result.remarks
         return Report(tuple(remarks), title)
 
-    def uuid(self) -> str:
-        """A key that changes with the passes, their options, their source and what they call."""
+    def uuid(self) -> str | None:
+        """A key that changes with the passes, their options, their source and what they call.
+
+        None where a pass has no source to read, as one typed at a prompt: no graph that it
+        rewrote may be cached.
+        """
         digest = hashlib.sha256(source_hash().encode())
         digest.update(repr((self.passes, self.fuel, self.strict, torch.__version__)).encode())
         digest.update(repr([name for name in PROVIDERS if is_available(name)]).encode())
         for step in self.passes:
-            if not is_ours(step):
-                digest.update(
-                    inspect.getsource(inspect.getmodule(type(step)) or type(step)).encode()
-                )
+            source = b"" if is_ours(step) else _source_of(type(step))
+            if source is None:
+                return None
+            digest.update(source)
         return digest.hexdigest()
 
     def _run_guarded(
@@ -82,6 +86,14 @@ class Pipeline:
 
 def is_ours(step: Pass) -> bool:
     return type(step).__module__.startswith("fixpass.")
+
+
+def _source_of(cls: type) -> bytes | None:
+    """The source of the module that defines `cls`, or None where there is no file of it."""
+    try:
+        return inspect.getsource(inspect.getmodule(cls) or cls).encode()
+    except (OSError, TypeError):
+        return None
 
 
 def source_files() -> Iterator[Path]:

@@ -4,8 +4,9 @@ import triton
 import triton.language as tl
 
 from fixpass.lowering.offline import gpu_target
+from fixpass.runtime import norms
 from fixpass.testing.kernel_memory import trace_memory
-from fixpass.testing.kernel_memory.accuracy import ulps
+from fixpass.testing.kernel_memory.accuracy import excess, ulps
 
 
 @triton.jit
@@ -189,3 +190,19 @@ def test_ulps_count_across_zero():
     tiny = torch.tensor([2**-149], dtype=torch.float32)
     assert ulps(tiny, -tiny) == 2
     assert ulps(torch.tensor([float("nan")]), tiny) == float("inf")
+
+
+def test_noise_excuses_no_wrong_value():
+    x, weight = torch.randn(4, 64).bfloat16(), torch.randn(64).bfloat16()
+    rule = {"norm_dtype": torch.bfloat16}
+    want = norms.rms_norm(x, 1e-6, norms.Affine(weight, **rule))
+
+    def measured(got, rule=rule):
+        return excess(got, want, x, weight, None, rule, center=False, eps=1e-6)
+
+    assert measured(want) == 0
+    wrong = want.clone()
+    wrong.view(torch.int16)[2, 3] += 3
+    assert measured(wrong) >= 2
+    assert measured(want * 1.02) > 1
+    assert measured(norms.rms_norm(x, 1e-3, norms.Affine(weight + 1, **rule))) > 1

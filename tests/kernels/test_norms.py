@@ -20,7 +20,7 @@ SHORT = EVERY_CASE[::61]
 def assert_proved(case):
     outcome = run(case)
     assert outcome.report.faults == ()
-    assert outcome.steps <= 1
+    assert outcome.excess <= 1
     moved = sum(outcome.report.views[name].size for name in outcome.reads)
     if moved and case.layout not in OTHER_STRIDE:
         assert outcome.report.moved(outcome.reads, outcome.writes) == 1.0

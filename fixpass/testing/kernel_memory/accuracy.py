@@ -1,9 +1,9 @@
-"""How far a norm is from its reference, in steps of the types it was rounded to.
+"""How far a norm is from its reference, in steps of the output's type.
 
-`ulps` is the plain distance in the output's type. Where terms cancel (a product and a bias, a
-value and its mean) one step of an earlier rounding is many of those, though no kernel and no
-reference could do better; `steps` measures in the coarsest rounding on the way. It judges no
-case and runs no kernel.
+`ulps` is the plain distance. Two sums of the same squares in another order differ by a few
+float32 steps, which is more than one step of the output where terms cancel, where a value on
+its way lies at a rounding tie, and in float32. `excess` measures from the interval of outcomes
+that such noise in the normalized value allows. It judges no case and runs no kernel.
 """
 
 from typing import Any
@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Two sums of the same squares in another order differ by this much, in relative terms.
 FLOAT32_NOISE = 4 * 2.0**-23
-MANTISSA = {torch.bfloat16: (7, -133), torch.float16: (10, -24), torch.float32: (23, -149)}
 
 
 def ulps(got: Tensor, want: Tensor) -> float:
@@ -33,7 +31,7 @@ def _position(x: Tensor) -> Tensor:
     return torch.where(bits < 0, -magnitude, magnitude)
 
 
-def steps(
+def excess(
     got: Tensor,
     want: Tensor,
     x: Tensor,
@@ -44,32 +42,41 @@ def steps(
     center: bool,
     eps: float,
 ) -> float:
-    """The largest distance over one step of the coarsest rounding between x and `want`."""
+    """Ulps between `got` and the nearest outcome that float32 noise allows."""
     if got.numel() == 0:
         return 0.0
+    if bool(torch.isnan(got).any()):
+        return float("inf")
     h = x.double()
-    mean = h.mean(-1, keepdim=True) if center else torch.zeros((), dtype=torch.float64)
-    scale = torch.rsqrt(((h - mean) ** 2).mean(-1, keepdim=True) + eps)
-    summed = h.abs().mean(-1, keepdim=True) if center else mean  # what the mean is exact to
-    normed = (h.abs() + summed) * scale
-    factor = torch.ones((), dtype=torch.float64)
-    if weight is not None:
-        factor = (weight.double() + rule.get("weight_offset", 0.0)).abs()
-    added = torch.zeros((), dtype=torch.float64) if bias is None else bias.double().abs()
-    noise = FLOAT32_NOISE * (normed * factor + added)
-    step = torch.maximum(spacing(want.double(), want.dtype), noise)
+    summed = torch.zeros((), dtype=torch.float64)  # a mean is as exact as what it sums is large
+    if center:
+        summed = h.abs().mean(-1, keepdim=True)
+        h = h - h.mean(-1, keepdim=True)
+    scale = torch.rsqrt((h**2).mean(-1, keepdim=True) + eps)
+    noise = FLOAT32_NOISE * (h.abs() + summed) * scale
+    ends = [
+        _position(_weigh(h * scale + end, weight, bias, rule).to(got.dtype))
+        for end in (-noise, noise)
+    ]
+    ends.append(_position(want))
+    low, high = torch.stack(ends).amin(0), torch.stack(ends).amax(0)
+    at = _position(got)
+    return float(torch.maximum(low - at, at - high).clamp(min=0).max())
+
+
+def _weigh(y: Tensor, weight: Tensor | None, bias: Tensor | None, rule: dict[str, Any]) -> Tensor:
+    """The weight rule on exact values (float64), rounded where the rule rounds to 16 bits."""
     rounded = rule.get("norm_dtype") or torch.float32
-    if rounded != torch.float32:
-        step = torch.maximum(step, spacing(normed, rounded) * factor)
-    if bias is not None and weight is not None:
-        product = torch.promote_types(rounded, rule.get("weight_dtype") or weight.dtype)
-        step = torch.maximum(step, spacing(normed * factor, product))
-    distance = (got.double() - want.double()).abs() / step
-    return float(torch.nan_to_num(distance, nan=float("inf")).max())
+    y = _round(y, rounded)
+    if weight is not None:
+        weighed = rule.get("weight_dtype") or weight.dtype
+        factor = _round(weight.to(weighed).double() + rule.get("weight_offset", 0.0), weighed)
+        rounded = torch.promote_types(rounded, weighed)
+        y = _round(y * factor, rounded)
+    if bias is not None:
+        y = _round(y + bias.double(), torch.promote_types(rounded, bias.dtype))
+    return y
 
 
-def spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gap between neighbours of `dtype` around each of `values` (float64)."""
-    bits, least = MANTISSA[dtype]
-    exponent = torch.frexp(values.abs()).exponent - 1
-    return torch.ldexp(torch.ones_like(values), (exponent - bits).clamp(min=least))
+def _round(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values if dtype == torch.float32 else values.to(dtype).double()

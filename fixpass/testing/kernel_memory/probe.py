@@ -17,7 +17,7 @@ from fixpass.runtime.kernels.add_rms_norm import add_rms_norm
 from fixpass.runtime.kernels.layer_norm import layer_norm
 from fixpass.runtime.kernels.qk_norm import qk_norm
 from fixpass.runtime.kernels.rms_norm import rms_norm
-from fixpass.testing.kernel_memory.accuracy import steps, ulps
+from fixpass.testing.kernel_memory.accuracy import excess, ulps
 from fixpass.testing.kernel_memory.layouts import EVERY, READ_ONLY, Make
 from fixpass.testing.kernel_memory.report import MemoryReport
 from fixpass.testing.kernel_memory.trace import trace_memory
@@ -59,7 +59,7 @@ class Outcome:
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     ulps: float
-    steps: float
+    excess: float
 
 
 def cases() -> Iterator[Case]:
@@ -91,7 +91,7 @@ def run(case: Case) -> Outcome:
     want = reference(x, EPS, norms.Affine(weight, bias, **rule, out_dtype=out.dtype))
     report = trace_memory(kernel, x, weight, EPS, out=out, bias=bias, **rule)
     center = case.op == "layer_norm"
-    far = steps(out, want, x, weight, bias, rule, center=center, eps=EPS)
+    far = excess(out, want, x, weight, bias, rule, center=center, eps=EPS)
     return Outcome(report, ("x",), ("out",), ulps(out, want), far)
 
 
@@ -117,7 +117,7 @@ def _add(case: Case, x: Tensor, weight: Tensor | None, bias: Tensor | None, rule
         add_rms_norm, x, residual, weight, EPS, out=out, sum_out=sum_out, bias=bias, **rule
     )
     distance = max(ulps(sum_out, total), ulps(out, want))
-    far = steps(out, want, total, weight, bias, rule, center=False, eps=EPS)
+    far = excess(out, want, total, weight, bias, rule, center=False, eps=EPS)
     far = max(far, ulps(sum_out, total))
     return Outcome(report, ("x", "residual"), ("out", "sum_out"), distance, far)
 
@@ -145,7 +145,7 @@ def _qk(case: Case, q: Tensor, q_weight: Tensor | None, rule: Rule) -> Outcome:
     distance = max(map(ulps, (q_out, k_out), wants))
     sides = ((q, q_weight, q_out, wants[0]), (k, k_weight, k_out, wants[1]))
     far = max(
-        steps(got, want, x, weight, None, rule, center=False, eps=EPS)
+        excess(got, want, x, weight, None, rule, center=False, eps=EPS)
         for x, weight, got, want in sides
     )
     return Outcome(report, ("q", "k"), ("q_out", "k_out"), distance, far)

@@ -8,8 +8,10 @@ looked at. Nothing here knows a kernel or moves data.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
+from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 Dim = int | torch.SymInt
@@ -25,6 +27,20 @@ def known(condition: bool | torch.SymBool) -> Known:
     if statically_known_true(torch.sym_not(condition)):
         return False
     return None
+
+
+def known_equal(left: Dim, right: Dim) -> Known:
+    """Whether two sizes or strides are equal.
+
+    One and the same expression is seen at once: most questions are of that kind, and a symbolic
+    comparison costs more than the rest of a match.
+    """
+    if isinstance(left, torch.SymInt) and isinstance(right, torch.SymInt):
+        mine, other = left.node, right.node
+        is_symbolic = isinstance(mine, SymNode) and isinstance(other, SymNode)
+        if is_symbolic and mine.shape_env is other.shape_env and mine.expr == other.expr:
+            return True
+    return known(left == right)
 
 
 def all_known(answers: Iterable[Known]) -> Known:
@@ -78,7 +94,7 @@ class Layout:
         if 0 in [size for size in self.shape if isinstance(size, int)]:
             return True
         return all_known(
-            either(known(size == 1), known(mine == other))
+            _same_step(size, mine, other)
             for size, mine, other in zip(self.shape, self.stride, stride, strict=True)
         )
 
@@ -116,13 +132,17 @@ def either(left: Known, right: Known) -> Known:
     return False if left is False and right is False else None
 
 
+def _same_step(size: Dim, mine: Dim, other: Dim) -> Known:
+    """Whether two strides of a dimension address the same elements."""
+    answer = known_equal(mine, other)
+    return answer if answer is True else either(answer, known(size == 1))
+
+
 def dense_stride(shape: Sequence[Dim], order: Iterable[int]) -> tuple[Dim, ...]:
     """The strides of dense storage whose dimensions lie in `order`, outermost first."""
     stride: list[Dim] = [1] * len(shape)
-    step: Dim = 1
-    for dim in reversed(tuple(order)):
-        stride[dim] = step
-        step = step * shape[dim]
+    for inner, outer in pairwise(reversed(tuple(order))):
+        stride[outer] = stride[inner] * shape[inner]
     return tuple(stride)
 
 
@@ -136,7 +156,7 @@ def dense_order(layout: Layout) -> tuple[int, ...] | None:
     step: Dim = 1
     while len(placed) < len(sized):
         left = (d for d in reversed(sized) if d not in placed)
-        dim = next((d for d in left if known(layout.stride[d] == step) is True), None)
+        dim = next((d for d in left if known_equal(layout.stride[d], step) is True), None)
         if dim is None:
             return None
         placed.append(dim)
@@ -167,13 +187,13 @@ def merge_leading(layouts: Sequence[Layout]) -> list[tuple[Dim, tuple[Dim, ...]]
 
 
 def _follows(outer: tuple[Dim, ...], size: Dim, inner: tuple[Dim, ...]) -> bool:
-    return all(known(o == i * size) is True for o, i in zip(outer, inner, strict=True))
+    return all(known_equal(o, i * size) is True for o, i in zip(outer, inner, strict=True))
 
 
 def same_shape(left: Layout, right: Layout) -> Known:
     if left.rank != right.rank:
         return False
-    return all_known(known(a == b) for a, b in zip(left.shape, right.shape, strict=True))
+    return all_known(known_equal(a, b) for a, b in zip(left.shape, right.shape, strict=True))
 
 
 _NAMES = {

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from fixpass.lowering.layout import Layout, dense_order
+from fixpass.lowering.relayout import hint
 from fixpass.passes.rewrite import call
 
 aten = torch.ops.aten
@@ -27,13 +28,20 @@ class Editor:
     anchor: fx.Node
 
     def call(
-        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+        self,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
+        val: Any = None,
     ) -> fx.Node:
-        """A new node calling `target`; its value is what the call gives on fake tensors."""
+        """A new node calling `target`.
+
+        Its value is `val`, and what the call gives on fake tensors where that is None.
+        """
         with self.graph.inserting_before(self.anchor):
             node = call(self.graph, target, args, kwargs or {})
         node.meta = {k: v for k, v in self.anchor.meta.items() if k in _LENT}
-        node.meta["val"] = _run(node)
+        node.meta["val"] = _run(node) if val is None else val
         return node
 
     def size(self, node: fx.Node, dim: int) -> Any:
@@ -68,6 +76,21 @@ _LENT = (
     "from_node",
     "seq_nr",
 )
+
+
+def copy_of(val: FakeTensor) -> FakeTensor:
+    """A fake tensor with the layout of `val` in a storage of its own.
+
+    No operation is run: on symbolic shapes that costs ten times as much. No fake tensor mode may be
+    active. The storage has the size that was seen while tracing.
+    """
+    shape, stride = val.shape, val.stride()
+    steps = [(hint(size) - 1) * hint(step) for size, step in zip(shape, stride, strict=True)]
+    size = max(0, 1 + sum(steps) + hint(val.storage_offset()))
+    storage = torch.empty(size, dtype=val.dtype, device="meta")
+    return FakeTensor(
+        val.fake_mode, storage.as_strided(shape, stride, val.storage_offset()), val.device
+    )
 
 
 @contextmanager

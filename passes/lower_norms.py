@@ -1,7 +1,9 @@
 """Norms that Inductor is to compile become ordinary ATen operations, so that they fuse.
 
 The decomposition is the op's own reference, traced once for each kind of site and then inlined.
-Norms with another kernel stay single ops.
+What each step gives is known from the trace, and running it again on fake tensors for every site
+would be most of the cost of all passes, so sites get copies. Norms with another kernel stay single
+ops.
 """
 
 from dataclasses import dataclass
@@ -10,12 +12,13 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fixpass.lowering.layout import Layout
 from fixpass.lowering.site import OPS, op_name
 from fixpass.passes.base import Pass, PassResult
-from fixpass.passes.edit import Editor, guards_suppressed
+from fixpass.passes.edit import Editor, copy_of, guards_suppressed
 from fixpass.passes.rewrite import find_anchors
 from fixpass.passes.rewrites.norm import op_overload
 from fixpass.runtime.ops import REFERENCES
@@ -35,7 +38,8 @@ class LowerNorms(Pass):
             key = _kind(node)
             if key not in templates:
                 templates[key] = _trace(node)
-            _inline(graph, node, templates[key])
+            with unset_fake_temporarily():
+                _inline(graph, node, templates[key])
             result.changed = True
 
 
@@ -64,7 +68,18 @@ def _trace(node: fx.Node) -> fx.Graph:
     with guards_suppressed(vals):
         traced = make_fx(reference, select_decomp_table())(*vals)
     traced.graph.eliminate_dead_code()
+    for step in traced.graph.nodes:
+        # A view lies in the storage of its own site's operands, so it is run again for each.
+        if step.op == "call_function" and not _gives_new_tensor(step):
+            step.meta.pop("val", None)
     return traced.graph
+
+
+def _gives_new_tensor(step: fx.Node) -> bool:
+    if not isinstance(step.target, torch._ops.OpOverload):
+        return False
+    is_view = any(result.alias_info is not None for result in step.target._schema.returns)
+    return isinstance(step.meta["val"], FakeTensor) and not is_view
 
 
 def _inline(graph: fx.Graph, node: fx.Node, template: fx.Graph) -> None:
@@ -76,7 +91,9 @@ def _inline(graph: fx.Graph, node: fx.Node, template: fx.Graph) -> None:
             values[step] = next(operands)
         elif step.op == "call_function":
             args, kwargs = fx.node.map_arg((step.args, step.kwargs), lambda n: values[n])
-            values[step] = edit.call(step.target, args, kwargs)
+            known = step.meta.get("val")
+            val = None if known is None else copy_of(known)
+            values[step] = edit.call(step.target, args, kwargs, val)
     results = fx.node.map_arg(template.output_node().args[0], lambda n: values[n])
     if isinstance(results, fx.Node):
         node.replace_all_uses_with(edit.with_strides_of(results, node.meta["val"]))

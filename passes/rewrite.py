@@ -7,6 +7,7 @@ is built completely before anything is taken out, so that an error leaves the gr
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from operator import getitem
 from typing import Any, ClassVar
 
@@ -92,7 +93,14 @@ def erase_dead(graph: fx.Graph, root: fx.Node) -> None:
 
 
 def is_impure(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.is_impure()
+    return isinstance(node.target, torch._ops.OpOverload) and _has_effects(node.target)
+
+
+# Erasing asks this of every node; an op does not change its nature while the process lives.
+@cache
+def _has_effects(op: torch._ops.OpOverload) -> bool:
+    probe = fx.Graph().call_function(op)
+    return probe.is_impure()
 
 
 def is_call(node: Any, *targets: Any) -> bool:

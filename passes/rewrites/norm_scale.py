@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fixpass.lowering.layout import all_known, known
+from fixpass.lowering.layout import all_known, known_equal
 from fixpass.passes.rewrite import NOT_OURS, Missed, is_call, sole_user, val_of
 
 aten = torch.ops.aten
@@ -223,7 +223,7 @@ def _is_column(node: fx.Node, base: fx.Node) -> bool:
     if column is None or rows is None or column.dim() != rows.dim():
         return False
     wanted = (*rows.shape[:-1], 1)
-    return all_known(known(a == b) for a, b in zip(column.shape, wanted, strict=True)) is True
+    return all_known(known_equal(a, b) for a, b in zip(column.shape, wanted, strict=True)) is True
 
 
 def _centred_nodes(numerator: fx.Node, moment: _Moment) -> tuple[fx.Node, ...]:

@@ -244,6 +244,17 @@ class HiddenAtMost(Clause):
 
 
 @dataclass(frozen=True)
+class HiddenEven(Clause):
+    """The size of the last dimension is even."""
+
+    def holds(self, site: Site) -> Known:
+        return bool(site.x.rank) and known(site.x.shape[-1] % 2 == 0)
+
+    def __str__(self) -> str:
+        return "hidden_size is even"
+
+
+@dataclass(frozen=True)
 class ComputesIn(Clause):
     """The dtype in which squares are summed and rows are scaled."""
 

@@ -40,6 +40,8 @@ class Contract:
     op: str
     clauses: tuple[Clause, ...]
     source: str = ""
+    generation: str = ""
+    """Which generation of the library the row is for; empty for every one."""
 
     def check(self, site: Site) -> Verdict:
         """The first clause that is not proved, a refuted one before an open one."""

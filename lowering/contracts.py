@@ -14,6 +14,7 @@ from fixpass.lowering.clauses import (
     Dense2D,
     DtypeIn,
     HiddenAtMost,
+    HiddenEven,
     LastStridesDivisible,
     LeadingDims,
     NotEmpty,
@@ -29,6 +30,7 @@ from fixpass.lowering.clauses import (
 from fixpass.lowering.contract import Contract
 from fixpass.runtime.kernels.checks import FLOATS as FLOAT
 from fixpass.runtime.kernels.checks import MAX_HIDDEN
+from fixpass.runtime.providers import aiter_generation
 from fixpass.runtime.strided import MAX_RANK
 
 HALF = (torch.float16, torch.bfloat16)
@@ -47,6 +49,9 @@ _RESIDUAL: tuple[Clause, ...] = (SameShape("residual", "x"), SameDtype("residual
 _EITHER = WeightRule((False, True))
 _AFTER = WeightRule((False,))
 _BEFORE = WeightRule((True,))
+_ROWS: tuple[Clause, ...] = (Dense2D("x"), Dense2D("out"))
+# An odd hidden size corrupts the borders of rows: ROCm/aiter#5044.
+_AITER: tuple[Clause, ...] = (HiddenEven(), *_PLAIN, _EITHER)
 _STRIDED: tuple[Clause, ...] = (
     DtypeIn("x", FLOAT),
     DtypeIn("out", FLOAT),
@@ -57,6 +62,7 @@ _STRIDED: tuple[Clause, ...] = (
 )
 
 _CK = "aiter 0.1.7.post2, CK: m = numel / n, stride = input.stride(0), unchecked"
+_OPUS = "aiter 2026, opus: fp16, bf16 and fp32; copies what is not row-strided, so rows are dense"
 _AITER_TRITON = "aiter 0.1.7.post2, Triton: n_rows, n_cols = x.shape"
 _VLLM = "vLLM 0.32, csrc/layernorm_kernels.cu"
 _FLASHINFER = "flashinfer 0.6, norm.py"
@@ -67,31 +73,27 @@ CONTRACTS: tuple[Contract, ...] = (
     Contract("inductor", "layer_norm", (), "any layout: the op's decomposition, fused"),
     Contract("inductor", "add_rms_norm", (), "any layout: the op's decomposition, fused"),
     Contract("inductor", "qk_norm", (), "any layout: the op's decomposition, fused"),
-    Contract(
-        "aiter_rms_norm",
-        "rms_norm",
-        (Dense2D("x"), Dense2D("out"), DtypeIn("x", HALF), *_PLAIN, _EITHER),
-        _CK,
-    ),
+    Contract("aiter_rms_norm", "rms_norm", (*_ROWS, DtypeIn("x", HALF), *_AITER), _CK, "ck"),
+    Contract("aiter_rms_norm", "rms_norm", (*_ROWS, DtypeIn("x", FLOAT), *_AITER), _OPUS, "opus"),
     Contract(
         "aiter_layer_norm",
         "layer_norm",
-        (Dense2D("x"), Dense2D("out"), DtypeIn("x", HALF), *_PLAIN_LAYER_NORM, _AFTER),
+        (*_ROWS, DtypeIn("x", HALF), HiddenEven(), *_PLAIN_LAYER_NORM, _AFTER),
         _CK,
     ),
     Contract(
         "aiter_add_rms_norm",
         "add_rms_norm",
-        (
-            Dense2D("x"),
-            Dense2D("residual"),
-            Dense2D("out"),
-            DtypeIn("x", HALF),
-            *_RESIDUAL,
-            *_PLAIN,
-            _EITHER,
-        ),
+        (*_ROWS, Dense2D("residual"), DtypeIn("x", HALF), *_RESIDUAL, *_AITER),
         _CK,
+        "ck",
+    ),
+    Contract(
+        "aiter_add_rms_norm",
+        "add_rms_norm",
+        (*_ROWS, Dense2D("residual"), DtypeIn("x", FLOAT), *_RESIDUAL, *_AITER),
+        _OPUS,
+        "opus",
     ),
     Contract(
         "aiter_triton_rms_norm",
@@ -199,8 +201,15 @@ CONTRACTS: tuple[Contract, ...] = (
 
 
 def contract_of(kernel: str, op: str) -> Contract | None:
-    """The row for `kernel` computing `op`, or None when it does not compute that op."""
-    return next((c for c in CONTRACTS if c.kernel == kernel and c.op == op), None)
+    """The row for `kernel` computing `op`, or None when it does not compute that op.
+
+    Of several generations of a library the installed one counts, and the oldest, which promises
+    least, where none is installed.
+    """
+    rows = [c for c in CONTRACTS if c.kernel == kernel and c.op == op]
+    installed = aiter_generation() if any(row.generation for row in rows) else ""
+    fitting = (row for row in rows if not installed or row.generation in ("", installed))
+    return next(fitting, None)
 
 
 def kernel_names() -> tuple[str, ...]:

@@ -64,13 +64,27 @@ def _require(op: str, kernel: str) -> Provider:
     return PROVIDERS[kernel]
 
 
-def _is_model_sensitive(steps: Steps) -> int:
-    """aiter's flag: 1 rounds before the weight is applied, 0 after."""
-    return int(steps.get("norm_dtype") is not None)
+def _aiter_rounding(steps: Steps) -> dict[str, int]:
+    """aiter's flag: 1 rounds before the weight is applied, 0 after.
+
+    By keyword: a newer aiter has another flag, `gemma_norm`, in the same position.
+    """
+    return {"use_model_sensitive_rmsnorm": int(steps.get("norm_dtype") is not None)}
+
+
+def aiter_generation() -> str:
+    """Which of aiter's norm kernels are installed: "ck", "opus", or empty without aiter.
+
+    Told by the schema, since wheels of one version number carry either: opus has `gemma_norm`.
+    """
+    schemas = torch._C._jit_get_schemas_for_operator("aiter::rmsnorm2d_fwd_with_add")
+    if not schemas:
+        return ""
+    return "opus" if any(a.name == "gemma_norm" for a in schemas[0].arguments) else "ck"
 
 
 def _aiter_rms_norm(x: Tensor, weight: Tensor, _: None, eps: float, **steps: Any) -> Tensor:
-    result: Tensor = torch.ops.aiter.rms_norm(x, weight, eps, _is_model_sensitive(steps))
+    result: Tensor = torch.ops.aiter.rms_norm(x, weight, eps, **_aiter_rounding(steps))
     return result
 
 
@@ -84,7 +98,7 @@ def _aiter_add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     out, total = torch.empty_like(x), torch.empty_like(x)
     torch.ops.aiter.rmsnorm2d_fwd_with_add(
-        out, x, residual, total, weight, eps, _is_model_sensitive(steps)
+        out, x, residual, total, weight, eps, **_aiter_rounding(steps)
     )
     return out, total
 

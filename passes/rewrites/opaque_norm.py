@@ -143,8 +143,9 @@ def read_opaque(
     steps: dict[str, Any] = {}
     if _rounds_before(row, call) and x.dtype != torch.float32:
         steps["norm_dtype"] = x.dtype
-    if row.weight_offset:
-        steps |= {"weight_offset": row.weight_offset, "weight_dtype": torch.float32}
+    offset = row.weight_offset or float(bool(call.get("gemma_norm")))
+    if offset:
+        steps |= {"weight_offset": offset, "weight_dtype": torch.float32}
     return inputs, float(call[row.eps]), steps
 
 

@@ -15,7 +15,7 @@ from fixpass.runtime.providers import PROVIDERS
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 ROWS = ("x", "residual", "out", "q", "k")
-identified = {"argvalues": CONTRACTS, "ids": [f"{c.kernel}-{c.op}" for c in CONTRACTS]}
+identified = {"argvalues": CONTRACTS, "ids": [f"{c.kernel}-{c.generation or c.op}" for c in CONTRACTS]}
 
 
 def good_site(contract: Contract) -> Site:
@@ -41,6 +41,7 @@ def broken_sites(site: Site):
         Layout.contiguous((2, 3, 4, 5, 6, 7, 128), dtype),
         Layout.contiguous((128,), dtype),
         Layout.contiguous((6, 70000), dtype),
+        Layout.contiguous((6, 127), dtype),
         Layout.contiguous((0, 128), dtype),
         Layout((6, 128), (384, 1), dtype),
         Layout((6, 128), (129, 1), dtype),
@@ -108,6 +109,17 @@ def test_every_kernel_of_a_target_and_every_provider_has_a_row():
     for target in TARGETS:
         assert set(target.kernels) <= set(kernel_names())
     assert set(PROVIDERS) <= set(kernel_names())
+
+
+def test_of_two_generations_the_installed_one_counts(monkeypatch):
+    def generation():
+        return contract_of("aiter_rms_norm", "rms_norm").generation
+
+    found = []
+    for installed in ("", "ck", "opus"):
+        monkeypatch.setattr("fixpass.lowering.contracts.aiter_generation", lambda i=installed: i)
+        found.append(generation())
+    assert found == ["ck", "ck", "opus"]
 
 
 def test_every_row_says_where_it_is_from():

@@ -1,0 +1,55 @@
+"""`python -m benchmarks [NAME ...] [--quick] [--out DIR]`: run benchmarks, print and write them.
+
+Full runs go to `benchmarks/results`; a quick run, which only shows that everything works, is
+written where --out says and nowhere otherwise. The exit status is 1 where a bound is missed.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import compile_time, matching, norms, run_time, strided_norm
+from benchmarks.results import Result
+
+BENCHMARKS: dict[str, Callable[[bool], Result]] = {
+    "matching": matching.run,
+    "compile-time": compile_time.run,
+    "run-time": run_time.run,
+    "strided-norm": strided_norm.run,
+}
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(argv: Sequence[str]) -> int:
+    if argv[:1] == ["norms"]:
+        return norms.main(argv[1:])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    names = [*BENCHMARKS, "norms", "all"]
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(names)} (default)")
+    parser.add_argument("--quick", action="store_true", help="small sizes, few repeats")
+    parser.add_argument("--out", type=Path, help="folder for the JSON and the tables")
+    arguments = parser.parse_args(argv)
+    chosen = set(arguments.names or ["all"])
+    if chosen - set(names):
+        parser.error(f"unknown benchmark {min(chosen - set(names))!r}; known: {', '.join(names)}")
+    out = arguments.out or (None if arguments.quick else RESULTS)
+    # Two threads on a machine that others use would measure the others.
+    torch.set_num_threads(1)
+    held = True
+    for name, run in BENCHMARKS.items():
+        if chosen & {name, "all"}:
+            result = run(arguments.quick)
+            print(result.text(), flush=True)
+            if out is not None:
+                result.write(out)
+            held = held and all(check.holds for check in result.checks)
+    if chosen & {"norms", "all"}:
+        norms.main([])
+    return 0 if held or arguments.quick else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -39,6 +39,8 @@ class _Recorder:
         self.program = program
 
     def access(self, kind: str, addresses: Any, mask: Any, itemsize: int) -> Any:
+        if not self.launches:
+            raise RuntimeError("a kernel was imported while interpreting: import it before")
         mask = np.broadcast_to(mask, addresses.shape)
         inside = np.zeros(addresses.shape, dtype=bool)
         for low, high in self.bounds:

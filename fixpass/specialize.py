@@ -31,8 +31,8 @@ def specialize_eps(graph: fx.Graph) -> None:
     wanted = {name for name in wanted if not TensorifyState.should_specialize(name)}
     if not wanted:
         return
-    # What is constant already would cost a trace of its own later on.
-    wanted |= {name for node, name in floats if node.meta["example_value"].node.expr.is_number}
+    # What Inductor is going to fix as well would cost a trace of its own later on.
+    wanted |= {name for node, name in floats if _is_fixed_anyway(node)}
     for name in sorted(wanted):
         TensorifyState.specialize(name)
     raise TensorifyScalarRestartAnalysis(restart_reason="fixpass needs the value of a norm's eps")
@@ -51,6 +51,13 @@ def _is_eps(value: fx.Node, norms: tuple[object, ...]) -> bool:
         return True
     sums = (user for user in value.users if user.target in _ADDS)
     return any(user.target in _ROOTS for total in sums for user in total.users)
+
+
+def _is_fixed_anyway(value: fx.Node) -> bool:
+    """Whether the float is a constant by now, or `norm_type`, which no embedding computes with."""
+    if value.meta["example_value"].node.expr.is_number:
+        return True
+    return all(user.target is functional.embedding for user in value.users)
 
 
 def _opaque_norms() -> Iterator[object]:

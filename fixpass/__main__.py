@@ -12,7 +12,7 @@ import torch
 
 import fixpass
 from fixpass.lowering.contracts import CONTRACTS
-from fixpass.lowering.target import CPU, TARGETS
+from fixpass.lowering.target import CPU, TARGETS, target_named
 from fixpass.passes import default_passes, entry_passes
 from fixpass.plan import check_torch, installed_passes
 from fixpass.runtime.errors import ConfigError, FixpassError
@@ -45,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
     command("demo", _demo, "compile, explain, check and time a small Qwen3")
     command("passes", _passes, "list the passes in the order in which they run")
-    command("kernels", _kernels, "list the norm kernels and what each accepts")
+    sub = command("kernels", _kernels, "list the norm kernels and what each accepts")
+    sub.add_argument("--target", help="compile ours for a device that need not be here; or all")
+    sub.add_argument("--write", type=Path, help="the document whose table to replace")
     command("doctor", _doctor, "say what is installed and what fixpass can use of it")
     return parser
 
@@ -99,12 +101,23 @@ def _passes(_: argparse.Namespace) -> int:
     return 0
 
 
-def _kernels(_: argparse.Namespace) -> int:
+def _kernels(arguments: argparse.Namespace) -> int:
+    if arguments.target:
+        return _compile_kernels(arguments)
     for contract in CONTRACTS:
         print(f"{contract.kernel} computes {contract.op}  [{contract.source}]")
         for clause in contract.clauses:
             print(f"    {clause}")
     return 0
+
+
+def _compile_kernels(arguments: argparse.Namespace) -> int:
+    """Registers, spills, shared memory and the width of each access, from the machine code."""
+    from fixpass.lowering.offline import kernels_command
+
+    if arguments.target != "all" and target_named(arguments.target).device_type == "cpu":
+        raise ConfigError("on the CPU Inductor compiles the norms: there is no kernel of ours")
+    return kernels_command(arguments.target, write=arguments.write)
 
 
 def _doctor(_: argparse.Namespace) -> int:

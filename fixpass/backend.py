@@ -56,8 +56,8 @@ def fixpass(
         return compile_graphs(gm, example_inputs, lambda g, stage: run_on(pipeline, g, stage))
     patches = dict(list_mode_options(mode, dynamic)) if mode else {}
     patches |= {**dict(config.inductor), HOOK: GraphPass(pipeline, _user_hooks(config))}
-    compiled: Callable[..., Any] = compile_fx(gm, example_inputs, config_patches=patches)
-    return compiled
+    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
+    return compiled  # type: ignore[no-any-return]
 
 
 class GraphPass(CustomGraphPass):
@@ -107,7 +107,7 @@ def last_reports() -> tuple[Report, ...]:
 def compile(model: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`torch.compile(model, backend="fixpass")` with the options of `Config` as keywords."""
     Config.resolve(options)
-    return torch.compile(model, backend="fixpass", options=options or None)  # type: ignore[arg-type]
+    return torch.compile(model, backend="fixpass", options=options or None)
 
 
 def _user_hooks(config: Config) -> tuple[Any, ...]:

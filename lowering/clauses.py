@@ -282,7 +282,7 @@ class WeightRule(Clause):
         return site.rounds_before_weight in self.rounds_before
 
     def __str__(self) -> str:
-        places = {(False,): "after", (True,): "before"}.get(self.rounds_before, "before or after")
+        places = " or ".join("before" if before else "after" for before in self.rounds_before)
         offsets = " or ".join(
             f"{offset:g} + weight" if offset else "weight" for offset in self.offsets
         )

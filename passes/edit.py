@@ -107,6 +107,7 @@ def guards_suppressed(values: Any) -> Iterator[None]:
 
 
 def _run(node: fx.Node) -> Any:
+    target: Any = node.target
     args, kwargs = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
     with guards_suppressed(args):
-        return node.target(*args, **kwargs)
+        return target(*args, **kwargs)

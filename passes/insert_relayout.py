@@ -30,7 +30,7 @@ class InsertRelayout(Pass):
 
     def run(self, graph: fx.Graph, result: PassResult) -> None:
         for node in list(find_anchors(graph, tuple(op_overload(op) for op in OPS))):
-            contract = contract_of(node.kwargs.get("kernel_name", ""), op_name(node))
+            contract = contract_of(str(node.kwargs.get("kernel_name", "")), op_name(node))
             if contract is None:
                 continue
             verdict = contract.check(Site.of(node))

@@ -19,7 +19,7 @@ from fixpass.lowering.layout import Layout
 from fixpass.lowering.site import OPS, op_name
 from fixpass.passes.base import Pass, PassResult
 from fixpass.passes.edit import Editor, copy_of, guards_suppressed
-from fixpass.passes.rewrite import find_anchors
+from fixpass.passes.rewrite import arg, find_anchors
 from fixpass.passes.rewrites.norm import op_overload
 from fixpass.runtime.ops import REFERENCES
 
@@ -94,12 +94,12 @@ def _inline(graph: fx.Graph, node: fx.Node, template: fx.Graph) -> None:
             known = step.meta.get("val")
             val = None if known is None else copy_of(known)
             values[step] = edit.call(step.target, args, kwargs, val)
-    results = fx.node.map_arg(template.output_node().args[0], lambda n: values[n])
+    results: Any = fx.node.map_arg(template.output_node().args[0], lambda n: values[n])
     if isinstance(results, fx.Node):
         node.replace_all_uses_with(edit.with_strides_of(results, node.meta["val"]))
     else:
         for user in list(node.users):
-            part = results[user.args[1]]
+            part = results[arg(user, 1)]
             user.replace_all_uses_with(edit.with_strides_of(part, user.meta["val"]))
             graph.erase_node(user)
     graph.erase_node(node)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from operator import getitem
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import fx
@@ -103,7 +103,7 @@ def _has_effects(op: torch._ops.OpOverload) -> bool:
     return probe.is_impure()
 
 
-def is_call(node: Any, *targets: Any) -> bool:
+def is_call(node: Any, *targets: Any) -> TypeGuard[fx.Node]:
     """Whether `node` is a node that calls one of `targets`."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
@@ -116,6 +116,11 @@ def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, 
         else None
     )
     return graph.create_node("call_function", target, args, kwargs, name)
+
+
+def arg(node: fx.Node, i: int) -> Any:
+    """A positional argument; its type depends on the op, so the caller has to know it."""
+    return node.args[i]
 
 
 def sole_user(node: fx.Node) -> fx.Node | None:

@@ -53,7 +53,7 @@ def verify(
     except (AssertionError, RuntimeError, NameError) as error:
         raise PassError(f"{pass_name} left a malformed graph: {error}") from error
     for node in graph.nodes:
-        if _is_tensor_call(node) and node.target._schema.returns and "val" not in node.meta:
+        if _lacks_value(node) and node.name not in excused:
             raise PassError(
                 f"{pass_name} left {node.name} ({node.target}) without a recorded value"
             )
@@ -69,7 +69,8 @@ def verify(
 
 def faulty_nodes(graph: fx.Graph) -> frozenset[str]:
     """Names of nodes that did not hold before any pass ran: they are not our passes' fault."""
-    return frozenset(node.name for node, _ in find_faults(graph))
+    lacking = {node.name for node in graph.nodes if _lacks_value(node)}
+    return frozenset(lacking | {node.name for node, _ in find_faults(graph)})
 
 
 def results_of(graph: fx.Graph) -> list[Any]:
@@ -78,19 +79,24 @@ def results_of(graph: fx.Graph) -> list[Any]:
     return [leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
 
 
+def _lacks_value(node: fx.Node) -> bool:
+    op = node.target
+    is_op = node.op == "call_function" and isinstance(op, torch._ops.OpOverload)
+    return is_op and bool(op._schema.returns) and "val" not in node.meta
+
+
 def _is_tensor_call(node: fx.Node) -> bool:
     return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
 
 
 def _can_run(node: fx.Node) -> bool:
-    if not _is_tensor_call(node) or "val" not in node.meta:
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload) or "val" not in node.meta:
         return False
-    if node.target._schema.is_mutable:
+    if op._schema.is_mutable:
         return False
     # A fresh unbacked symbol at each run could never be equal to the recorded one.
-    if torch.Tag.data_dependent_output in node.target.tags:
-        return False
-    if torch.Tag.dynamic_output_shape in node.target.tags:
+    if torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags:
         return False
     return all("val" in source.meta for source in node.all_input_nodes)
 

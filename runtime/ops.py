@@ -95,7 +95,7 @@ def _make_autograd(name: str) -> tuple[Callable[..., Any], Callable[..., None]]:
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         needed = [i for i, wanted in enumerate(ctx.needs_input_grad) if wanted]
-        tensors = [None if t is None else t.detach() for t in ctx.saved_tensors]
+        tensors: list[Any] = [None if t is None else t.detach() for t in ctx.saved_tensors]
         for i in needed:
             tensors[i].requires_grad_()
         with torch.enable_grad():

@@ -129,7 +129,7 @@ def empty_like(x: Tensor, dtype: torch.dtype | None, order: Sequence[int] | None
     """An uninitialised dense tensor of x's shape, its dimensions in `order`, outermost first."""
     if order is None:
         return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
-    return torch.empty_permuted(x.shape, order, dtype=dtype or x.dtype, device=x.device)
+    return torch.empty_permuted(x.shape, tuple(order), dtype=dtype or x.dtype, device=x.device)
 
 
 def _check_compute(compute_dtype: torch.dtype | None) -> None:

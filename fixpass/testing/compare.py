@@ -1,6 +1,7 @@
 """`assert_same`: two functions give the same values, dtypes, strides and gradients."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def assert_same(
     for (name, a), (_, b) in zip(got, want, strict=True):
         slack = max(atol or 0.0, rtol * _largest(b)) if scaled and rtol is not None else atol
         torch.testing.assert_close(
-            a, b, rtol=rtol, atol=slack, equal_nan=True, msg=lambda text, n=name: f"{n}: {text}"
+            a, b, rtol=rtol, atol=slack, equal_nan=True, msg=partial("{}: {}".format, name)
         )
         if strides and name.startswith("output"):
             _assert_strides(name, a, b)

@@ -11,7 +11,7 @@ from torch import fx
 
 from fixpass.lowering.layout import Layout, known, same_shape
 from fixpass.lowering.site import OPERANDS, Site, op_name
-from fixpass.passes.rewrite import is_call, val_of
+from fixpass.passes.rewrite import arg, is_call, val_of
 
 aten = torch.ops.aten
 COPIES = (aten.clone.default,)
@@ -53,7 +53,7 @@ def viewed_shape(operand: fx.Node) -> list[Any]:
     node: Any = operand
     while not is_call(node, *VIEWS):
         node = node.args[0]
-    return list(node.args[1])
+    return list(arg(node, 1))
 
 
 def _source_of(operand: fx.Node) -> fx.Node:

@@ -12,8 +12,8 @@ import torch
 from torch import fx
 
 from fixpass.lowering.layout import known
-from fixpass.passes.rewrite import is_call, sole_user, val_of
-from fixpass.passes.rewrites.norm_scale import ADDS, CONVERT, Scale, aten
+from fixpass.passes.rewrite import arg, is_call, sole_user, val_of
+from fixpass.passes.rewrites.norm_scale import ADDS, CONVERT, FLOATS, Scale, aten
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ def read_affine(scale: Scale) -> Tail:
 def _operand_of(node: fx.Node, op: Any) -> tuple[fx.Node | None, fx.Node | None]:
     """The 1-D operand that the only user of `node` applies to it with `op`, and that user."""
     user = sole_user(node)
-    if user is None or not is_call(user, op) or user.kwargs or user.args[0] is user.args[1]:
+    if user is None or not is_call(user, op) or user.kwargs or arg(user, 0) is arg(user, 1):
         return None, None
-    other = user.args[1] if user.args[0] is node else user.args[0]
+    other = arg(user, 1) if arg(user, 0) is node else arg(user, 0)
     vector, rows = val_of(other), val_of(node)
     if vector is None or rows is None or vector.dim() != 1 or not rows.dim():
         return None, None
@@ -65,18 +65,18 @@ def _cast_of(node: fx.Node) -> fx.Node | None:
     user = sole_user(node)
     if user is None or not is_call(user, CONVERT):
         return None
-    return user if user.args[1].is_floating_point else None
+    return user if arg(user, 1).is_floating_point else None
 
 
 def _read_weight(node: fx.Node, norm_dtype: torch.dtype) -> tuple[fx.Node, dict[str, Any]]:
     """The stored weight behind `offset + weight.to(dtype)`, and the steps that lead to it."""
     steps: dict[str, Any] = {}
     stored = node
-    if is_call(stored, *ADDS) and isinstance(stored.args[1], Real) and not stored.kwargs:
-        steps["weight_offset"] = float(stored.args[1])
-        stored = stored.args[0]
-    if is_call(stored, CONVERT) and _is_vector(stored.args[0]):
-        dtype, source = stored.args[1], stored.args[0]
+    if is_call(stored, *ADDS) and isinstance(arg(stored, 1), Real) and not stored.kwargs:
+        steps["weight_offset"] = float(arg(stored, 1))
+        stored = arg(stored, 0)
+    if is_call(stored, CONVERT) and _is_vector(arg(stored, 0)):
+        dtype, source = arg(stored, 1), arg(stored, 0)
         # Without an offset, type promotion makes the same conversion by itself.
         promoted = torch.promote_types(_dtype(source), norm_dtype)
         if steps or promoted != torch.promote_types(dtype, norm_dtype) or promoted != dtype:
@@ -87,7 +87,7 @@ def _read_weight(node: fx.Node, norm_dtype: torch.dtype) -> tuple[fx.Node, dict[
 
 def _is_vector(node: Any) -> bool:
     val = val_of(node)
-    return val is not None and val.dim() == 1 and val.dtype.is_floating_point
+    return val is not None and val.dim() == 1 and val.dtype in FLOATS
 
 
 def _dtype(node: fx.Node) -> torch.dtype:

@@ -14,11 +14,13 @@ import torch
 from torch import fx
 
 from fixpass.lowering.layout import all_known, known_equal
-from fixpass.passes.rewrite import NOT_OURS, Missed, is_call, sole_user, val_of
+from fixpass.passes.rewrite import NOT_OURS, Missed, arg, is_call, sole_user, val_of
 
 aten = torch.ops.aten
 CONVERT = torch.ops.prims.convert_element_type.default
 ADDS = (aten.add.Tensor, aten.add.Scalar)
+# The dtypes that type promotion knows: float8 raises in it.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ROOTS = (aten.rsqrt.default, aten.sqrt.default, aten.pow.Tensor_Scalar)
 
 
@@ -81,19 +83,19 @@ def _finish(moment: _Moment, y: fx.Node, eps: float) -> Scale | Missed:
 
 def _read_root(root: fx.Node) -> tuple[fx.Node, fx.Node, tuple[fx.Node, ...]] | Missed:
     """The variance under the root, the node that scales, and the nodes in between."""
-    variance = root.args[0]
+    variance = arg(root, 0)
     if not isinstance(variance, fx.Node):
         return NOT_OURS
-    if root.target == aten.pow.Tensor_Scalar and root.args[1] != -0.5:
+    if root.target == aten.pow.Tensor_Scalar and arg(root, 1) != -0.5:
         return NOT_OURS
     return (variance, *_follow_scale(root))
 
 
 def _follow_scale(root: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
     """The node that scales, behind `1 / root` and `unsqueeze`, and the nodes on the way to it."""
-    passed = (root,)
+    passed: tuple[fx.Node, ...] = (root,)
     while (user := sole_user(passed[-1])) is not None:
-        is_one = is_call(user, aten.mul.Tensor) and user.args[1] == 1.0
+        is_one = is_call(user, aten.mul.Tensor) and arg(user, 1) == 1.0
         if not is_one and not is_call(user, aten.reciprocal.default, aten.unsqueeze.default):
             break
         passed = (*passed, user)
@@ -105,28 +107,28 @@ def _read_eps(node: fx.Node) -> tuple[fx.Node, float, tuple[fx.Node, ...]]:
     passed: tuple[fx.Node, ...] = ()
     eps = 0.0
     for _ in range(3):
-        if is_call(node, *ADDS) and isinstance(node.args[1], Real) and not node.kwargs and not eps:
-            eps = float(node.args[1])
+        if is_call(node, *ADDS) and isinstance(arg(node, 1), Real) and not node.kwargs and not eps:
+            eps = float(arg(node, 1))
         elif not is_call(node, aten.unsqueeze.default):
             break
         passed = (*passed, node)
-        node = _node(node.args[0])
+        node = _node(arg(node, 0))
     return node, eps, passed
 
 
 def _read_moment(node: fx.Node) -> _Moment | Missed:
-    if is_call(node, getitem) and is_call(node.args[0], aten.var_mean.correction):
+    if is_call(node, getitem) and is_call(arg(node, 0), aten.var_mean.correction):
         return _read_var_mean(node)
     if is_call(node, aten.var.correction):
         return _read_var(node)
-    if is_call(node, *ADDS) and is_call(node.args[0], aten.mean.dim):
+    if is_call(node, *ADDS) and is_call(arg(node, 0), aten.mean.dim):
         return Missed(f"{node.name} adds no constant eps to the mean of squares")
     if not is_call(node, aten.mean.dim):
         return Missed(f"{node.name} under the root is not a mean of squares")
     wrong = _wrong_dims(node)
     if wrong:
         return Missed(wrong)
-    square = _node(node.args[0])
+    square = _node(arg(node, 0))
     h = _squared(square)
     if h is None:
         return Missed(f"{square.name} under the mean is not a square")
@@ -138,16 +140,16 @@ def _read_moment(node: fx.Node) -> _Moment | Missed:
 
 
 def _read_var_mean(node: fx.Node) -> _Moment | Missed:
-    pair = _node(node.args[0])
-    wrong = "the root is over the mean" if node.args[1] != 0 else _wrong_variance(pair)
+    pair = _node(arg(node, 0))
+    wrong = "the root is over the mean" if arg(node, 1) != 0 else _wrong_variance(pair)
     if wrong:
         return Missed(wrong)
-    return _Moment("layer_norm", _node(pair.args[0]), None, (node, pair, *pair.users))
+    return _Moment("layer_norm", _node(arg(pair, 0)), None, (node, pair, *pair.users))
 
 
 def _read_var(node: fx.Node) -> _Moment | Missed:
     wrong = _wrong_variance(node)
-    return Missed(wrong) if wrong else _Moment("layer_norm", _node(node.args[0]), None, (node,))
+    return Missed(wrong) if wrong else _Moment("layer_norm", _node(arg(node, 0)), None, (node,))
 
 
 def _wrong_variance(node: fx.Node) -> str:
@@ -158,8 +160,8 @@ def _wrong_variance(node: fx.Node) -> str:
 
 def _wrong_dims(node: fx.Node) -> str:
     """Why the reduction is not over the last dimension alone; empty when it is."""
-    source = val_of(node.args[0])
-    dims = node.args[1] if len(node.args) > 1 else None
+    source = val_of(arg(node, 0))
+    dims = arg(node, 1) if len(node.args) > 1 else None
     if source is None or not isinstance(dims, (list, tuple)):
         return f"{node.name} reduces every dimension"
     if [d % max(source.dim(), 1) for d in dims] != [source.dim() - 1]:
@@ -170,10 +172,10 @@ def _wrong_dims(node: fx.Node) -> str:
 
 
 def _squared(node: fx.Node) -> fx.Node | None:
-    if is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == 2:
-        return _node(node.args[0])
-    if is_call(node, aten.mul.Tensor) and node.args[0] is node.args[1]:
-        return _node(node.args[0])
+    if is_call(node, aten.pow.Tensor_Scalar) and arg(node, 1) == 2:
+        return _node(arg(node, 0))
+    if is_call(node, aten.mul.Tensor) and arg(node, 0) is arg(node, 1):
+        return _node(arg(node, 0))
     return None
 
 
@@ -182,7 +184,7 @@ def _read_centred(h: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     if not is_call(h, aten.sub.Tensor) or h.kwargs:
         return None
     base, mean = h.args
-    if not is_call(mean, aten.mean.dim) or mean.args[0] is not base or _wrong_dims(mean):
+    if not is_call(mean, aten.mean.dim) or arg(mean, 0) is not base or _wrong_dims(mean):
         return None
     return (base, mean) if isinstance(base, fx.Node) and _is_column(mean, base) else None
 
@@ -190,11 +192,11 @@ def _read_centred(h: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 def _numerator(y: fx.Node, scale: fx.Node) -> fx.Node | None:
     """What `y` multiplies by `scale`, or divides by it where it is a root not yet inverted."""
     if scale.target == aten.sqrt.default:
-        is_quotient = is_call(y, aten.div.Tensor) and y.args[1] is scale and not y.kwargs
-        return _node(y.args[0]) if is_quotient else None
-    if not is_call(y, aten.mul.Tensor) or y.args[0] is y.args[1]:
+        is_quotient = is_call(y, aten.div.Tensor) and arg(y, 1) is scale and not y.kwargs
+        return _node(arg(y, 0)) if is_quotient else None
+    if not is_call(y, aten.mul.Tensor) or arg(y, 0) is arg(y, 1):
         return None
-    other = y.args[1] if y.args[0] is scale else y.args[0]
+    other = arg(y, 1) if arg(y, 0) is scale else arg(y, 0)
     return other if isinstance(other, fx.Node) else None
 
 
@@ -212,7 +214,7 @@ def _is_base(numerator: fx.Node, moment: _Moment) -> bool:
     if numerator.meta["val"].dtype != moment.base.meta["val"].dtype:
         return False
     if is_call(mean, getitem):
-        is_mean = mean.args[0] in moment.owned and mean.args[1] == 1
+        is_mean = arg(mean, 0) in moment.owned and arg(mean, 1) == 1
         return is_mean and _is_column(mean, moment.base)
     return is_call(mean, aten.mean.dim) and _read_centred(numerator) is not None
 
@@ -229,18 +231,18 @@ def _is_column(node: fx.Node, base: fx.Node) -> bool:
 def _centred_nodes(numerator: fx.Node, moment: _Moment) -> tuple[fx.Node, ...]:
     if moment.op == "rms_norm":
         return ()
-    mean = numerator.args[1]
+    mean = arg(numerator, 1)
     return (numerator, mean) if isinstance(mean, fx.Node) else (numerator,)
 
 
 def peel_upcast(node: Any) -> Any:
     """The value before a conversion to a wider floating dtype, which loses nothing."""
-    source = val_of(node.args[0]) if is_call(node, CONVERT) else None
-    if source is None or not source.dtype.is_floating_point:
+    source = val_of(arg(node, 0)) if is_call(node, CONVERT) else None
+    if source is None or source.dtype not in FLOATS or arg(node, 1) not in FLOATS:
         return node
-    if torch.promote_types(source.dtype, node.args[1]) != node.args[1]:
+    if torch.promote_types(source.dtype, arg(node, 1)) != arg(node, 1):
         return node
-    return node.args[0]
+    return arg(node, 0)
 
 
 def _shared(node: fx.Node, name: str, owned: Any = ()) -> str:

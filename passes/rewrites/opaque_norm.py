@@ -159,7 +159,9 @@ class OpaqueNormRewrite(Rewrite):
     anchors: ClassVar[tuple[Any, ...]] = ()
 
     def __init__(self) -> None:
-        self._rows = {row.overload: row for row in registered(mutating=False)}
+        self._rows: dict[Any, OpaqueNorm] = {
+            row.overload: row for row in registered(mutating=False)
+        }
         self.anchors = tuple(self._rows)  # type: ignore[misc]
 
     def match(self, anchor: fx.Node) -> Norm | Missed:

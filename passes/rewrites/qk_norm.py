@@ -134,8 +134,8 @@ def _operand(norm: fx.Node) -> fx.Node:
 
 
 def _weight(norm: fx.Node) -> fx.Node | None:
-    weight: Any = norm.args[1]
-    return weight
+    weight = norm.args[1]
+    return weight if isinstance(weight, fx.Node) else None
 
 
 def _eps(norm: fx.Node) -> float:

@@ -13,7 +13,7 @@ from torch import fx
 
 import fixpass.runtime.ops  # noqa: F401  (defines torch.ops.fixpass)
 from fixpass.lowering.layout import Layout, dense_stride, same_shape
-from fixpass.passes.rewrite import NOT_OURS, Match, Missed, Rewrite, is_call, val_of
+from fixpass.passes.rewrite import NOT_OURS, Match, Missed, Rewrite, arg, is_call, val_of
 from fixpass.passes.rewrites.norm import Norm, build_norm
 
 aten = torch.ops.aten
@@ -26,16 +26,16 @@ class ResidualNorm(Rewrite):
     anchors: ClassVar = (torch.ops.fixpass.rms_norm.default,)
 
     def match(self, anchor: fx.Node) -> Norm | Missed:
-        total, weight, bias, eps = anchor.args
+        total, weight, bias, eps = (arg(anchor, i) for i in range(4))
         if not is_call(total, aten.add.Tensor) or total.kwargs or len(total.users) < 2:
             return NOT_OURS
         if anchor.kwargs.get("kernel_name"):
             return Missed(f"the model asks for {anchor.kwargs['kernel_name']}, which does not add")
-        operands = tuple(total.args)
+        operands = (arg(total, 0), arg(total, 1))
         wrong = _wrong_operands(total, operands) or _wrong_order(anchor, total)
         if wrong:
             return Missed(wrong)
-        if any(isinstance(arg, fx.Node) and not arg < total for arg in (weight, bias)):
+        if any(isinstance(node, fx.Node) and not node < total for node in (weight, bias)):
             return Missed(f"the weight is computed after the sum {total.name}")
         later, earlier = sorted(operands, reverse=True)
         return Norm(

@@ -1,0 +1,1 @@
+../../fixpass/__main__.py

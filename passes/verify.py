@@ -80,13 +80,11 @@ def results_of(graph: fx.Graph) -> list[Any]:
 
 
 def _lacks_value(node: fx.Node) -> bool:
+    """Whether the node calls an op that has a result, and records none."""
     op = node.target
-    is_op = node.op == "call_function" and isinstance(op, torch._ops.OpOverload)
-    return is_op and bool(op._schema.returns) and "val" not in node.meta
-
-
-def _is_tensor_call(node: fx.Node) -> bool:
-    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+    if not isinstance(op, torch._ops.OpOverload) or "val" in node.meta:
+        return False
+    return bool(op._schema.returns)
 
 
 def _can_run(node: fx.Node) -> bool:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fixpass import Pass, Pipeline
+from fixpass import Pass, Pipeline, explain
 from fixpass.passes.canonicalize_norms import CanonicalizeNorms
+from fixpass.runtime.errors import PassError
 from fixpass.testing import assert_same, bf16, f32, trace
 
 OPTIONS = {"lower": "eager", "verify": True, "strict": True}
@@ -129,3 +130,33 @@ def test_an_explicit_kernel_is_not_carried_over_to_another_op():
         return torch.ops.fixpass.rms_norm(s, weight, None, 1e-6, kernel_name="aiter_rms_norm"), s
 
     assert_same(compiled(fn), fn, bf16(4, 8), bf16(4, 8), bf16(8))
+
+
+def float8(*shape):
+    return f32(*shape).to(torch.float8_e4m3fn)
+
+
+def test_float8_is_not_peeled_off_as_an_upcast():
+    def fn(x, weight):
+        h = x.float()
+        return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6) * weight.float()
+
+    for x, weight in ((float8(4, 8), f32(8)), (f32(4, 8), float8(8)), (float8(4, 8), float8(8))):
+        assert_same(compiled(fn), fn, x, weight)
+
+
+def test_nodes_that_had_no_recorded_value_are_not_blamed_on_a_pass():
+    report = explain(lambda x: F.rms_norm(x, (8,)) * 2, f32(4, 8).to("meta"), options=OPTIONS)
+    assert not report.of_kind("failed")
+
+
+def test_a_fault_of_ours_stops_the_pass_and_not_the_compile(monkeypatch):
+    def run(self, graph, result):
+        raise KeyError("unforeseen")
+
+    monkeypatch.setattr(CanonicalizeNorms, "run", run)
+    gm = trace(lambda x: F.rms_norm(x, (8,)), f32(4, 8))
+    (remark,) = Pipeline((CanonicalizeNorms(),)).run(gm.graph).of_kind("failed")
+    assert str(remark) == "failed  graph: stopped: KeyError: 'unforeseen'"
+    with pytest.raises(PassError, match="pass canonicalize-norms: KeyError"):
+        Pipeline((CanonicalizeNorms(),), strict=True).run(gm.graph)

@@ -8,9 +8,10 @@ A failing example prints as the `Program` to put into tests/test_faults.py.
 import os
 from dataclasses import replace
 
+import pytest
 import standins
 import torch
-from fuzz_modules import Program, RandomModule, Step, new_input
+from fuzz_modules import Input, Program, RandomModule, Step, new_input
 from fuzz_norms import Form
 from fuzz_strategies import draw_form, draw_input, draw_view, pick, programs
 from hypothesis import HealthCheck, Phase, given, settings
@@ -136,3 +137,69 @@ def test_every_norm_is_found_or_missed_with_a_reason(program):
         assert len(found) + len(missed) == 1 or form.root != "rsqrt", str(report)
     else:
         assert len(found) == 1, str(report)
+
+
+# The steps of a decoder layer with packed q, k and v, and of a training step of two norms.
+ATTENTION = Program(
+    inputs=(Input((2, 5, 24), torch.bfloat16), Input((2, 5, 24), torch.bfloat16)),
+    steps=(
+        Step("add", 0, (1,)),
+        Step("norm", 2, (Form(weight=torch.bfloat16, weight_first=True),)),
+        Step("linear", 3, (48, True)),
+        Step("narrow", 4, (-1, 0, 32)),
+        Step("split heads", 5, (4,)),
+        Step(
+            "norm",
+            6,
+            (Form(weight=torch.bfloat16, offset=1.0, widens_weight=True, rounds="after"),),
+        ),
+        Step("transpose", 7, (1, 2)),
+        Step("contiguous", 8),
+        Step("norm", 9, (Form("functional", centred=True, weight=torch.bfloat16, has_bias=True),)),
+        Step("norm", 2, (Form("op", weight=torch.bfloat16),)),
+    ),
+    outputs=(2, 8, 10, 11),
+    dynamic="all",
+)
+TRAINING = Program(
+    inputs=(Input((4, 3, 16), layout="packed"), Input((4, 3, 16), layout="swapped")),
+    steps=(
+        Step("add", 0, (1,)),
+        Step("norm", 2, (Form(weight=torch.float32, square="mul", root="1 / sqrt"),)),
+        Step("linear", 3, (8, False)),
+        Step("norm", 4, (Form(centred=True, square="var", weight=torch.float32, has_bias=True),)),
+        Step("norm", 2, (Form("op", weight=torch.float32),)),
+    ),
+    outputs=(2, 5, 6),
+    training=True,
+)
+
+
+def check_through_inductor(program: Program):
+    """Stock Inductor is the measure; eager mode rounds where Inductor goes on in float32."""
+    torch._dynamo.reset()
+    module, inputs = RandomModule(program), inputs_of(program)
+    dynamic = program.dynamic == "all" or None
+    ours = {"verify": True, "strict": True}
+    fixpass = torch.compile(module, backend="fixpass", dynamic=dynamic, options=ours)
+    gradients = program.training and any(t.requires_grad for t in (*inputs, *module.parameters()))
+    rtol = EAGER[coarsest(program)]
+    assert_same(
+        fixpass, module, *inputs, gradients=gradients, rtol=4 * rtol, atol=1e-5, scaled=True
+    )
+    inductor = torch.compile(module, backend="inductor", dynamic=dynamic)
+    assert_same(fixpass, inductor, *inputs, gradients=gradients, rtol=rtol, atol=1e-6, scaled=True)
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("program", [ATTENTION, TRAINING], ids=["attention", "training"])
+def test_a_module_through_inductor(program):
+    check_through_inductor(program)
+
+
+@pytest.mark.full
+@pytest.mark.inductor
+@examples(300, full=300)
+@given(programs())
+def test_random_modules_through_inductor(program):
+    check_through_inductor(program)

@@ -1,3 +1,5 @@
+"""What the kernels refuse, and that they say so before any launch."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""Launch choices: sizes of tiles, and how rows are cut into launches."""
+
 import pytest
 import torch
 

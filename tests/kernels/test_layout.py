@@ -1,3 +1,5 @@
+"""Merging, alignment and overlap of layouts: integers only, nothing is run."""
+
 import pytest
 import torch
 from hypothesis import given, settings

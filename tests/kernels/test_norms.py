@@ -1,3 +1,8 @@
+"""The norm kernels, interpreted: values and memory accesses over many layouts.
+
+The default run takes every 61st case of the probe; `full` takes all. No code for a GPU is made.
+"""
+
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,3 +1,5 @@
+"""The machine code of the kernels on four targets; nothing is run and nothing timed."""
+
 import re
 from pathlib import Path
 

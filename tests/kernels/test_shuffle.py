@@ -1,3 +1,5 @@
+"""The weight shuffle and its inverse, interpreted, against aiter's definition."""
+
 import pytest
 import torch
 

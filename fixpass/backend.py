@@ -46,6 +46,7 @@ def fixpass(
     """
     check_torch()
     config = Config.resolve(options)
+    patches = dict(list_mode_options(mode, dynamic)) if mode else {}
     specialize_eps(gm.graph)
     report = entry_pipeline(config).run(gm.graph)
     if report.of_kind("applied"):
@@ -54,7 +55,6 @@ def fixpass(
     pipeline = graph_pipeline(config, present_target(example_inputs, config))
     if config.lower == "eager":
         return compile_graphs(gm, example_inputs, lambda g, stage: run_on(pipeline, g, stage))
-    patches = dict(list_mode_options(mode, dynamic)) if mode else {}
     patches |= {**dict(config.inductor), HOOK: GraphPass(pipeline, _user_hooks(config))}
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
     return compiled  # type: ignore[no-any-return]

@@ -609,6 +609,71 @@ def test_a_size_that_depends_on_data():
         assert_same(compiled(fn), fn, f32(4, 8), torch.tensor([True, False, True, True]), f32(8))
 
 
+def test_branches_checkpoints_and_function_transforms():
+    def branch(p, x, weight):
+        return torch.cond(p, llama, lambda x, weight: x * weight, (x, weight))
+
+    def checkpointed(x, weight):
+        return torch.utils.checkpoint.checkpoint(llama, x, weight, use_reentrant=False)
+
+    x, weight = f32(4, 8), f32(8)
+    assert_same(compiled(branch), branch, torch.tensor(True), x, weight)
+    transforms = (
+        torch.vmap(llama, in_dims=(0, None)),
+        torch.vmap(llama, in_dims=(1, None)),
+        torch.func.grad(lambda x, weight: llama(x, weight).sum()),
+        lambda x, weight: torch.func.jvp(lambda a: llama(a, weight), (x,), (x,)),
+    )
+    for fn in transforms:
+        assert_same(compiled(fn), fn, f32(8, 8), weight)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    assert_same(compiled(branch), branch, torch.tensor(False), x, weight, gradients=True)
+    assert_same(compiled(checkpointed), checkpointed, x, weight, gradients=True)
+
+
+class Cache(nn.Module):
+    """Writes normalised keys into a buffer, as attention does with a static cache."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.RMSNorm(8)
+        self.register_buffer("keys", torch.zeros(6, 8))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x, position):
+        self.keys.index_copy_(0, position, self.norm(x))
+        self.count += 1
+        return llama(self.keys, self.norm.weight), self.keys[position]
+
+
+def test_a_module_that_writes_into_its_buffers():
+    ours, plain = Cache(), Cache()
+    model = compiled(ours)
+    with torch.no_grad():
+        for i in range(3):
+            x, position = f32(2, 8), torch.tensor([i, i + 1])
+            torch.testing.assert_close(model(x, position), plain(x, position))
+    torch.testing.assert_close(dict(ours.named_buffers()), dict(plain.named_buffers()))
+
+
+def test_tensors_without_memory():
+    x, weight = f32(4, 8).to("meta"), f32(8).to("meta")
+    assert compiled(llama)(x, weight).shape == (4, 8)
+
+
+def test_values_that_are_not_finite():
+    x = torch.tensor([[float("nan")] * 8, [float("inf")] * 8, [1e30] * 8, [0.0] * 8])
+    assert_same(compiled(llama), llama, x, f32(8))
+    assert_same(compiled(llama), llama, torch.full((2, 8), 6e4, dtype=torch.float16), f32(8))
+
+
+@pytest.mark.parametrize("lower", ["inductor", "eager"])
+def test_an_unknown_mode_is_named(lower, monkeypatch):
+    monkeypatch.setenv("FIXPASS_LOWER", lower)
+    with pytest.raises(Exception, match=r"mode=fastest.*reduce-overhead"):
+        torch.compile(llama, backend="fixpass", mode="fastest")(f32(4, 8), f32(8))
+
+
 @pytest.mark.inductor
 def test_a_second_derivative_is_refused_as_inductor_refuses_it():
     def second(model):

@@ -19,14 +19,8 @@ MAX_RANK = 6
 
 @cache
 def is_available() -> bool:
-    """Whether Triton is installed and has a device to run on, or its interpreter is switched on."""
-    if find_spec("triton") is None:
-        return False
-    if torch.cuda.is_available():
-        return True
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
+    """Whether Triton is installed and has a device to run on."""
+    return find_spec("triton") is not None and torch.cuda.is_available()
 
 
 def can_compute(x: Tensor, steps: Mapping[str, Any]) -> bool:

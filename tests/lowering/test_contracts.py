@@ -15,14 +15,19 @@ from fixpass.runtime.providers import PROVIDERS
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 ROWS = ("x", "residual", "out", "q", "k")
-identified = {"argvalues": CONTRACTS, "ids": [f"{c.kernel}-{c.generation or c.op}" for c in CONTRACTS]}
+identified = {
+    "argvalues": CONTRACTS,
+    "ids": [f"{c.kernel}-{c.generation or c.op}" for c in CONTRACTS],
+}
 
 
 def good_site(contract: Contract) -> Site:
     """A site that the contract takes: dense bf16 rows and a weight."""
     layouts = {name: Layout.contiguous((6, 128), BF16) for name in OPERANDS[contract.op]}
     layouts |= {
-        name: Layout.contiguous((128,), BF16) for name in layouts if name.endswith(("weight", "bias"))
+        name: Layout.contiguous((128,), BF16)
+        for name in layouts
+        if name.endswith(("weight", "bias"))
     }
     layouts["out"] = Layout.contiguous((6, 128), BF16)
     for steps in ({}, {"norm_dtype": BF16}):

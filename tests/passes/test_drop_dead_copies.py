@@ -3,6 +3,7 @@
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from spellings import llama
 
 from fixpass import Pipeline
 from fixpass.lowering.target import CPU, Target, target_named
@@ -10,12 +11,6 @@ from fixpass.passes import default_passes
 from fixpass.testing import assert_same, bf16, text, trace
 
 CUDA = target_named("cuda:sm_90")
-
-
-def llama(x, weight):
-    h = x.to(torch.float32)
-    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
-    return weight * h.to(x.dtype)
 
 
 def run(target, fn, *args, **kwargs):

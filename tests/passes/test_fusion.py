@@ -2,6 +2,7 @@
 
 import torch
 from expecttest import assert_expected_inline
+from spellings import llama as norm
 
 from fixpass import Pipeline
 from fixpass.lowering.target import target_named
@@ -10,12 +11,6 @@ from fixpass.passes.select_norm_kernel import SelectNormKernel
 from fixpass.testing import bf16, trace
 
 CUDA = target_named("cuda:sm_90")
-
-
-def norm(x, weight):
-    h = x.to(torch.float32)
-    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
-    return weight * h.to(x.dtype)
 
 
 def choice(fn, *args):

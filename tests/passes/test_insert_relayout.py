@@ -8,6 +8,7 @@ import pytest
 import standins
 import torch
 from expecttest import assert_expected_inline
+from spellings import heads, llama
 
 from fixpass import Pipeline
 from fixpass.lowering.target import Target
@@ -20,16 +21,6 @@ AITER = ("aiter_rms_norm", "aiter_add_rms_norm", "aiter_layer_norm")
 @pytest.fixture(autouse=True)
 def _libraries():
     standins.register()
-
-
-def llama(x, weight):
-    h = x.to(torch.float32)
-    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
-    return weight * h.to(x.dtype)
-
-
-def heads(qkv, weight):
-    return llama(qkv[:, :1024].view(-1, 8, 128), weight)
 
 
 def relayouts(kernels, fn, *args, **kwargs):

@@ -92,13 +92,13 @@ def fits(program: Program, module: RandomModule) -> bool:
     return True
 
 
-@examples(250, full=16_000)
+@examples(150, full=16_000)
 @given(programs())
 def test_random_modules_give_what_eager_gives(program):
     check(program)
 
 
-@examples(60, full=2_000)
+@examples(50, full=2_000)
 @given(programs(of_models=True), st.permutations(FOREIGN))
 def test_opaque_kernels_get_the_layouts_that_they_ask_for(program, kernels):
     standins.register()
@@ -120,7 +120,7 @@ def single_norms(draw):
     return Program((spec,), tuple(steps), (len(steps),), pick(draw, "", "all"))
 
 
-@examples(60, full=2_000)
+@examples(50, full=2_000)
 @given(single_norms())
 def test_every_norm_is_found_or_missed_with_a_reason(program):
     torch._dynamo.reset()

@@ -58,9 +58,9 @@ def present_target(example_inputs: Sequence[object], config: Config) -> Target:
     """The target of the device that the inputs are on, with the kernels that are installed."""
     devices = [x.device for x in example_inputs if isinstance(x, torch.Tensor)]
     accelerated = [device for device in devices if device.type != "cpu"]
-    target = target_of(accelerated[0]) if accelerated else CPU
-    kernels = preferred(target, config).kernels
-    return replace(target, kernels=tuple(k for k in kernels if k == "inductor" or is_available(k)))
+    target = preferred(target_of(accelerated[0]) if accelerated else CPU, config)
+    installed = tuple(k for k in target.kernels if k == "inductor" or is_available(k))
+    return replace(target, kernels=installed)
 
 
 def preferred(target: Target, config: Config) -> Target:

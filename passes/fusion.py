@@ -44,10 +44,6 @@ class Fusion:
     fused_bytes: int
     opaque_bytes: int
 
-    @property
-    def saved(self) -> int:
-        return self.opaque_bytes - self.fused_bytes
-
 
 def fusion_of(norm: fx.Node) -> Fusion:
     """What fusing `norm` with its pointwise neighbours saves."""

@@ -56,17 +56,22 @@ class SelectNormKernel(Pass):
         op = op_name(node)
         site = without_copies(Site.of(node), OPERANDS[op], copied_operands(node))
         choice = self._choose(node, site, result)
-        if choice.kernel != FLOOR and self.target.prefers_fusion:
-            fusion = fusion_of(node)
-            if fusion.saved > 0 and FLOOR in self.target.kernels:
-                node.update_kwarg("kernel_name", FLOOR)
-                moved = f"{fusion.fused_bytes:,} bytes moved, {fusion.opaque_bytes:,}"
-                text = f"{FLOOR} reads {site.x}, fused with {', '.join(fusion.names)}: {moved}"
-                result.applied(node, f"{text} by {choice.kernel}", bytes_saved=fusion.saved)
-                return
+        if choice.kernel == FLOOR:
+            node.update_kwarg("kernel_name", FLOOR)
+            result.applied(node, f"{FLOOR} reads {site.x}, {_describe(choice.plan)}")
+            return
+        fusion = fusion_of(node)
+        opaque = fusion.opaque_bytes + choice.num_bytes
+        if self.target.prefers_fusion and fusion.fused_bytes < opaque and fusion.names:
+            node.update_kwarg("kernel_name", FLOOR)
+            moved = f"{fusion.fused_bytes:,} bytes moved, {opaque:,} by {choice.kernel}"
+            text = f"{FLOOR} reads {site.x}, fused with {', '.join(fusion.names)}, {moved}"
+            result.applied(node, text, bytes_saved=opaque - fusion.fused_bytes)
+            return
         node.update_kwarg("kernel_name", choice.kernel)
+        moved = f"{opaque:,} bytes moved, {fusion.fused_bytes:,} by {FLOOR}"
+        text = f"{choice.kernel} reads {site.x}, {_describe(choice.plan)}, {moved}"
         saved = max(choice.refused_bytes - choice.num_bytes, 0)
-        text = f"{choice.kernel} reads {site.x}, {_describe(choice.plan)}"
         result.applied(node, text, bytes_saved=saved)
 
     def _choose(self, node: fx.Node, site: Site, result: PassResult) -> Choice:

@@ -52,7 +52,7 @@ canonicalize-norms
     applied rms_norm (q_norm): became rms_norm of bf16[5, 4, 16][192, 16, 1]
 select-norm-kernel
     missed  rms_norm (q_norm): aiter_rms_norm: x is dense 2-D does not hold for bf16[5, 4, 16][192, 16, 1]; a copy would move 1,280 bytes
-    applied rms_norm (q_norm): strided_rms_norm reads bf16[5, 4, 16][192, 16, 1], 0 bytes copied
+    applied rms_norm (q_norm): strided_rms_norm reads bf16[5, 4, 16][192, 16, 1], 0 bytes copied, 1,280 bytes moved, 1,280 by inductor
 bytes saved: 1,280
 """,
     )

@@ -10,6 +10,7 @@ import torch
 from expecttest import assert_expected_inline
 from spellings import heads, llama
 
+import fixpass
 from fixpass import Pipeline
 from fixpass.lowering.target import Target
 from fixpass.passes import default_passes
@@ -173,6 +174,14 @@ def test_values_and_strides_are_those_of_eager(case, dynamic):
     options = {"lower": "eager", "verify": True, "strict": True, "norm_kernels": AITER}
     run = torch.compile(fn, backend="fixpass", options=options, dynamic=dynamic)
     assert_same(run, fn, *inputs(), rtol=0.016, atol=1e-5)
+
+
+def test_an_order_of_kernels_given_by_the_user_is_kept_to():
+    """A pointwise producer would fuse; that is no reason to overrule the user."""
+    fn, inputs = CASES["strided residual"]
+    compiled(fn)(*inputs())
+    chosen = fixpass.last_reports()[-1].of_pass("select-norm-kernel")[-1]
+    assert chosen.text.startswith("aiter_add_rms_norm reads")
 
 
 @pytest.mark.inductor

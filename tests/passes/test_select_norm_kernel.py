@@ -38,7 +38,7 @@ graph(qkv: bf16[5, 3072], weight: bf16[128])
         report,
         """\
 missed  rms_norm: aiter_rms_norm: x is dense 2-D does not hold for bf16[5, 8, 128][3072, 128, 1]; a copy would move 20,480 bytes
-applied rms_norm: strided_rms_norm reads bf16[5, 8, 128][3072, 128, 1], 0 bytes copied
+applied rms_norm: strided_rms_norm reads bf16[5, 8, 128][3072, 128, 1], 0 bytes copied, 20,480 bytes moved, 20,480 by inductor
 """,
     )
 
@@ -49,7 +49,7 @@ def test_symbolic_strides_are_refused_where_nothing_proves_them():
         report,
         """\
 missed  rms_norm: aiter_rms_norm: x is dense 2-D does not hold for bf16[s30, 8, 128][s95, 128, 1]; a copy would move 20,480 bytes
-applied rms_norm: strided_rms_norm reads bf16[s30, 8, 128][s95, 128, 1], 0 bytes copied
+applied rms_norm: strided_rms_norm reads bf16[s30, 8, 128][s95, 128, 1], 0 bytes copied, 20,480 bytes moved, 20,480 by inductor
 """,
     )
 
@@ -80,7 +80,7 @@ def test_the_stride_of_a_size_1_dimension_means_nothing():
     assert_expected_inline(
         report,
         """\
-applied rms_norm: aiter_rms_norm reads bf16[64, 1, 128], view as rows, 0 bytes copied
+applied rms_norm: aiter_rms_norm reads bf16[64, 1, 128], view as rows, 0 bytes copied, 32,768 bytes moved, 32,768 by inductor
 """,
     )
 
@@ -90,7 +90,7 @@ def test_on_cuda_our_kernel_reads_any_layout_and_on_cpu_inductor_does():
     assert_expected_inline(
         "".join(reports),
         """\
-applied rms_norm: strided_rms_norm reads bf16[5, 8, 128][3072, 128, 1], 0 bytes copied
+applied rms_norm: strided_rms_norm reads bf16[5, 8, 128][3072, 128, 1], 0 bytes copied, 20,480 bytes moved, 20,480 by inductor
 applied rms_norm: inductor reads bf16[5, 8, 128][3072, 128, 1], 0 bytes copied
 """,
     )
@@ -103,7 +103,7 @@ def test_a_copy_is_charged_where_only_a_dense_kernel_is_left():
         report,
         """\
 missed  rms_norm: aiter_rms_norm: x is dense 2-D does not hold for bf16[5, 8, 128][3072, 128, 1]; a copy would move 20,480 bytes
-applied rms_norm: aiter_rms_norm reads bf16[5, 8, 128][3072, 128, 1], copy x, view as rows, 20,480 bytes copied
+applied rms_norm: aiter_rms_norm reads bf16[5, 8, 128][3072, 128, 1], copy x, view as rows, 20,480 bytes copied, 40,960 bytes moved, 20,480 by inductor
 """,
     )
 
@@ -129,7 +129,7 @@ def test_a_copy_in_front_of_the_norm_counts_as_avoidable():
         report,
         """\
 missed  rms_norm: aiter_rms_norm: x is dense 2-D does not hold for bf16[5, 8, 128][3072, 128, 1]; a copy would move 20,480 bytes
-applied rms_norm: strided_rms_norm reads bf16[5, 8, 128][3072, 128, 1], 0 bytes copied
+applied rms_norm: strided_rms_norm reads bf16[5, 8, 128][3072, 128, 1], 0 bytes copied, 20,480 bytes moved, 20,480 by inductor
 """,
     )
 
@@ -144,7 +144,7 @@ def test_a_residual_is_checked_as_x_is():
         report,
         """\
 missed  add_rms_norm: aiter_add_rms_norm: x is dense 2-D does not hold for bf16[5, 128][256, 1]; a copy would move 2,560 bytes
-applied add_rms_norm: strided_add_rms_norm reads bf16[5, 128][256, 1], 0 bytes copied
+applied add_rms_norm: strided_add_rms_norm reads bf16[5, 128][256, 1], 0 bytes copied, 3,840 bytes moved, 3,840 by inductor
 """,
     )
 

@@ -1,0 +1,80 @@
+"""A snapshot test of a model of your own: what fixpass makes of it, and that it stays right.
+
+    python -m pytest examples/snapshot_test.py
+
+Write `assert_expected_inline(..., "")`, run once with EXPECTTEST_ACCEPT=1, and read the diff.
+"""
+
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor, nn
+
+import fixpass
+from fixpass.testing import assert_same, bf16, text, trace
+
+
+class QueryNorm(nn.Module):
+    """Queries of a packed projection, normalised a head at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(64, eps=1e-6, dtype=torch.bfloat16)
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        return self.norm(qkv[:, :256].view(-1, 4, 64))
+
+
+def test_the_graph_that_passes_see() -> None:
+    graph = trace(QueryNorm(), bf16(5, 768), dynamic=True).graph
+    assert_expected_inline(
+        text(graph),
+        """\
+graph(s0, s1, qkv: bf16[s0, s1], norm_weight: bf16[64])
+    slice_2 = slice.Tensor(qkv, 1, 0, 256)                       bf16[s0, 256][s1, 1]
+    view = view(slice_2, [-1, 4, 64])                            bf16[s0, 4, 64][s1, 64, 1]
+    convert_element_type = convert_element_type(view, f32)       f32[s0, 4, 64]
+    pow_1 = pow.Tensor_Scalar(convert_element_type, 2)           f32[s0, 4, 64]
+    mean = mean.dim(pow_1, [2], True)                            f32[s0, 4, 1]
+    add_26 = add.Scalar(mean, 9.999999974752427e-07)             f32[s0, 4, 1]
+    rsqrt = rsqrt(add_26)                                        f32[s0, 4, 1]
+    mul_18 = mul.Tensor(convert_element_type, rsqrt)             f32[s0, 4, 64]
+    mul_21 = mul.Tensor(mul_18, norm_weight)                     f32[s0, 4, 64]
+    convert_element_type_1 = convert_element_type(mul_21, bf16)  bf16[s0, 4, 64]
+    return convert_element_type_1
+""",
+    )
+
+
+@torch.no_grad()
+def test_what_would_happen_on_rocm() -> None:
+    report = fixpass.explain(QueryNorm(), bf16(5, 768), target="rocm:gfx942")
+    assert_expected_inline(
+        str(report),
+        """\
+target rocm:gfx942
+canonicalize-norms
+    applied rms_norm (norm): became rms_norm of bf16[5, 4, 64][768, 64, 1]
+select-norm-kernel
+    missed  rms_norm (norm): aiter_rms_norm: x is dense 2-D does not hold for bf16[5, 4, 64][768, 64, 1]; a copy would move 5,120 bytes
+    applied rms_norm (norm): strided_rms_norm reads bf16[5, 4, 64][768, 64, 1], 0 bytes copied, 5,120 bytes moved, 5,120 by inductor
+bytes saved: 5,120
+""",
+    )
+
+
+def test_values_gradients_and_strides_are_those_of_eager() -> None:
+    model = QueryNorm()
+    compiled = fixpass.compile(model, lower="eager", verify=True)
+    qkv = bf16(5, 768).requires_grad_()
+    assert_same(compiled, model, qkv, gradients=True, rtol=0.016, atol=0.016)
+
+
+def main() -> None:
+    """Print what the snapshots hold."""
+    with torch.no_grad():
+        print(text(trace(QueryNorm(), bf16(5, 768), dynamic=True).graph))
+        print(fixpass.explain(QueryNorm(), bf16(5, 768), target="rocm:gfx942"))
+
+
+if __name__ == "__main__":
+    main()

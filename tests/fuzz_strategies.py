@@ -44,8 +44,14 @@ def programs(draw: Draw, of_models: bool = False) -> Program:
         )
     values = [new_input(spec, None) for spec in inputs]
     steps: list[Step] = []
+    form = model_form if of_models else draw_form
+    residuals: set[int] = set()
     for _ in range(draw(st.integers(1, 7))):
-        step = draw_step(draw, values, model_form if of_models else draw_form)
+        step = draw_step(draw, values, form)
+        if steps and steps[-1].op == "add" and draw(st.integers(0, 3)):
+            # As in models: the sum is normalised, and read on as the residual.
+            residuals.add(len(values) - 1)
+            step = Step("norm", len(values) - 1, (form(draw, values[-1]),))
         weights = [
             torch.empty(size, dtype=kind, device="meta")
             for size, kind in shapes_of_parameters(step, values[step.on])
@@ -59,7 +65,8 @@ def programs(draw: Draw, of_models: bool = False) -> Program:
     more = draw(st.sets(st.integers(len(inputs), len(values) - 1), max_size=2))
     dynamic = pick(draw, "", "", "all", "first")
     training = draw(st.booleans())
-    return Program(tuple(inputs), tuple(steps), tuple(sorted(unread | more)), dynamic, training)
+    outputs = tuple(sorted(unread | residuals | more))
+    return Program(tuple(inputs), tuple(steps), outputs, dynamic, training)
 
 
 def _is_value(step: Step, i: int) -> bool:

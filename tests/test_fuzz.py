@@ -102,7 +102,8 @@ def test_random_modules_give_what_eager_gives(program):
 @given(programs(of_models=True), st.permutations(FOREIGN))
 def test_opaque_kernels_get_the_layouts_that_they_ask_for(program, kernels):
     standins.register()
-    check(replace(program, training=False), norm_kernels=(*kernels, "inductor"))
+    # Without Inductor to choose, a kernel is used wherever a copy makes its contract hold.
+    check(replace(program, training=False), norm_kernels=tuple(kernels))
 
 
 @st.composite

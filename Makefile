@@ -67,7 +67,7 @@ type: $(STAMP) ## Check types
 
 check: lint type test ## What CI runs: lint, type, test
 
-bench: $(STAMP) ## Measure: a table, JSON and a plot
+bench: $(STAMP) ## Measure: tables, and JSON in benchmarks/results
 	@$(PY) -m benchmarks
 
 # A stale build/ would put deleted modules into the wheel; building it from the sdist

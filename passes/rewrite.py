@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from operator import getitem
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -42,7 +42,7 @@ class Match:
 class Rewrite(ABC):
     """One rewrite idea. `anchors` are the op overloads from which it starts."""
 
-    anchors: ClassVar[tuple[Any, ...]]
+    anchors: tuple[Any, ...]
 
     @abstractmethod
     def match(self, anchor: fx.Node) -> Match | Missed:

@@ -8,7 +8,6 @@ too, such as the backward pass, stays: computing it twice would cost more than i
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import fx
@@ -24,7 +23,7 @@ from fixpass.passes.rewrites.norm_scale import ROOTS, read_scale
 class NormIdiom(Rewrite):
     """Anchored at the reciprocal root."""
 
-    anchors: ClassVar = ROOTS
+    anchors = ROOTS
 
     def match(self, anchor: fx.Node) -> Norm | Missed:
         scale = read_scale(anchor)

@@ -8,7 +8,7 @@ before functionalisation hides them: see `fixpass.passes.functionalize_norms`.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import getitem
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -156,13 +156,11 @@ def _rounds_before(row: OpaqueNorm, call: Mapping[str, Any]) -> bool:
 class OpaqueNormRewrite(Rewrite):
     """Functional norm ops of other libraries, in the ATen graph."""
 
-    anchors: ClassVar[tuple[Any, ...]] = ()
-
     def __init__(self) -> None:
         self._rows: dict[Any, OpaqueNorm] = {
             row.overload: row for row in registered(mutating=False)
         }
-        self.anchors = tuple(self._rows)  # type: ignore[misc]
+        self.anchors = tuple(self._rows)
 
     def match(self, anchor: fx.Node) -> Norm | Missed:
         row = self._rows[anchor.target]

@@ -7,7 +7,7 @@ later. It joins only norms that our strided kernel computes, because only there 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import getitem
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import fx
@@ -29,7 +29,7 @@ aten = torch.ops.aten
 class QkNorm(Rewrite):
     """Anchored at a norm of a view; the other norm is looked for behind the same tensor."""
 
-    anchors: ClassVar = (torch.ops.fixpass.rms_norm.default,)
+    anchors = (torch.ops.fixpass.rms_norm.default,)
 
     def match(self, anchor: fx.Node) -> Norm | Missed:
         packed = _packed(anchor)

@@ -6,7 +6,6 @@ an operand is broadcast or rounded differently from the sum.
 
 from dataclasses import dataclass
 from operator import getitem
-from typing import ClassVar
 
 import torch
 from torch import fx
@@ -23,7 +22,7 @@ aten = torch.ops.aten
 class ResidualNorm(Rewrite):
     """Anchored at the norm; the sum is looked for behind it."""
 
-    anchors: ClassVar = (torch.ops.fixpass.rms_norm.default,)
+    anchors = (torch.ops.fixpass.rms_norm.default,)
 
     def match(self, anchor: fx.Node) -> Norm | Missed:
         total, weight, bias, eps = (arg(anchor, i) for i in range(4))

@@ -4,7 +4,7 @@ Allocates the results and calls the launchers of `fixpass.runtime.kernels`, whic
 cannot compute with a ValueError before any launch. Triton is imported at the first call.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -36,43 +36,21 @@ def can_compute(x: Tensor, steps: Mapping[str, Any]) -> bool:
 
 
 def rms_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    *,
-    out_dtype: torch.dtype | None = None,
-    order: Sequence[int] | None = None,
-    compute_dtype: torch.dtype | None = None,
-    **steps: Any,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, **steps: Any
 ) -> Tensor:
     """`fixpass::rms_norm` of x (..., hidden_size) by a kernel of any layout."""
     from fixpass.runtime.kernels.rms_norm import rms_norm as launch
 
-    _check_compute(compute_dtype)
-    out = empty_like(x, out_dtype, order)
-    launch(x, weight, eps, out=out, bias=bias, **steps)
-    return out
+    return _norm(launch, x, weight, bias, eps, **steps)
 
 
 def layer_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    *,
-    out_dtype: torch.dtype | None = None,
-    order: Sequence[int] | None = None,
-    compute_dtype: torch.dtype | None = None,
-    **steps: Any,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, **steps: Any
 ) -> Tensor:
     """`fixpass::layer_norm` of x (..., hidden_size) by a kernel of any layout."""
     from fixpass.runtime.kernels.layer_norm import layer_norm as launch
 
-    _check_compute(compute_dtype)
-    out = empty_like(x, out_dtype, order)
-    launch(x, weight, eps, out=out, bias=bias, **steps)
-    return out
+    return _norm(launch, x, weight, bias, eps, **steps)
 
 
 def add_rms_norm(
@@ -117,6 +95,24 @@ def qk_norm(
     outs = empty_like(q, out_dtype, order), empty_like(k, out_dtype, order)
     launch(q, k, q_weight, k_weight, eps, q_out=outs[0], k_out=outs[1], **steps)
     return outs
+
+
+def _norm(
+    launch: Callable[..., None],
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    out_dtype: torch.dtype | None = None,
+    order: Sequence[int] | None = None,
+    compute_dtype: torch.dtype | None = None,
+    **steps: Any,
+) -> Tensor:
+    _check_compute(compute_dtype)
+    out = empty_like(x, out_dtype, order)
+    launch(x, weight, eps, out=out, bias=bias, **steps)
+    return out
 
 
 def empty_like(x: Tensor, dtype: torch.dtype | None, order: Sequence[int] | None) -> Tensor:

@@ -20,7 +20,7 @@ from fixpass.passes.report import Report
 from fixpass.passes.snapshot import Snapshot
 from fixpass.passes.verify import faulty_nodes, results_of, verify
 from fixpass.runtime.errors import PassError
-from fixpass.runtime.providers import PROVIDERS, is_available
+from fixpass.runtime.providers import PROVIDERS, aiter_generation, is_available
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class Pipeline:
         """
         digest = hashlib.sha256(source_hash().encode())
         digest.update(repr((self.passes, self.fuel, self.strict, torch.__version__)).encode())
-        digest.update(repr([name for name in PROVIDERS if is_available(name)]).encode())
+        installed = [name for name in PROVIDERS if is_available(name)]
+        digest.update(repr((installed, aiter_generation())).encode())
         for step in self.passes:
             source = b"" if is_ours(step) else _source_of(type(step))
             if source is None:

@@ -36,6 +36,16 @@ class Scale:
 
 
 @dataclass(frozen=True)
+class _Root:
+    """A root of `variance`, or its inverse, at `scale`; `owned` are the nodes up to there."""
+
+    variance: fx.Node
+    scale: fx.Node
+    owned: tuple[fx.Node, ...]
+    is_inverse: bool
+
+
+@dataclass(frozen=True)
 class _Moment:
     """A mean of squares of `centred`; `base` is the value before its mean was taken off."""
 
@@ -50,7 +60,7 @@ def read_scale(root: fx.Node) -> Scale | Missed:
     found = _read_root(root)
     if isinstance(found, Missed):
         return found
-    variance, scale, owned = found
+    variance, scale, owned = found.variance, found.scale, found.owned
     moment_node, eps, added = _read_eps(variance)
     moment = _read_moment(moment_node)
     if isinstance(moment, Missed):
@@ -58,7 +68,7 @@ def read_scale(root: fx.Node) -> Scale | Missed:
     y = sole_user(scale)
     if y is None:
         return Missed(_shared(scale, "the scale"))
-    numerator = _numerator(y, scale)
+    numerator = _numerator(y, found)
     if numerator is None:
         return Missed(f"the scale goes to {y.name}, which is not a multiply of the input by it")
     if not _is_base(numerator, moment):
@@ -81,25 +91,21 @@ def _finish(moment: _Moment, y: fx.Node, eps: float) -> Scale | Missed:
     return Scale(moment.op, peel_upcast(moment.base), y, eps, base.dtype)
 
 
-def _read_root(root: fx.Node) -> tuple[fx.Node, fx.Node, tuple[fx.Node, ...]] | Missed:
-    """The variance under the root, the node that scales, and the nodes in between."""
+def _read_root(root: fx.Node) -> _Root | Missed:
     variance = arg(root, 0)
     if not isinstance(variance, fx.Node):
         return NOT_OURS
     if root.target == aten.pow.Tensor_Scalar and arg(root, 1) != -0.5:
         return NOT_OURS
-    return (variance, *_follow_scale(root))
-
-
-def _follow_scale(root: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-    """The node that scales, behind `1 / root` and `unsqueeze`, and the nodes on the way to it."""
     passed: tuple[fx.Node, ...] = (root,)
+    is_inverse = root.target != aten.sqrt.default
     while (user := sole_user(passed[-1])) is not None:
         is_one = is_call(user, aten.mul.Tensor) and arg(user, 1) == 1.0
         if not is_one and not is_call(user, aten.reciprocal.default, aten.unsqueeze.default):
             break
+        is_inverse ^= is_call(user, aten.reciprocal.default)
         passed = (*passed, user)
-    return passed[-1], passed
+    return _Root(variance, passed[-1], passed, is_inverse)
 
 
 def _read_eps(node: fx.Node) -> tuple[fx.Node, float, tuple[fx.Node, ...]]:
@@ -189,9 +195,10 @@ def _read_centred(h: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return (base, mean) if isinstance(base, fx.Node) and _is_column(mean, base) else None
 
 
-def _numerator(y: fx.Node, scale: fx.Node) -> fx.Node | None:
-    """What `y` multiplies by `scale`, or divides by it where it is a root not yet inverted."""
-    if scale.target == aten.sqrt.default:
+def _numerator(y: fx.Node, root: _Root) -> fx.Node | None:
+    """What `y` multiplies by the inverse root, or divides by the root."""
+    scale = root.scale
+    if not root.is_inverse:
         is_quotient = is_call(y, aten.div.Tensor) and arg(y, 1) is scale and not y.kwargs
         return _node(arg(y, 0)) if is_quotient else None
     if not is_call(y, aten.mul.Tensor) or arg(y, 0) is arg(y, 1):

@@ -196,6 +196,24 @@ canonicalize-norms
     )
 
 
+def test_a_root_that_is_not_inverted_is_no_norm():
+    def variance(x):
+        return x.pow(2).mean(-1) + 1e-6
+
+    def multiplied(x):
+        return x * torch.sqrt(variance(x)).unsqueeze(-1)
+
+    def inverted_twice(x):
+        return x * torch.rsqrt(variance(x)).reciprocal().unsqueeze(-1)
+
+    def divided_by_the_inverse(x):
+        return x / torch.rsqrt(variance(x)).unsqueeze(-1)
+
+    for spelling in (multiplied, inverted_twice, divided_by_the_inverse):
+        assert rewritten_op(spelling, f32(4, 64)) == "", spelling
+        assert_same(compiled(spelling), spelling, f32(4, 64))
+
+
 def missed(fn, *args, **kwargs):
     """The reasons on the report, one line each."""
     gm = trace(fn, *args, **kwargs)

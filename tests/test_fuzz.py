@@ -92,9 +92,11 @@ def fits(program: Program, module: RandomModule) -> bool:
     return True
 
 
-@examples(150, full=16_000)
-@given(programs())
-def test_random_modules_give_what_eager_gives(program):
+# In parts, so that the workers of a full run share them.
+@pytest.mark.parametrize("part", range(8 if FULL else 1))
+@examples(150, full=2_000)
+@given(program=programs())
+def test_random_modules_give_what_eager_gives(part, program):
     check(program)
 
 
@@ -144,8 +146,8 @@ def test_every_norm_is_found_or_missed_with_a_reason(program):
 @given(single_norms((torch.bfloat16, torch.float16)))
 def test_a_norm_rounds_where_eager_rounds(program):
     form = program.steps[-1].args[0]
-    # A quotient is rounded in another place than the product that it becomes.
-    assume(not form.twist and "sqrt" not in form.root.split())
+    # In a half dtype throughout, another root than rsqrt rounds a whole row's scale differently.
+    assume(not form.twist and (form.upcast is not None or form.root in ("rsqrt", "eps first")))
     torch._dynamo.reset()
     module, inputs = RandomModule(program), inputs_of(program)
     with torch.no_grad():

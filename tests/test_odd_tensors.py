@@ -166,6 +166,18 @@ def test_values_that_are_not_finite():
     assert_same(compiled(llama), llama, torch.full((2, 8), 6e4, dtype=torch.float16), f32(8))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    linear = nn.Linear(8, 8)
+
+    def fn(x, weight):
+        y = linear(x)
+        return llama(y, weight), F.layer_norm(y, (8,), weight, weight), F.rms_norm(y, (8,), weight)
+
+    with torch.autocast("cpu", dtype):
+        assert_same(compiled(fn), fn, f32(4, 8), f32(8), rtol=1.6e-2, scaled=True)
+
+
 # Weights
 
 

@@ -1,4 +1,4 @@
-"""Measure the models of `tests/models.py` through Inductor and write `docs/models.md`.
+"""Measure the models of `tests/models.py` through Inductor and write `docs/models.md` and its table in the README.
 
     python tests/models_page.py
 
@@ -15,9 +15,11 @@ from models import NAMES, TOLERANCE, Model, Norms, build, norms_on, outputs
 
 from fixpass import explain
 
-PAGE = Path(__file__).resolve().parents[1] / "docs/models.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, README = ROOT / "docs/models.md", ROOT / "README.md"
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 BACKENDS = ("inductor", "fixpass")
+START, END = "<!-- models -->", "<!-- end of models -->"
 HEAD = """\
 # Models
 
@@ -55,6 +57,15 @@ def main() -> None:
         relative.append(errors)
     foot = FOOT.format(worst="\n".join(_worst(relative, dtype) for dtype in DTYPES))
     PAGE.write_text(HEAD + "\n".join(lines) + "\n" + foot)
+    publish(PAGE.read_text())
+
+
+def publish(page: str) -> None:
+    """Put the page's table and what stands around it into the README, between its marks."""
+    before, _, rest = README.read_text().partition(START)
+    _, _, after = rest.partition(END)
+    body = page.partition("\n")[2].strip()
+    README.write_text(f"{before}{START}\n{body}\n{END}{after}")
 
 
 def measure(name: str) -> tuple[str, Errors]:

@@ -2,8 +2,9 @@
 
 The decomposition is the op's own reference, traced once for each kind of site and then inlined.
 What each step gives is known from the trace, and running it again on fake tensors for every site
-would be most of the cost of all passes, so sites get copies. Norms with another kernel stay single
-ops.
+would be most of the cost of all passes: sites of one kind share what is recorded for the steps
+inside, which nothing else can read, and each has its own record of its results. Norms with another
+kernel stay single ops.
 """
 
 from dataclasses import dataclass
@@ -82,17 +83,21 @@ def _gives_new_tensor(step: fx.Node) -> bool:
     return isinstance(step.meta["val"], FakeTensor) and not is_view
 
 
+def _results(template: fx.Graph) -> list[fx.Node]:
+    return list(template.output_node().all_input_nodes)
+
+
 def _inline(graph: fx.Graph, node: fx.Node, template: fx.Graph) -> None:
     edit = Editor(graph, node)
     operands = iter([a for a in node.args if isinstance(a, fx.Node)])
     values: dict[fx.Node, fx.Node] = {}
+    own = {step: copy_of(step.meta["val"]) for step in _results(template) if "val" in step.meta}
     for step in template.nodes:
         if step.op == "placeholder":
             values[step] = next(operands)
         elif step.op == "call_function":
             args, kwargs = fx.node.map_arg((step.args, step.kwargs), lambda n: values[n])
-            known = step.meta.get("val")
-            val = None if known is None else copy_of(known)
+            val = own.get(step, step.meta.get("val"))
             values[step] = edit.call(step.target, args, kwargs, val)
     results: Any = fx.node.map_arg(template.output_node().args[0], lambda n: values[n])
     if isinstance(results, fx.Node):

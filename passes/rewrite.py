@@ -108,14 +108,19 @@ def is_call(node: Any, *targets: Any) -> TypeGuard[fx.Node]:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
-def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+def call(
+    graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> fx.Node:
     """A new node at the insertion point, named after the op without its overload."""
-    name = (
-        target._schema.name.partition("::")[2]
-        if isinstance(target, torch._ops.OpOverload)
-        else None
-    )
-    return graph.create_node("call_function", target, args, kwargs, name)
+    is_op = isinstance(target, torch._ops.OpOverload)
+    name = target._schema.name.partition("::")[2] if is_op else target.__name__
+    node = graph.create_node("call_function", target, name=name)
+    # Arguments given to `create_node` are searched for raw symbolic numbers, which costs more
+    # than the rest of a rewrite. Ours hold nodes and constants.
+    node.args = args
+    if kwargs:
+        node.kwargs = kwargs
+    return node
 
 
 def arg(node: fx.Node, i: int) -> Any:

@@ -18,7 +18,7 @@ from fixpass.lowering.layout import Layout
 from fixpass.lowering.site import Site
 from fixpass.passes.edit import Editor
 from fixpass.passes.fusion import VIEWS, source_of
-from fixpass.passes.rewrite import NOT_OURS, Match, Missed, Rewrite, is_call
+from fixpass.passes.rewrite import NOT_OURS, Match, Missed, Rewrite, call, is_call
 from fixpass.passes.rewrites.norm import Norm, build_norm
 
 KERNEL, JOINED = "strided_rms_norm", "strided_qk_norm"
@@ -64,7 +64,7 @@ class QkNorm(Rewrite):
         joined = Norm((first,), match.text, 0, match.op, inputs, match.eps, match.steps)
         pair = build_norm(graph, joined, first, (first.meta["val"], second.meta["val"]))
         with graph.inserting_after(pair):
-            parts = [graph.call_function(getitem, (pair, i)) for i in (1, 0)][::-1]
+            parts = [call(graph, getitem, (pair, i)) for i in (1, 0)][::-1]
         for part, old in zip(parts, match.replaced, strict=True):
             part.meta = {**old.meta}
         return tuple(parts)

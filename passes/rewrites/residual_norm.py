@@ -12,7 +12,7 @@ from torch import fx
 
 import fixpass.runtime.ops  # noqa: F401  (defines torch.ops.fixpass)
 from fixpass.lowering.layout import Layout, dense_stride, same_shape
-from fixpass.passes.rewrite import NOT_OURS, Match, Missed, Rewrite, arg, is_call, val_of
+from fixpass.passes.rewrite import NOT_OURS, Match, Missed, Rewrite, arg, call, is_call, val_of
 from fixpass.passes.rewrites.norm import Norm, build_norm
 
 aten = torch.ops.aten
@@ -53,8 +53,8 @@ class ResidualNorm(Rewrite):
         vals = (norm.meta["val"], total.meta["val"])
         pair = build_norm(graph, match, total, vals)
         with graph.inserting_after(pair):
-            new_total = graph.call_function(getitem, (pair, 1))
-            new_norm = graph.call_function(getitem, (pair, 0))
+            new_total = call(graph, getitem, (pair, 1))
+            new_norm = call(graph, getitem, (pair, 0))
         new_total.meta = {**total.meta}
         new_norm.meta = {**norm.meta}
         return new_total, new_norm

@@ -81,13 +81,14 @@ graph(x: bf16[2, 3, 64], weight: bf16[64])
     )
 
 
-def test_sites_of_one_kind_are_traced_once_and_each_gets_its_own_values():
+def test_sites_of_one_kind_are_traced_once_and_each_gets_its_own_results():
     def two(x, weight, y):
         return norm(x, weight), norm(y, weight), norm(x, weight * 2)
 
     gm = trace(two, bf16(5, 128), bf16(128), bf16(5, 128))
     Pipeline(default_passes(CPU), verify=True, strict=True).run(gm.graph)
-    vals = [id(n.meta["val"]) for n in gm.graph.nodes if "val" in n.meta]
+    # What a norm computes inside is read by nothing else, and its record may be shared.
+    vals = [id(n.meta["val"]) for n in gm.graph.output_node().all_input_nodes]
     assert len(vals) == len(set(vals))
     x, y, weight = bf16(5, 128), bf16(5, 128), bf16(128)
     gm.recompile()

@@ -4,6 +4,8 @@ The rows are read by the passes and by the eager guards. A row promises no more 
 shows: where a kernel takes some layout by luck, the row leaves it out.
 """
 
+from functools import cache
+
 import torch
 
 from fixpass.lowering.clauses import (
@@ -206,10 +208,15 @@ def contract_of(kernel: str, op: str) -> Contract | None:
     Of several generations of a library the installed one counts, and the oldest, which promises
     least, where none is installed.
     """
-    rows = [c for c in CONTRACTS if c.kernel == kernel and c.op == op]
+    rows = _rows_of(kernel, op)
     installed = aiter_generation() if any(row.generation for row in rows) else ""
     fitting = (row for row in rows if not installed or row.generation in ("", installed))
     return next(fitting, None)
+
+
+@cache
+def _rows_of(kernel: str, op: str) -> tuple[Contract, ...]:
+    return tuple(row for row in CONTRACTS if row.kernel == kernel and row.op == op)
 
 
 def kernel_names() -> tuple[str, ...]:

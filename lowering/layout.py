@@ -91,12 +91,12 @@ class Layout:
 
     def has_stride(self, stride: Sequence[Dim]) -> Known:
         """Whether `stride` addresses the same elements: equal but where the size is 1."""
-        if 0 in [size for size in self.shape if isinstance(size, int)]:
+        dims = list(zip(self.shape, self.stride, stride, strict=True))
+        if any(type(size) is int and size == 0 for size in self.shape):
             return True
-        return all_known(
-            _same_step(size, mine, other)
-            for size, mine, other in zip(self.shape, self.stride, stride, strict=True)
-        )
+        if all(type(value) is int for dim in dims for value in dim):
+            return all(size == 1 or mine == other for size, mine, other in dims)
+        return all_known(_same_step(size, mine, other) for size, mine, other in dims)
 
     def has_unit_last_stride(self) -> Known:
         if not self.rank:

@@ -6,6 +6,7 @@ An editor inserts in front of one node. It decides nothing about what to insert.
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,9 +41,12 @@ class Editor:
         """
         with self.graph.inserting_before(self.anchor):
             node = call(self.graph, target, args, kwargs or {})
-        node.meta = {k: v for k, v in self.anchor.meta.items() if k in _LENT}
-        node.meta["val"] = _run(node) if val is None else val
+        node.meta = {**self._lent, "val": _run(node) if val is None else val}
         return node
+
+    @cached_property
+    def _lent(self) -> dict[str, Any]:
+        return {k: v for k, v in self.anchor.meta.items() if k in _LENT}
 
     def size(self, node: fx.Node, dim: int) -> Any:
         """The size of a dimension: an int, or a node that reads a symbolic one."""

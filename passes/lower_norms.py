@@ -16,7 +16,6 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fixpass.lowering.layout import Layout
 from fixpass.lowering.site import OPS, op_name
 from fixpass.passes.base import Pass, PassResult
 from fixpass.passes.edit import Editor, copy_of, guards_suppressed
@@ -46,13 +45,15 @@ class LowerNorms(Pass):
 
 def _kind(node: fx.Node) -> tuple[Any, ...]:
     """What the decomposition depends on."""
-    operands = tuple(
-        (str(Layout.of(a.meta["val"])), str(a.meta["val"].stride()), a.meta["val"].device)
-        if isinstance(a, fx.Node)
-        else a
-        for a in node.args
-    )
+    operands = tuple(_layout(a.meta["val"]) if isinstance(a, fx.Node) else a for a in node.args)
     return (op_name(node), operands, repr(node.kwargs))
+
+
+def _layout(val: torch.Tensor) -> tuple[Any, ...]:
+    """The layout as a key: symbolic numbers have no hash, so their names stand for them."""
+    dims = (*val.shape, *val.stride())
+    is_static = all(type(dim) is int for dim in dims)
+    return (dims if is_static else str(dims), val.dtype, val.device)
 
 
 def _trace(node: fx.Node) -> fx.Graph:

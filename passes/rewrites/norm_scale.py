@@ -76,9 +76,10 @@ def read_scale(root: fx.Node) -> Scale | Missed:
     if not _is_column(scale, moment.base):
         return Missed(f"{scale.name} is not one value a row of {moment.base.name}")
     owned = (*owned, *added, *moment.owned, *_centred_nodes(numerator, moment))
+    inside = {*owned, y}
     for node in owned:
-        if any(user not in owned and user is not y for user in node.users):
-            return Missed(_shared(node, node.name, {*owned, y}))
+        if not inside.issuperset(node.users):
+            return Missed(_shared(node, node.name, inside))
     return _finish(moment, y, eps)
 
 

@@ -91,6 +91,8 @@ class Layout:
 
     def has_stride(self, stride: Sequence[Dim]) -> Known:
         """Whether `stride` addresses the same elements: equal but where the size is 1."""
+        if len(stride) != self.rank:
+            return False
         dims = list(zip(self.shape, self.stride, stride, strict=True))
         if any(type(size) is int and size == 0 for size in self.shape):
             return True

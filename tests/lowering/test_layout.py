@@ -47,6 +47,10 @@ def test_the_stride_of_a_size_1_dimension_is_never_looked_at():
     assert Layout((4, 1), (1, 77), BF16).has_unit_last_stride() is True
 
 
+def test_strides_of_another_rank_are_other_strides():
+    assert Layout((2, 8), (8, 1), BF16).has_stride((16, 8, 1)) is False
+
+
 def test_an_empty_layout_is_dense_whatever_its_strides():
     assert Layout((0, 8), (3, 5), BF16).is_dense() is True
 

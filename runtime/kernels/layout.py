@@ -210,11 +210,3 @@ def _may_meet(
     if at_a + span_a > period or at_b + span_b > period:
         return True
     return _may_meet(at_a, inner_a, item_a, at_b, inner_b, item_b)
-
-
-def torch_dtype_of(*dtypes: torch.dtype) -> torch.dtype:
-    """What torch makes of operands of these dtypes."""
-    result = dtypes[0]
-    for dtype in dtypes[1:]:
-        result = torch.promote_types(result, dtype)
-    return result

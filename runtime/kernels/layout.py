@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd, prod
 
-import torch
 from torch import Tensor
 
 # Which of an operand's tile dimensions has stride one: the hidden one, the innermost

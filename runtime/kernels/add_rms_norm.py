@@ -13,17 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fixpass.runtime.kernels.checks import check_add_rms_norm
-from fixpass.runtime.kernels.launch import (
-    Launch,
-    choose_for,
-    dense_vector,
-    lanes_of,
-    num_programs,
-    parts,
-    place,
-    row_arguments,
-    run_time,
-)
+from fixpass.runtime.kernels.launch import Launch, lanes_of, parts, plan_rows, run_time
 from fixpass.runtime.kernels.rounding import rounding
 from fixpass.runtime.kernels.tile import normalize, tile_mask, tile_offsets, tile_rows, weigh
 
@@ -147,15 +137,4 @@ def plan_add_norm(
     lanes: int,
 ) -> Launch:
     """The launch for checked operands with at least one element."""
-    geometry, placed = place(**rows)
-    choice = choose_for(geometry, rows["x"].element_size(), lanes)
-    arguments = {
-        **placed,
-        "weight_ptr": dense_vector(weight),
-        "bias_ptr": dense_vector(bias),
-        "eps": eps,
-        **row_arguments(geometry, choice),
-        **rule,
-    }
-    grid = (num_programs(geometry, choice),)
-    return Launch(add_norm_kernel, grid, arguments, choice.num_warps, rows["x"].device)
+    return plan_rows(add_norm_kernel, rows, weight, bias, eps, rule, lanes=lanes)

@@ -182,3 +182,28 @@ def dense_vector(tensor: Tensor | None) -> Tensor | None:
     if tensor is None or tensor.stride(0) == 1 or tensor.shape[0] == 1:
         return tensor
     return tensor.contiguous()
+
+
+def plan_rows(
+    kernel: Any,
+    rows: dict[str, Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    constants: dict[str, object],
+    *,
+    lanes: int,
+) -> Launch:
+    """The launch of a kernel over operands of one shape, placed together; x makes the choice."""
+    geometry, placed = place(**rows)
+    choice = choose_for(geometry, rows["x"].element_size(), lanes)
+    arguments = {
+        **placed,
+        "weight_ptr": dense_vector(weight),
+        "bias_ptr": dense_vector(bias),
+        "eps": eps,
+        **row_arguments(geometry, choice),
+        **constants,
+    }
+    grid = (num_programs(geometry, choice),)
+    return Launch(kernel, grid, arguments, choice.num_warps, rows["x"].device)

@@ -13,17 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fixpass.runtime.kernels.checks import check_rms_norm
-from fixpass.runtime.kernels.launch import (
-    Launch,
-    choose_for,
-    dense_vector,
-    lanes_of,
-    num_programs,
-    parts,
-    place,
-    row_arguments,
-    run_time,
-)
+from fixpass.runtime.kernels.launch import Launch, lanes_of, parts, plan_rows, run_time
 from fixpass.runtime.kernels.rounding import rounding
 from fixpass.runtime.kernels.tile import norm_tile
 
@@ -110,16 +100,5 @@ def plan_norm(
     lanes: int,
 ) -> Launch:
     """The launch of a norm of checked operands with at least one element."""
-    geometry, placed = place(**rows)
-    choice = choose_for(geometry, rows["x"].element_size(), lanes)
-    arguments = {
-        **placed,
-        "weight_ptr": dense_vector(weight),
-        "bias_ptr": dense_vector(bias),
-        "eps": eps,
-        "CENTER": center,
-        **row_arguments(geometry, choice),
-        **rule,
-    }
-    grid = (num_programs(geometry, choice),)
-    return Launch(norm_kernel, grid, arguments, choice.num_warps, rows["x"].device)
+    constants = {**rule, "CENTER": center}
+    return plan_rows(norm_kernel, rows, weight, bias, eps, constants, lanes=lanes)

@@ -33,10 +33,11 @@ class InsertRelayout(Pass):
             contract = contract_of(str(node.kwargs.get("kernel_name", "")), op_name(node))
             if contract is None:
                 continue
-            verdict = contract.check(Site.of(node))
+            site = Site.of(node)
+            verdict = contract.check(site)
             if verdict:
                 continue
-            plan = cheapest_relayout(contract, Site.of(node))
+            plan = cheapest_relayout(contract, site)
             if plan is None:
                 result.missed(node, f"{verdict}; no relayout makes it hold, so Inductor runs it")
                 node.update_kwarg("kernel_name", "inductor")
@@ -44,6 +45,9 @@ class InsertRelayout(Pass):
                 new = relayout(graph, node, plan)
                 cost = f"{hint(plan.num_bytes):,} bytes copied"
                 result.applied(new, f"{contract.kernel}: {plan}, {cost}")
+            else:
+                # Out of fuel, the kernel must not meet the layout that it was not made for.
+                node.update_kwarg("kernel_name", "inductor")
 
 
 def relayout(graph: fx.Graph, node: fx.Node, plan: Relayout) -> fx.Node:

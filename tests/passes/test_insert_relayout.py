@@ -176,6 +176,14 @@ def test_values_and_strides_are_those_of_eager(case, dynamic):
     assert_same(run, fn, *inputs(), rtol=0.016, atol=1e-5)
 
 
+def test_without_fuel_for_the_relayout_the_kernel_is_not_called():
+    args = bf16(5, 3072), bf16(128)
+    for fuel in range(5):
+        options = {"lower": "eager", "norm_kernels": AITER, "fuel": fuel, "strict": True}
+        torch._dynamo.reset()
+        assert_same(torch.compile(heads, backend="fixpass", options=options), heads, *args)
+
+
 def test_an_order_of_kernels_given_by_the_user_is_kept_to():
     """A pointwise producer would fuse; that is no reason to overrule the user."""
     fn, inputs = CASES["strided residual"]

@@ -141,6 +141,6 @@ def _define(library: torch.library.Library, name: str) -> None:
 
 
 # The library must live as long as the process: when it is collected, its ops are gone.
-_LIBRARY = torch.library.Library("fixpass", "DEF")
+DEFINITIONS = torch.library.Library("fixpass", "DEF")
 for _name in SCHEMAS:
-    _define(_LIBRARY, _name)
+    _define(DEFINITIONS, _name)

@@ -25,8 +25,9 @@ constexpr int kMaxDims = 5;
 struct Message {
   int64_t numel;
   int64_t offset;  // of the data in the rank's segment, or -1: staged piece by piece
-  int32_t dtype;
+  int32_t dtype;     // at::ScalarType
   int32_t num_dims;
+  int32_t sums;      // 1, or 0 for a maximum and the like
   int64_t sizes[kMaxDims];
 };
 

@@ -1,13 +1,16 @@
 // All-reduce between the ranks of one host, through the segments that all of them map.
 //
 // One-shot, for small messages: each rank copies its data into a slot, all meet once, and each
-// sums everything. Two slots take turns, so nobody waits for the last reader. Two-shot, for large
+// sums everything. Two slots take turns with the meetings, so that a slot is written again only
+// when all have met once more and so have read it: nobody waits for the last reader. Two-shot, for large
 // ones: each rank sums one chunk, all meet again, and each gathers the others' sums. Large messages
 // go piece by piece, so that what is staged stays in the cache; data that lies in the segment
 // already is not staged. How a message is cut depends on its size alone: all ranks do the same.
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 
 #include <algorithm>
 #include <cstring>
@@ -37,7 +40,7 @@ struct Areas {
   size_t slot, piece, heap;
 
   static constexpr size_t kControl = 4096;
-  size_t slot_at(uint64_t index) const { return kControl + (index & 1) * slot; }
+  size_t slot_at(uint32_t meeting) const { return kControl + (meeting & 1) * slot; }
   size_t stage_at() const { return kControl + 2 * slot; }
   size_t result_at() const { return stage_at() + piece; }
   size_t heap_at() const { return result_at() + piece; }
@@ -48,20 +51,21 @@ struct Stats {
   int64_t one_shot = 0, two_shot = 0, staged_bytes = 0, resident_bytes = 0;
 };
 
-enum Dtype : int32_t { kFloat32, kBFloat16, kFloat16 };
-constexpr const char* kDtypeNames[] = {"float32", "bfloat16", "float16"};
-constexpr size_t kDtypeSizes[] = {4, 2, 2};
-
 class Group {
  public:
-  Group(std::string name, std::vector<char*> bases, int rank, Areas areas, std::vector<int> pidfds,
-        double seconds, Patience patience)
-      : heap(bases[rank] + areas.heap_at(), areas.heap), name_(std::move(name)),
-        bases_(std::move(bases)), rank_(rank), areas_(areas), pidfds_(std::move(pidfds)),
-        seconds_(seconds), patience_(patience), pid_(getpid()) {}
+  // Segments are kept mapped as long as the group lives; pidfds are closed with it.
+  Group(std::string name, std::vector<at::Tensor> segments, int rank, Areas areas,
+        std::vector<int> pidfds, double seconds, Patience patience)
+      : heap(base_of(segments[rank]) + areas.heap_at(), areas.heap), name_(std::move(name)),
+        segments_(std::move(segments)), rank_(rank), areas_(areas), pidfds_(std::move(pidfds)),
+        seconds_(seconds), patience_(patience), pid_(getpid()) {
+    for (const auto& segment : segments_) bases_.push_back(base_of(segment));
+  }
 
   ~Group() {
-    if (getpid() == pid_) leave();
+    for (int pidfd : pidfds_) {
+      if (pidfd >= 0) close(pidfd);
+    }
   }
 
   // Whoever holds the lock is the only caller; a second one is refused, since ranks could not
@@ -83,26 +87,39 @@ class Group {
   bool is_small(size_t bytes) const { return bytes <= areas_.slot; }
 
   // Where the next small message may be written by whoever computes it.
-  char* next_slot() const { return bases_[rank_] + areas_.slot_at(stats.one_shot); }
+  char* next_slot() const { return bases_[rank_] + areas_.slot_at(met_ + 1); }
 
   bool owns(const void* data) const {
     auto* heap_begin = bases_[rank_] + areas_.heap_at();
     return data >= heap_begin && data < heap_begin + areas_.heap;
   }
 
+  static bool can_sum(at::ScalarType type) {
+    return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
+  }
+
   void all_reduce(const void* in, void* out, Message message) {
     message.offset = owns(in) ? static_cast<const char*>(in) - bases_[rank_] : -1;
-    switch (message.dtype) {
-      case kFloat32: return reduce(static_cast<const float*>(in), static_cast<float*>(out), message);
-      case kBFloat16:
+    switch (static_cast<at::ScalarType>(message.dtype)) {
+      case at::kFloat:
+        return reduce(static_cast<const float*>(in), static_cast<float*>(out), message);
+      case at::kBFloat16:
         return reduce(static_cast<const BFloat16*>(in), static_cast<BFloat16*>(out), message);
       default:
         return reduce(static_cast<const _Float16*>(in), static_cast<_Float16*>(out), message);
     }
   }
 
-  // Tell the others that this rank takes part no more.
-  void leave() { control(rank_)->failed.store(1, std::memory_order_release); }
+  // Meet only to see that all ranks bring the same, before another way of reducing is taken.
+  void compare(Message message) {
+    message.offset = -1;
+    meet_with(message);
+  }
+
+  // Tell the others that this rank takes part no more. A forked child has no say in it.
+  void leave() {
+    if (getpid() == pid_) control(rank_)->failed.store(1, std::memory_order_release);
+  }
 
   Stats stats;
   Heap heap;
@@ -120,7 +137,8 @@ class Group {
 
   template <typename T>
   void one_shot(const T* in, T* out, const Message& message, size_t numel) {
-    const size_t slot = areas_.slot_at(stats.one_shot++);
+    ++stats.one_shot;
+    const size_t slot = areas_.slot_at(met_ + 1);
     const size_t bytes = numel * sizeof(T);
     char* mine = bases_[rank_] + slot;
     if (static_cast<const void*>(in) == mine) {
@@ -140,6 +158,7 @@ class Group {
   template <typename T>
   void two_shot(const T* in, T* out, const Message& message, size_t numel) {
     ++stats.two_shot;
+    if (message.offset >= 0) stats.resident_bytes += numel * sizeof(T);
     const size_t step = areas_.piece / sizeof(T);
     std::vector<const T*> sources(bases_.size());
     for (size_t start = 0; start < numel; start += step) {
@@ -214,7 +233,6 @@ class Group {
       if (!agree(other, message)) throw WrongCall(disagreement(parity));
       offsets_[rank] = other.offset;
     }
-    stats.resident_bytes += message.offset < 0 ? 0 : message.numel * kDtypeSizes[message.dtype];
   }
 
   void meet() {
@@ -253,8 +271,8 @@ class Group {
   }
 
   static bool agree(const Message& a, const Message& b) {
-    return a.numel == b.numel && a.dtype == b.dtype && a.num_dims == b.num_dims &&
-           std::equal(a.sizes, a.sizes + kMaxDims, b.sizes);
+    return a.numel == b.numel && a.dtype == b.dtype && a.sums == b.sums &&
+           a.num_dims == b.num_dims && std::equal(a.sizes, a.sizes + kMaxDims, b.sizes);
   }
 
   std::string disagreement(uint32_t parity) const {
@@ -267,20 +285,25 @@ class Group {
   }
 
   static std::string describe(const Message& message) {
-    std::string text = std::string(kDtypeNames[message.dtype]) + "[";
+    std::string text(c10::getDtypeNames(static_cast<at::ScalarType>(message.dtype)).first);
+    text += "[";
     for (int i = 0; i < std::min(message.num_dims, kMaxDims); ++i) {
       text += (i ? ", " : "") + std::to_string(message.sizes[i]);
     }
-    return text + (message.num_dims > kMaxDims ? ", ...]" : "]");
+    return text + (message.num_dims > kMaxDims ? ", ...]" : "]") + (message.sums ? "" : " not to sum");
   }
 
   int num_ranks() const { return static_cast<int>(bases_.size()); }
+  static char* base_of(const at::Tensor& segment) {
+    return static_cast<char*>(segment.mutable_data_ptr());
+  }
   Control* control(int rank) const { return reinterpret_cast<Control*>(bases_[rank]); }
   std::string about() const { return "group '" + name_ + "'"; }
 
   static constexpr int64_t kGrain = 1 << 16;
 
   std::string name_;
+  std::vector<at::Tensor> segments_;
   std::vector<char*> bases_;
   int rank_;
   Areas areas_;

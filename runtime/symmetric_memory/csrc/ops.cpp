@@ -25,19 +25,19 @@ using WeakProcessGroup = c10::weak_intrusive_ptr<c10d::ProcessGroup>;
 struct Entry {
   std::shared_ptr<Group> group;
   WeakProcessGroup process_group;
-  std::vector<Tensor> segments;  // keeps the memory mapped
 };
 
-std::shared_mutex table_mutex;
-std::unordered_map<std::string, Entry> table;
+// Never destroyed: when the process ends, Python has closed the groups that it opened.
+std::shared_mutex& table_mutex = *new std::shared_mutex;
+auto& table = *new std::unordered_map<std::string, Entry>;
 
-// The group of that name, or null where it has no symmetric memory (yet).
+// What the process group of that name has here, or null where it has no symmetric memory (yet).
+// Several names may stand for one process group.
 std::shared_ptr<Group> find_group(const std::string& name) {
+  const auto process_group = c10d::resolve_process_group(name);
   std::shared_lock<std::shared_mutex> lock(table_mutex);
-  auto entry = table.find(name);
-  if (entry == table.end()) return nullptr;
-  auto made_for = entry->second.process_group.lock();
-  if (!made_for || made_for != c10d::resolve_process_group(name)) return nullptr;
+  auto entry = table.find(process_group->getGroupName());
+  if (entry == table.end() || entry->second.process_group.lock() != process_group) return nullptr;
   return entry->second.group;
 }
 
@@ -61,49 +61,48 @@ std::shared_ptr<Group> ready_group(const std::string& name) {
   return prepare.call(name) ? find_group(name) : nullptr;
 }
 
-int dtype_of(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat: return kFloat32;
-    case at::kBFloat16: return kBFloat16;
-    case at::kHalf: return kFloat16;
-    default: return -1;
-  }
-}
-
-Message message_of(const Tensor& tensor) {
-  Message message{tensor.numel(), -1, dtype_of(tensor.scalar_type()),
-                  static_cast<int32_t>(tensor.dim()), {}};
+Message message_of(const Tensor& tensor, c10::string_view op) {
+  Message message{tensor.numel(), -1, static_cast<int32_t>(tensor.scalar_type()),
+                  static_cast<int32_t>(tensor.dim()), op == "sum", {}};
   for (int i = 0; i < std::min<int>(tensor.dim(), kMaxDims); ++i) message.sizes[i] = tensor.size(i);
   return message;
 }
 
-// Through the process group, as if fixpass were not there.
+// Through the process group, as if fixpass were not there. Called with boxed arguments: torch's
+// releases differ in the C++ types of these operators.
 Tensor ordinary_all_reduce(const Tensor& input, c10::string_view op, c10::string_view group) {
   auto& dispatcher = c10::Dispatcher::singleton();
-  using Reduce = Tensor(const Tensor&, c10::string_view, c10::string_view);
-  static auto reduce =
-      dispatcher.findSchemaOrThrow("_c10d_functional::all_reduce", "").typed<Reduce>();
-  static auto wait = dispatcher.findSchemaOrThrow("_c10d_functional::wait_tensor", "")
-                         .typed<Tensor(const Tensor&)>();
-  return wait.call(reduce.call(input, op, group));
+  static auto reduce = dispatcher.findSchemaOrThrow("_c10d_functional::all_reduce", "");
+  static auto wait = dispatcher.findSchemaOrThrow("_c10d_functional::wait_tensor", "");
+  torch::jit::Stack stack{input, std::string(op), std::string(group)};
+  reduce.callBoxed(&stack);
+  wait.callBoxed(&stack);
+  return stack.back().toTensor();
 }
 
-Tensor reduce_with(Group& group, const Tensor& input) {
+// Summed in the group's memory, into a tensor of its own; undefined where the group cannot do that
+// and all ranks have seen so.
+Tensor reduce_with(Group& group, const Tensor& input, c10::string_view op) {
+  const Message message = message_of(input, op);
+  if (!message.sums || !Group::can_sum(input.scalar_type())) {
+    group.compare(message);
+    return {};
+  }
   Tensor out = at::empty(input.sizes(), input.options());
-  group.all_reduce(input.const_data_ptr(), out.mutable_data_ptr(), message_of(input));
+  group.all_reduce(input.const_data_ptr(), out.mutable_data_ptr(), message);
   return out;
 }
 
 Tensor all_reduce(const Tensor& input, c10::string_view op, c10::string_view group_name) {
-  auto group = ready_group(std::string(group_name));
   Tensor dense = input.contiguous();
-  if (!group || dtype_of(input.scalar_type()) < 0 || op != "sum") {
-    return ordinary_all_reduce(dense, op, group_name);
+  if (auto group = ready_group(std::string(group_name))) {
+    Tensor out = translate_errors([&] {
+      auto lock = group->enter();
+      return reduce_with(*group, dense, op);
+    });
+    if (out.defined()) return out;
   }
-  return translate_errors([&] {
-    auto lock = group->enter();
-    return reduce_with(*group, dense);
-  });
+  return ordinary_all_reduce(dense, op, group_name);
 }
 
 // A tensor in the group's memory for a message of these sizes; undefined where there is no room.
@@ -139,18 +138,22 @@ Tensor matmul_all_reduce(const Tensor& a, const Tensor& b, const std::optional<T
                          c10::string_view group_name) {
   auto group = ready_group(std::string(group_name));
   const auto sizes = product_sizes(a, b);
-  if (!group || dtype_of(a.scalar_type()) < 0 || op != "sum") {
-    Tensor product = at::empty(sizes, a.options());
+  Tensor product, out;
+  if (group) {
+    out = translate_errors([&] {
+      auto lock = group->enter();
+      product = allocate_message(group, sizes, a.options());
+      if (!product.defined()) product = at::empty(sizes, a.options());
+      multiply_into(product, a, b, bias, beta, alpha);
+      return reduce_with(*group, product, op);
+    });
+    if (out.defined()) return out;
+    product = product.clone();  // out of the slot, which the next call writes
+  } else {
+    product = at::empty(sizes, a.options());
     multiply_into(product, a, b, bias, beta, alpha);
-    return ordinary_all_reduce(product, op, group_name);
   }
-  return translate_errors([&] {
-    auto lock = group->enter();
-    Tensor product = allocate_message(group, sizes, a.options());
-    if (!product.defined()) product = at::empty(sizes, a.options());
-    multiply_into(product, a, b, bias, beta, alpha);
-    return reduce_with(*group, product);
-  });
+  return ordinary_all_reduce(product, op, group_name);
 }
 
 // While a thread allocates in a group, its new CPU tensors lie in the group's heap, where there is
@@ -186,38 +189,41 @@ class SymmetricAllocator final : public c10::Allocator {
   c10::Allocator* ordinary_;
 };
 
-void set_allocating(c10::string_view group_name) {
+// Begin to allocate in a group, or end with an empty name; false where this thread already does.
+bool set_allocating(c10::string_view group_name) {
   static SymmetricAllocator allocator(c10::GetCPUAllocator());
   static bool installed = [] {
     c10::SetCPUAllocator(&allocator, /*priority=*/1);
     return true;
   }();
-  (void)installed;
+  if (!group_name.empty() && allocating_in) return false;
   allocating_in = group_name.empty() ? nullptr : find_group(std::string(group_name));
+  return installed;
 }
 
 void open_group(c10::string_view group_name, at::TensorList segments, int64_t rank, int64_t slot,
                 int64_t piece, int64_t heap, at::IntArrayRef pidfds, double seconds, int64_t spins,
                 int64_t yields) {
   std::string name(group_name);
-  std::vector<char*> bases;
-  for (const auto& segment : segments) bases.push_back(static_cast<char*>(segment.data_ptr()));
   Areas areas{static_cast<size_t>(slot), static_cast<size_t>(piece), static_cast<size_t>(heap)};
   for (const auto& segment : segments) {
     TORCH_CHECK(segment.nbytes() >= areas.size(), "a segment is smaller than its areas");
   }
-  auto group = std::make_shared<Group>(
-      name, std::move(bases), rank, areas, std::vector<int>(pidfds.begin(), pidfds.end()), seconds,
-      Patience{static_cast<int>(spins), static_cast<int>(yields)});
-  Entry entry{std::move(group), WeakProcessGroup(c10d::resolve_process_group(name)),
-              segments.vec()};
+  Entry entry{std::make_shared<Group>(
+                  name, segments.vec(), rank, areas,
+                  std::vector<int>(pidfds.begin(), pidfds.end()), seconds,
+                  Patience{static_cast<int>(spins), static_cast<int>(yields)}),
+              WeakProcessGroup(c10d::resolve_process_group(name))};
   std::unique_lock<std::shared_mutex> lock(table_mutex);
   table.insert_or_assign(name, std::move(entry));
 }
 
 void close_group(c10::string_view group_name) {
   std::unique_lock<std::shared_mutex> lock(table_mutex);
-  table.erase(std::string(group_name));
+  auto entry = table.find(std::string(group_name));
+  if (entry == table.end()) return;
+  entry->second.group->leave();
+  table.erase(entry);
 }
 
 Tensor empty_in_group(at::IntArrayRef sizes, at::ScalarType dtype, c10::string_view group_name) {
@@ -248,7 +254,7 @@ TORCH_LIBRARY(fixpass_symmetric_memory, m) {
         "int[] pidfds, float seconds, int spins, int yields) -> ()", open_group);
   m.def("close_group(str group_name) -> ()", close_group);
   m.def("empty(int[] sizes, ScalarType dtype, str group_name) -> Tensor", empty_in_group);
-  m.def("set_allocating(str group_name) -> ()", set_allocating);
+  m.def("set_allocating(str group_name) -> bool", set_allocating);
   m.def("stats(str group_name) -> int[]", stats);
 }
 

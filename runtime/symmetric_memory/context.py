@@ -1,0 +1,132 @@
+"""SymmetricContext: symmetric memory of one group for code that is not compiled.
+
+`context(group)` makes it; every rank of the group calls that together. A group without symmetric
+memory gets a context that says why, and whose all-reduce goes through the process group.
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from fixpass.runtime.symmetric_memory import groups
+from fixpass.runtime.symmetric_memory.ops import allocating_in
+from fixpass.runtime.symmetric_memory.policy import Decision, Policy, Role, decide
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counts since the group met: calls of each kind, and bytes that were copied to be shared."""
+
+    one_shot: int
+    two_shot: int
+    staged_bytes: int
+    resident_bytes: int
+    heap_bytes_in_use: int
+
+
+class SymmetricContext:
+    """A group's symmetric memory. Use it in a `with` block to allocate there.
+
+    Within the block, new CPU tensors of this thread lie in the group's memory while it has room,
+    so that a matmul writes where the other ranks read. Blocks are not nested: an inner one does
+    nothing. `symmetric` tells whether the group has the memory, `reason` why or why not.
+    """
+
+    def __init__(self, group: ProcessGroup, decision: Decision) -> None:
+        self.group = group
+        self.symmetric = decision.symmetric
+        self.reason = decision.reason
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of the ranks' x, in rank order with float32 accumulation: a new dense tensor.
+
+        All ranks call it with one shape and dtype, else each raises ValueError. Raises
+        DistBackendError, naming the rank, where one is gone or does not come in time.
+        """
+        name = self.group.group_name
+        if self.symmetric:
+            return torch.ops.fixpass.all_reduce(x, "sum", name)  # type: ignore[no-any-return]
+        functional = torch.ops._c10d_functional
+        pending = functional.all_reduce(x.contiguous(), "sum", name)
+        return functional.wait_tensor(pending)  # type: ignore[no-any-return]
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """An uninitialised CPU tensor in the group's memory.
+
+        Raises OutOfMemoryError where the memory has no room, and ValueError where there is no memory
+        or no C++ part.
+        """
+        if not self.symmetric:
+            raise ValueError(f"no symmetric memory to allocate in: {self.reason}")
+        name = self.group.group_name
+        if groups.outcome_of(name).plain is not None:
+            raise ValueError(f"tensors can lie in it only with the C++ part: {self.reason}")
+        return torch.ops.fixpass_symmetric_memory.empty(shape, dtype, name)  # type: ignore[no-any-return]
+
+    def stats(self) -> Stats:
+        """What was done so far; raises ValueError where there is no symmetric memory."""
+        if not self.symmetric:
+            raise ValueError(f"no symmetric memory to count in: {self.reason}")
+        name = self.group.group_name
+        plain = groups.outcome_of(name).plain
+        if plain is not None:
+            return Stats(*plain.stats())
+        return Stats(*torch.ops.fixpass_symmetric_memory.stats(name))
+
+    def close(self) -> None:
+        """Give the memory up. Other ranks that call on hear that this one has left."""
+        groups.close(self.group)
+        self.symmetric, self.reason = False, "the context is closed"
+
+    def __enter__(self) -> "SymmetricContext":
+        block = allocating_in(self.group.group_name)
+        block.__enter__()
+        self._entered.append(block)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._entered.pop().__exit__(None, None, None)
+
+    def __repr__(self) -> str:
+        return f"SymmetricContext({self.group.group_name!r}, {self.reason})"
+
+
+def context(
+    group: ProcessGroup | DeviceMesh | str | None = None,
+    *,
+    role: Role | None = None,
+    policy: Policy | None = None,
+) -> SymmetricContext:
+    """The symmetric memory of a group, made when it is asked for first; collective.
+
+    group: a process group, a mesh of one dimension, a name, or None for all ranks. role: what the
+    group is for, "tp" or "attn_tp"; remembered for compiled code. Raises ValueError for a name
+    without a group.
+    """
+    found = _resolve(group)
+    name = found.group_name
+    if role is not None:
+        groups.set_role(name, role)
+    return SymmetricContext(found, decide(groups.settle(name), policy or Policy()))
+
+
+def _resolve(group: ProcessGroup | DeviceMesh | str | None) -> ProcessGroup:
+    if isinstance(group, DeviceMesh):
+        return group.get_group()
+    if isinstance(group, str):
+        found = groups.find(group)
+        if found is None:
+            raise ValueError(f"this process has no group named {group!r}")
+        return found
+    if group is not None:
+        return group
+    whole = dist.group.WORLD
+    if whole is None:
+        raise ValueError("torch.distributed is not initialized: call init_process_group first")
+    return whole

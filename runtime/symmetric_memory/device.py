@@ -1,0 +1,84 @@
+"""All-reduce on CUDA and ROCm devices, through `torch.distributed._symmetric_memory`.
+
+Data that already lies in symmetric memory is read where it is; other data is copied into the
+group's workspace first. Which way it is reduced depends on its size and on the device alone, so
+all ranks take the same. Nothing here has a CPU path.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.distributed import _symmetric_memory as symm_mem
+
+from fixpass.runtime.symmetric_memory import groups
+from fixpass.runtime.symmetric_memory.settings import KIB
+
+Way = Literal["multimem", "one_shot", "two_shot", "ordinary"]
+SUMMED = (torch.float32, torch.bfloat16, torch.float16)
+# Each rank reads all data once in one-shot, and about two times 1/num_ranks of it in two-shot,
+# with one meeting more. PyTorch's own choice for one-shot ends at 128 KiB.
+ONE_SHOT_BYTES = 128 * KIB
+# The device kernels read 16 bytes at a time; two-shot cuts the data in num_ranks such parts.
+ALIGNMENT = 16
+
+
+def choose(num_bytes: int, num_ranks: int, dtype: torch.dtype, has_multicast: bool) -> Way:
+    """The way to sum `num_bytes` of each of `num_ranks` ranks.
+
+    has_multicast: the device adds on the way (NVLink SHARP). It wins at all sizes that it takes.
+    """
+    if dtype not in SUMMED or num_bytes == 0 or num_bytes % ALIGNMENT:
+        return "ordinary"
+    divides = num_bytes % (ALIGNMENT * num_ranks) == 0
+    if has_multicast and divides:
+        return "multimem"
+    if num_bytes <= ONE_SHOT_BYTES or not divides:
+        return "one_shot"
+    return "two_shot"
+
+
+def all_reduce(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
+    """x reduced over the ranks of the group: a new dense tensor of the same shape and dtype."""
+    group = groups.find(group_name)
+    # A captured graph replays with the addresses that it saw; that they stay is not proved.
+    if group is None or reduce_op != "sum" or torch.cuda.is_current_stream_capturing():
+        return _ordinary(x, reduce_op, group_name)
+    multicast = symm_mem._SymmetricMemory.has_multicast_support(x.device.type, x.device.index or 0)
+    way = choose(x.nbytes, group.size(), x.dtype, multicast)
+    if way == "ordinary":
+        return _ordinary(x, reduce_op, group_name)
+    ops, name = torch.ops.symm_mem, group.group_name
+    x = x.contiguous()
+    if way == "multimem":
+        # It works in place, and what the caller gave must not change.
+        return ops.multimem_all_reduce_(_staged(x, name), reduce_op, name).clone()  # type: ignore[no-any-return]
+    resident = x if symm_mem.is_symm_mem_tensor(x) else _staged(x, name)
+    if way == "one_shot":
+        return ops.one_shot_all_reduce(resident, reduce_op, name)  # type: ignore[no-any-return]
+    return ops.two_shot_all_reduce_out(resident, reduce_op, name, torch.empty_like(x))  # type: ignore[no-any-return]
+
+
+@contextmanager
+def allocating_in(group_name: str) -> Iterator[None]:
+    """Within it, new tensors on the device come from the symmetric memory pool."""
+    if torch.cuda.is_current_stream_capturing():
+        # Buffers of a captured graph can move between capture and replay.
+        yield
+        return
+    with torch.cuda.use_mem_pool(symm_mem.get_mem_pool(torch.device("cuda"))):
+        yield
+
+
+def _staged(x: Tensor, name: str) -> Tensor:
+    """A copy of x in the group's workspace, which grows to the largest message and stays."""
+    handle = symm_mem.get_symm_mem_workspace(name, x.nbytes)
+    return handle.get_buffer(handle.rank, x.shape, x.dtype).copy_(x)  # type: ignore[no-any-return]
+
+
+def _ordinary(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
+    functional = torch.ops._c10d_functional
+    pending = functional.all_reduce(x.contiguous(), reduce_op, group_name)
+    return functional.wait_tensor(pending)  # type: ignore[no-any-return]

@@ -12,6 +12,7 @@ from typing import Any
 from fixpass.lowering.contracts import kernel_names
 from fixpass.passes.base import Pass
 from fixpass.runtime.errors import ConfigError
+from fixpass.runtime.symmetric_memory.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class Config:
     """Stop rewriting after this many changes, to bisect a wrong result."""
     passes: tuple[Pass, ...] = ()
     """Passes of your own, run after ours."""
+    symmetric_memory: bool | Policy = True
+    """All-reduces in symmetric memory: on, off, or on under a policy of your own."""
+    symmetric_timeout: float = 30.0
+    """Seconds that a rank waits for the others in an all-reduce before it raises."""
     inductor: tuple[tuple[str, Any], ...] = ()
     """Options for Inductor itself, as `torch.compile` takes them."""
 
@@ -59,6 +64,8 @@ _VARIABLES: dict[str, Callable[[str, str], Any]] = {
     "norm_kernels": lambda name, text: _words(text),
     "disable": lambda name, text: _words(text),
     "fuel": lambda name, text: _integer(name, text),
+    "symmetric_memory": lambda name, text: _boolean(name, text),
+    "symmetric_timeout": lambda name, text: _seconds(name, text),
 }
 
 
@@ -79,6 +86,10 @@ def _check(name: str, value: Any) -> Any:
         raise ConfigError(f'option "lower" is "inductor" or "eager", not {value!r}')
     if name == "fuel" and not (value is None or (type(value) is int and value >= 0)):
         raise ConfigError(f'option "fuel" is a number of changes or None, not {value!r}')
+    if name == "symmetric_memory" and not isinstance(value, (bool, Policy)):
+        raise ConfigError(f"option {name!r} is True, False or a Policy, not {value!r}")
+    if name == "symmetric_timeout" and not (_is_number(value) and value > 0):
+        raise ConfigError(f"option {name!r} is a number of seconds above 0, not {value!r}")
     if name == "inductor":
         if not isinstance(value, Mapping):
             raise ConfigError(f"option 'inductor' is a mapping of names to values, not {value!r}")
@@ -122,6 +133,22 @@ def _integer(name: str, text: str) -> int:
     if not text.isdecimal():
         raise ConfigError(f"{name}={text!r} is not a number")
     return int(text)
+
+
+def _seconds(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{name}={text!r} is not a number of seconds") from None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def local_world_size(environ: Mapping[str, str] | None = None) -> str:
+    """How many ranks the launcher says it started on this host; empty where it does not say."""
+    return (os.environ if environ is None else environ).get("LOCAL_WORLD_SIZE", "")
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -9,14 +9,17 @@ from functools import cache
 from importlib.metadata import entry_points
 
 import torch
+import torch.distributed as dist
 
-from fixpass.config import Config
+from fixpass.config import Config, local_world_size
 from fixpass.lowering.target import CPU, Target, target_of
 from fixpass.passes import default_passes, entry_passes
 from fixpass.passes.base import Pass
+from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
 from fixpass.passes.pipeline import Pipeline
 from fixpass.runtime.errors import ConfigError, UnsupportedTorchError
 from fixpass.runtime.providers import is_available
+from fixpass.runtime.symmetric_memory.policy import Policy
 
 OLDEST, NEWEST = (2, 11), (2, 14)
 
@@ -48,10 +51,28 @@ def entry_pipeline(config: Config) -> Pipeline:
     return Pipeline(_enabled(entry_passes(), config), strict=config.strict, fuel=config.fuel)
 
 
-def graph_pipeline(config: Config, target: Target) -> Pipeline:
-    """What runs on the functional ATen graph for `target`."""
-    steps = (*default_passes(target), *installed_passes(), *config.passes)
+def graph_pipeline(config: Config, target: Target, *, meet: bool = True) -> Pipeline:
+    """What runs on the functional ATen graph for `target`.
+
+    meet: the ranks of a group may be asked about it, which waits until they all compile.
+    """
+    ours = default_passes(target, collectives(config, target, meet))
+    steps = (*ours, *installed_passes(), *config.passes)
     return Pipeline(_enabled(steps, config), config.verify, config.strict, config.fuel)
+
+
+def collectives(config: Config, target: Target, meet: bool) -> PlaceSymmetricMemory:
+    """The pass for collectives, with what there is to know about this process's groups."""
+    given = config.symmetric_memory
+    policy = given if isinstance(given, Policy) else Policy(enabled=given)
+    if not dist.is_available() or not dist.is_initialized():
+        return PlaceSymmetricMemory(target, policy)
+    from fixpass.runtime.symmetric_memory import groups
+
+    groups.configure(timeout=config.symmetric_timeout)
+    topology = f"{dist.get_world_size()} ranks, {local_world_size() or '?'} of them here"
+    describe = groups.settle if meet else groups.peek
+    return PlaceSymmetricMemory(target, policy, topology, describe)
 
 
 def present_target(example_inputs: Sequence[object], config: Config) -> Target:

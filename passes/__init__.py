@@ -8,6 +8,7 @@ from fixpass.passes.functionalize_norms import FunctionalizeNorms
 from fixpass.passes.insert_relayout import InsertRelayout
 from fixpass.passes.join_qk_norms import JoinQkNorms
 from fixpass.passes.lower_norms import LowerNorms
+from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
 from fixpass.passes.select_norm_kernel import SelectNormKernel
 
 
@@ -19,8 +20,13 @@ def entry_passes() -> tuple[Pass, ...]:
     )
 
 
-def default_passes(target: Target) -> tuple[Pass, ...]:
-    """What runs on the functional ATen graph, in order."""
+def default_passes(
+    target: Target, collectives: PlaceSymmetricMemory | None = None
+) -> tuple[Pass, ...]:
+    """What runs on the functional ATen graph, in order.
+
+    collectives: what is known of the process groups; None where there are none.
+    """
     return (
         # First: everything after it sees one spelling of each norm.
         CanonicalizeNorms(),
@@ -32,6 +38,8 @@ def default_passes(target: Target) -> tuple[Pass, ...]:
         DropDeadCopies(),
         # Behind the dropped copies, which may have stood between q or k and the packed tensor.
         JoinQkNorms(target),
+        # Norms behind an all-reduce are settled; nothing above looks at collectives.
+        collectives or PlaceSymmetricMemory(target),
         # Last: what Inductor compiles becomes plain operations again and fuses.
         LowerNorms(),
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._library.fake_class_registry import FakeScriptObject
 
 from fixpass.lowering.layout import Layout, dtype_name
 
@@ -47,6 +48,8 @@ def format_value(val: Any) -> str:
         return str(Layout.of(val)) if val.layout == torch.strided else str(val.layout)
     if isinstance(val, (tuple, list)):
         return "(" + ", ".join(format_value(v) for v in val) + ")"
+    if isinstance(val, FakeScriptObject):
+        return "object"
     return "" if val is None else str(val)
 
 

@@ -5,10 +5,8 @@ was compiled on one machine is right on any other. Outputs are dense. On CPU the
 first two over; what is here then serves other devices and machines without a compiler.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torch.library import Library
 
 from fixpass.runtime.ops import DEFINITIONS, TAGS
 from fixpass.runtime.symmetric_memory import device, groups
+from fixpass.runtime.symmetric_memory.packing import unpacked_call
 
 SCHEMAS = {
     "all_reduce": "(Tensor input, str reduce_op, str group_name) -> Tensor",
@@ -69,59 +68,12 @@ def call_all_reduce(
 ) -> Tensor:
     """The result of an op, made in the group's memory, reduced over the ranks of the group.
 
-    op: its full name with the overload. arguments: see `packed_call`.
+    op: its full name with the overload. arguments: see `packing.packed_call`.
     """
-    run, args, kwargs = _unpacked(op, arguments)
+    run, args, kwargs = unpacked_call(op, arguments, tensors)
     with allocating_in(group_name, tensors[0].device.type):
-        product = run(*_filled(args, tensors), **_filled(kwargs, tensors))
+        product = run(*args, **kwargs)
     return torch.ops.fixpass.all_reduce(product, reduce_op, group_name)  # type: ignore[no-any-return]
-
-
-def packed_call(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], str] | None:
-    """The tensors of a call, and the rest of it as text; None where it cannot be written down.
-
-    `is_tensor` is decided by type: whatever JSON cannot hold counts as a tensor, or is refused.
-    """
-    tensors: list[Any] = []
-
-    def packed(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [packed(each) for each in value]
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return value
-        if isinstance(value, torch.dtype):
-            return {"dtype": str(value).removeprefix("torch.")}
-        if not isinstance(value, (torch.fx.Node, Tensor)):
-            raise TypeError(type(value))
-        tensors.append(value)
-        return {"tensor": len(tensors) - 1}
-
-    try:
-        spec = json.dumps([packed(args), {k: packed(v) for k, v in kwargs.items()}])
-    except TypeError:
-        return None
-    return tensors, spec
-
-
-@lru_cache(maxsize=1024)
-def _unpacked(op: str, arguments: str) -> tuple[Any, list[Any], dict[str, Any]]:
-    namespace, _, rest = op.partition("::")
-    name, _, overload = rest.partition(".")
-    run = getattr(getattr(getattr(torch.ops, namespace), name), overload or "default")
-    args, kwargs = json.loads(arguments)
-    return run, args, kwargs
-
-
-def _filled(spec: Any, tensors: Sequence[Tensor]) -> Any:
-    if isinstance(spec, list):
-        return [_filled(each, tensors) for each in spec]
-    if isinstance(spec, dict) and spec.keys() == {"tensor"}:
-        return tensors[spec["tensor"]]
-    if isinstance(spec, dict) and spec.keys() == {"dtype"}:
-        return getattr(torch, spec["dtype"])
-    if isinstance(spec, dict):
-        return {key: _filled(value, tensors) for key, value in spec.items()}
-    return spec
 
 
 @contextmanager
@@ -155,8 +107,8 @@ def _fake_matmul(a: Tensor, b: Tensor, bias: Any, beta: Any, alpha: Any, *how: s
 def _fake_call(
     op: str, tensors: Sequence[Tensor], arguments: str, reduce_op: str, group_name: str
 ) -> Tensor:
-    run, args, kwargs = _unpacked(op, arguments)
-    product = run(*_filled(args, tensors), **_filled(kwargs, tensors))
+    run, args, kwargs = unpacked_call(op, arguments, tensors)
+    product = run(*args, **kwargs)
     return torch.empty_like(product, memory_format=torch.contiguous_format)
 
 

@@ -1,0 +1,64 @@
+"""A call of an op as tensors and text: what the schema of an op that calls another can hold."""
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def packed_call(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], str] | None:
+    """The tensors of a call, and the rest of it as text; None where it cannot be written down.
+
+    Tensors may be nodes of a graph. Numbers, words, dtypes and lists of these can be written down.
+    """
+    tensors: list[Any] = []
+
+    def packed(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [packed(each) for each in value]
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if isinstance(value, torch.dtype):
+            return {"dtype": str(value).removeprefix("torch.")}
+        if not isinstance(value, (torch.fx.Node, Tensor)):
+            raise TypeError(type(value))
+        tensors.append(value)
+        return {"tensor": len(tensors) - 1}
+
+    try:
+        spec = json.dumps([packed(args), {k: packed(v) for k, v in kwargs.items()}])
+    except TypeError:
+        return None
+    return tensors, spec
+
+
+def unpacked_call(
+    op: str, arguments: str, tensors: Sequence[Any]
+) -> tuple[Any, list[Any], dict[str, Any]]:
+    """The op, its positional and its keyword arguments."""
+    run, args, kwargs = _parsed(op, arguments)
+    return run, _filled(args, tensors), _filled(kwargs, tensors)
+
+
+@lru_cache(maxsize=1024)
+def _parsed(op: str, arguments: str) -> tuple[Any, list[Any], dict[str, Any]]:
+    namespace, _, rest = op.partition("::")
+    name, _, overload = rest.partition(".")
+    run = getattr(getattr(getattr(torch.ops, namespace), name), overload or "default")
+    args, kwargs = json.loads(arguments)
+    return run, args, kwargs
+
+
+def _filled(spec: Any, tensors: Sequence[Tensor]) -> Any:
+    if isinstance(spec, list):
+        return [_filled(each, tensors) for each in spec]
+    if isinstance(spec, dict) and spec.keys() == {"tensor"}:
+        return tensors[spec["tensor"]]
+    if isinstance(spec, dict) and spec.keys() == {"dtype"}:
+        return getattr(torch, spec["dtype"])
+    if isinstance(spec, dict):
+        return {key: _filled(value, tensors) for key, value in spec.items()}
+    return spec

@@ -21,7 +21,13 @@ from fixpass.capture import compile_graphs
 from fixpass.config import Config
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.report import Report
-from fixpass.plan import check_torch, entry_pipeline, graph_pipeline, present_target
+from fixpass.plan import (
+    check_torch,
+    entry_pipeline,
+    graph_pipeline,
+    present_target,
+    register_lowerings,
+)
 from fixpass.specialize import specialize_eps
 
 log = logging.getLogger("fixpass")
@@ -56,6 +62,7 @@ def fixpass(
     if config.lower == "eager":
         return compile_graphs(gm, example_inputs, lambda g, stage: run_on(pipeline, g, stage))
     patches |= {**dict(config.inductor), HOOK: GraphPass(pipeline, _user_hooks(config))}
+    register_lowerings()
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
     return compiled  # type: ignore[no-any-return]
 

@@ -75,6 +75,14 @@ def collectives(config: Config, target: Target, meet: bool) -> PlaceSymmetricMem
     return PlaceSymmetricMemory(target, policy, topology, describe)
 
 
+def register_lowerings() -> None:
+    """Tell Inductor how our collectives are lowered, where this torch has any."""
+    if dist.is_available():
+        from fixpass.lowering.inductor import register
+
+        register()
+
+
 def present_target(example_inputs: Sequence[object], config: Config) -> Target:
     """The target of the device that the inputs are on, with the kernels that are installed."""
     devices = [x.device for x in example_inputs if isinstance(x, torch.Tensor)]

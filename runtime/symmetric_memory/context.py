@@ -116,6 +116,23 @@ def context(
     return SymmetricContext(found, decide(groups.settle(name), policy or Policy()))
 
 
+def policy(
+    group: ProcessGroup | DeviceMesh | str | None = None,
+    *,
+    role: Role | None = None,
+    policy: Policy | None = None,
+) -> Decision:
+    """Whether a group would use symmetric memory, and why, as far as this rank knows by itself.
+
+    The arguments are those of `context`. Nothing is set up and no other rank is asked, so a group
+    that has not met yet counts as one that could.
+    """
+    found = _resolve(group)
+    if role is not None:
+        groups.set_role(found.group_name, role)
+    return decide(groups.peek(found.group_name), policy or Policy())
+
+
 def _resolve(group: ProcessGroup | DeviceMesh | str | None) -> ProcessGroup:
     if isinstance(group, DeviceMesh):
         return group.get_group()

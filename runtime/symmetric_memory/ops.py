@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.library import Library
 
 from fixpass.runtime.ops import DEFINITIONS, TAGS
-from fixpass.runtime.symmetric_memory import device, groups
+from fixpass.runtime.symmetric_memory import device, groups, official
 from fixpass.runtime.symmetric_memory.packing import unpacked_call
 
+# What a captured CUDA graph replays would use memory of other ranks behind their backs.
+OURS = (*TAGS, torch.Tag.cudagraph_unsafe)
 SCHEMAS = {
     "all_reduce": "(Tensor input, str reduce_op, str group_name) -> Tensor",
     "matmul_all_reduce": (
@@ -114,7 +116,7 @@ def _fake_call(
 
 def _define(library: Library) -> None:
     for name, schema in SCHEMAS.items():
-        library.define(name + schema, tags=TAGS)
+        library.define(name + schema, tags=OURS)
     library.impl("all_reduce", all_reduce, "CompositeExplicitAutograd")
     library.impl("matmul_all_reduce", matmul_all_reduce, "CompositeExplicitAutograd")
     library.impl("call_all_reduce", call_all_reduce, "CompositeExplicitAutograd")
@@ -128,3 +130,4 @@ def _define(library: Library) -> None:
 
 
 _define(DEFINITIONS)
+_OFFICIAL = official.serve_on_cpu(all_reduce_op=torch.ops.fixpass.all_reduce)

@@ -10,6 +10,7 @@ import platform
 import threading
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -22,8 +23,10 @@ ORDERED_STORES = platform.machine() in ("x86_64", "AMD64", "i686")
 SUMMED = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*SUMMED, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 MAX_DIMS = 8
-# In a control page, as int64: arrivals, whether the rank has left, then two descriptions.
-ARRIVED, LEFT, DESCRIPTIONS = 0, 16, 32
+# In a control page, as int64: arrivals, the rank's state, then two descriptions.
+ARRIVED, STATE, DESCRIPTIONS = 0, 16, 32
+# A rank that gave up may have been counted as arrived; one that left was there for all of it.
+LEFT, GAVE_UP = 1, 2
 
 
 class PlainGroup:
@@ -63,8 +66,8 @@ class PlainGroup:
 
     def leave(self) -> None:
         """Tell the others that this rank takes part no more."""
-        if os.getpid() == self._pid:
-            self._controls[self.rank][LEFT] = 1
+        if os.getpid() == self._pid and not self._broken:
+            self._controls[self.rank][STATE] = LEFT
 
     def _check_caller(self) -> None:
         if os.getpid() != self._pid:
@@ -125,15 +128,23 @@ class PlainGroup:
         for rank, control in enumerate(self._controls):
             while int(control[ARRIVED]) < self._met:
                 self._wait_for(rank, limit)
+            if int(control[STATE]) == GAVE_UP:
+                self._give_up(rank, "has given the all-reduce up")
 
     def _wait_for(self, rank: int, limit: float) -> None:
-        left = bool(self._controls[rank][LEFT])
+        state = int(self._controls[rank][STATE])
         late = time.monotonic() > limit
-        if int(self._controls[rank][ARRIVED]) >= self._met or not (left or late):
+        if int(self._controls[rank][ARRIVED]) >= self._met or not (state or late):
             time.sleep(0)
-            return
-        why = "has left the group" if left else f"has not come within {self.settings.timeout:g} s"
-        self.leave()
+        elif state == GAVE_UP:
+            self._give_up(rank, "has given an all-reduce up")
+        elif state == LEFT:
+            self._give_up(rank, "has left the group")
+        else:
+            self._give_up(rank, f"has not come within {self.settings.timeout:g} s")
+
+    def _give_up(self, rank: int, why: str) -> NoReturn:
+        self._controls[self.rank][STATE] = GAVE_UP
         self._broken = (
             f"rank {rank} of group {self.name!r} {why}, and the all-reduce on rank {self.rank} "
             "cannot be completed: destroy the process group and make it again"

@@ -31,10 +31,14 @@ struct Message {
   int64_t sizes[kMaxDims];
 };
 
+// A rank that gave up in a meeting may have been counted as arrived: those that come later must
+// not go on as if all was well. One that left after its last call was there for all of it.
+enum State : uint32_t { kTakesPart, kLeft, kGaveUp };
+
 struct alignas(128) Control {
   std::atomic<uint32_t> arrived;
   std::atomic<uint32_t> sleepers;
-  std::atomic<uint32_t> failed;
+  std::atomic<uint32_t> state;  // kTakesPart, kLeft or kGaveUp
   alignas(128) Message messages[2];
 };
 

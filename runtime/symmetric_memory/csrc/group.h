@@ -117,8 +117,9 @@ class Group {
   }
 
   // Tell the others that this rank takes part no more. A forked child has no say in it.
-  void leave() {
-    if (getpid() == pid_) control(rank_)->failed.store(1, std::memory_order_release);
+  void leave(State state = kLeft) {
+    auto& mine = control(rank_)->state;
+    if (getpid() == pid_ && mine.load() != kGaveUp) mine.store(state, std::memory_order_release);
   }
 
   Stats stats;
@@ -239,7 +240,9 @@ class Group {
     arrive(control(rank_));
     ++met_;
     for (int rank = 0; rank < num_ranks(); ++rank) {
-      if (rank != rank_ && !await_briefly(control(rank), met_, patience_)) await_rank(rank);
+      if (rank == rank_) continue;
+      if (!await_briefly(control(rank), met_, patience_)) await_rank(rank);
+      if (state_of(rank) == kGaveUp) give_up(rank, " has given the all-reduce up");
     }
   }
 
@@ -248,23 +251,23 @@ class Group {
     while (!has_reached(control(rank), met_)) {
       // Asked first: what a rank did before it ended is seen in `arrived` once more below.
       const bool ended = has_ended(pidfds_[rank]);
-      const bool left = control(rank)->failed.load(std::memory_order_acquire) != 0;
+      const State state = state_of(rank);
       if (has_reached(control(rank), met_)) return;
-      std::string who = "rank " + std::to_string(rank) + " of " + about();
-      if (ended) give_up(who + ": its process has ended");
-      if (left) give_up(who + " has left the group");
+      if (state == kGaveUp) give_up(rank, " has given an all-reduce up");
+      if (ended) give_up(rank, ": its process has ended");
+      if (state == kLeft) give_up(rank, " has left the group");
       if (Clock::now() > limit) {
         std::ostringstream text;
-        text << who << " has not come within " << seconds_ << " s";
-        give_up(text.str());
+        text << " has not come within " << seconds_ << " s";
+        give_up(rank, text.str());
       }
       doze(control(rank), met_);
     }
   }
 
-  [[noreturn]] void give_up(const std::string& why) {
-    leave();
-    broken_ = why + ", and the all-reduce of " + describe(described_) + " on rank " +
+  [[noreturn]] void give_up(int rank, const std::string& why) {
+    leave(kGaveUp);
+    broken_ = "rank " + std::to_string(rank) + " of " + about() + why + ", and the all-reduce of " + describe(described_) + " on rank " +
               std::to_string(rank_) + " cannot be completed: destroy the process group and make "
               "it again";
     throw BrokenGroup(broken_);
@@ -293,6 +296,9 @@ class Group {
     return text + (message.num_dims > kMaxDims ? ", ...]" : "]") + (message.sums ? "" : " not to sum");
   }
 
+  State state_of(int rank) const {
+    return static_cast<State>(control(rank)->state.load(std::memory_order_acquire));
+  }
   int num_ranks() const { return static_cast<int>(bases_.size()); }
   static char* base_of(const at::Tensor& segment) {
     return static_cast<char*>(segment.mutable_data_ptr());

@@ -1,0 +1,43 @@
+"""How Inductor lowers our collectives: what feeds an all-reduce is allocated symmetric.
+
+On CUDA and ROCm a producer of known size gets a buffer that Inductor allocates in symmetric memory
+and keeps. Of unknown size, and on CPU, the op takes what it is given. Nothing is lowered at import.
+"""
+
+import hashlib
+import random
+from functools import cache
+from typing import Any
+
+import torch
+from torch._inductor import ir
+from torch._inductor.comm_lowering import can_realize_as_comm_buffer, realize_as_comm_buffer
+from torch._inductor.lowering import fallback_handler, register_lowering
+from torch._inductor.utils import is_symbolic
+from torch._inductor.virtualized import V
+
+
+@cache
+def register() -> None:
+    """Tell Inductor about our collectives, once a process."""
+    op = torch.ops.fixpass.all_reduce.default
+    fallback = fallback_handler(op, add_to_fallback_set=False)
+
+    @register_lowering(op, type_promotion_kind=None)  # type: ignore[untyped-decorator]
+    def all_reduce(x: Any, reduce_op: str, group_name: str) -> Any:
+        if x.get_device().type == "cuda" and not is_symbolic(x.get_numel()):
+            x = ir.ExternKernel.require_contiguous(x)
+            if can_realize_as_comm_buffer(x, ir.CommBufferType.SYMM_MEM):
+                realize_as_comm_buffer(x, ir.CommBufferType.SYMM_MEM, group_name)
+                _seed_allocation_ids()
+        return fallback(x, reduce_op, group_name)
+
+
+def _seed_allocation_ids() -> None:
+    """Keep two graphs from drawing one identity for two buffers.
+
+    Inductor draws it at random, and Dynamo sets the state of the generator back after every graph.
+    The seed is the graph's own text, so that one graph always compiles to the same code.
+    """
+    text = f"{V.graph.graph_id} {V.graph.name} {V.graph.module.graph}"
+    random.seed(hashlib.sha256(text.encode()).digest())

@@ -1,0 +1,35 @@
+"""Which way a device reduces: by size, dtype, ranks and multicast alone."""
+
+import pytest
+import torch
+
+from fixpass.runtime.symmetric_memory.device import choose
+
+KIB = 1024
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "num_ranks", "multicast", "way"),
+    [
+        (16 * KIB, 8, False, "one_shot"),
+        (128 * KIB, 8, False, "one_shot"),
+        (256 * KIB, 8, False, "two_shot"),
+        (256 * KIB + 16, 8, False, "one_shot"),  # not to be cut in eight parts of 16 bytes
+        (16 * KIB, 8, True, "multimem"),
+        (256 * KIB, 8, True, "multimem"),
+        (16, 8, True, "one_shot"),
+        (10, 2, True, "ordinary"),
+        (0, 2, True, "ordinary"),
+    ],
+)
+def test_the_way_follows_from_the_message_and_the_device(num_bytes, num_ranks, multicast, way):
+    assert choose(num_bytes, num_ranks, torch.bfloat16, multicast) == way
+
+
+def test_other_dtypes_go_through_the_process_group():
+    assert choose(1024, 2, torch.float64, True) == "ordinary"
+
+
+def test_our_ops_stay_out_of_cuda_graphs():
+    for name in ("all_reduce", "matmul_all_reduce", "call_all_reduce"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.fixpass, name).default.tags

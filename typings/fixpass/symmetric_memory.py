@@ -1,0 +1,1 @@
+../../fixpass/symmetric_memory.py

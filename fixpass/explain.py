@@ -44,7 +44,9 @@ def explain(
         chosen = asked or present_target(example_inputs, config)
         reports.append(entry_pipeline(config).run(gm.graph, f"target {chosen.name}"))
         gm.recompile()
-        return _compile(gm, example_inputs, graph_pipeline(config, chosen, meet=False), chosen, reports)
+        return _compile(
+            gm, example_inputs, graph_pipeline(config, chosen, meet=False), chosen, reports
+        )
 
     with torch._dynamo.config.patch(recompile_limit=64):
         torch.compile(model, backend=backend)(*args, **kwargs)

@@ -15,8 +15,8 @@ from fixpass.config import Config, local_world_size
 from fixpass.lowering.target import CPU, Target, target_of
 from fixpass.passes import default_passes, entry_passes
 from fixpass.passes.base import Pass
-from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
 from fixpass.passes.pipeline import Pipeline
+from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
 from fixpass.runtime.errors import ConfigError, UnsupportedTorchError
 from fixpass.runtime.providers import is_available
 from fixpass.runtime.symmetric_memory.policy import Policy

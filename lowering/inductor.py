@@ -15,6 +15,7 @@ from torch._inductor.comm_lowering import can_realize_as_comm_buffer, realize_as
 from torch._inductor.lowering import fallback_handler, register_lowering
 from torch._inductor.utils import is_symbolic
 from torch._inductor.virtualized import V
+from torch.distributed.distributed_c10d import GroupName
 
 
 @cache
@@ -23,12 +24,12 @@ def register() -> None:
     op = torch.ops.fixpass.all_reduce.default
     fallback = fallback_handler(op, add_to_fallback_set=False)
 
-    @register_lowering(op, type_promotion_kind=None)  # type: ignore[untyped-decorator]
+    @register_lowering(op, type_promotion_kind=None)
     def all_reduce(x: Any, reduce_op: str, group_name: str) -> Any:
         if x.get_device().type == "cuda" and not is_symbolic(x.get_numel()):
             x = ir.ExternKernel.require_contiguous(x)
             if can_realize_as_comm_buffer(x, ir.CommBufferType.SYMM_MEM):
-                realize_as_comm_buffer(x, ir.CommBufferType.SYMM_MEM, group_name)
+                realize_as_comm_buffer(x, ir.CommBufferType.SYMM_MEM, GroupName(group_name))
                 _seed_allocation_ids()
         return fallback(x, reduce_op, group_name)
 

@@ -268,12 +268,12 @@ def _raise(reason):
     return build
 
 
-def no_room(error=OSError(28, "No space left on device")):
+def no_room():
     """/dev/shm is full for rank 1."""
     if dist.get_rank() == 1:
 
         def create(num_bytes):
-            raise error
+            raise OSError(28, "No space left on device")
 
         groups.exchange_hosts.__globals__["segment"].create = create
 
@@ -291,7 +291,9 @@ def random_calls(count, seed):
     draw = random.Random(seed)
     wrong, sizes = 0, []
     bases = {
-        (each, dtype): inputs(each, 1 << 18, dtype, seed) for each in range(size) for dtype in DTYPES
+        (each, dtype): inputs(each, 1 << 18, dtype, seed)
+        for each in range(size)
+        for dtype in DTYPES
     }
     sums = {d: in_rank_order([bases[each, d] for each in range(size)]) for d in DTYPES}
     for step in range(count):

@@ -11,7 +11,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._C._autograd import DeviceType
+from torch._C._distributed_c10d import _SymmetricMemory
 from torch.distributed import _symmetric_memory as symm_mem
+from torch.distributed.distributed_c10d import GroupName
 
 from fixpass.runtime.symmetric_memory import groups
 from fixpass.runtime.symmetric_memory.settings import KIB
@@ -46,7 +49,7 @@ def all_reduce(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
     # A captured graph replays with the addresses that it saw; that they stay is not proved.
     if group is None or reduce_op != "sum" or torch.cuda.is_current_stream_capturing():
         return _ordinary(x, reduce_op, group_name)
-    multicast = symm_mem._SymmetricMemory.has_multicast_support(x.device.type, x.device.index or 0)
+    multicast = _has_multicast(x.device)
     way = choose(x.nbytes, group.size(), x.dtype, multicast)
     if way == "ordinary":
         return _ordinary(x, reduce_op, group_name)
@@ -72,10 +75,14 @@ def allocating_in(group_name: str) -> Iterator[None]:
         yield
 
 
+def _has_multicast(place: torch.device) -> bool:
+    return _SymmetricMemory.has_multicast_support(DeviceType.CUDA, place.index or 0)
+
+
 def _staged(x: Tensor, name: str) -> Tensor:
     """A copy of x in the group's workspace, which grows to the largest message and stays."""
-    handle = symm_mem.get_symm_mem_workspace(name, x.nbytes)
-    return handle.get_buffer(handle.rank, x.shape, x.dtype).copy_(x)  # type: ignore[no-any-return]
+    handle = symm_mem.get_symm_mem_workspace(GroupName(name), x.nbytes)
+    return handle.get_buffer(handle.rank, x.shape, x.dtype).copy_(x)
 
 
 def _ordinary(x: Tensor, reduce_op: str, group_name: str) -> Tensor:

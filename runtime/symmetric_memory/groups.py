@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import GroupName
 
 from fixpass.runtime.symmetric_memory.engines import engine_group, role_in_engine
 from fixpass.runtime.symmetric_memory.policy import GroupFacts, Role
@@ -46,7 +47,7 @@ def configure(**changes: object) -> None:
 def find(name: str) -> ProcessGroup | None:
     """The process group of a c10d name, or of an engine's own name; None where there is none."""
     try:
-        group = c10d._resolve_process_group(name)
+        group = c10d._resolve_process_group(GroupName(name))
     except (RuntimeError, ValueError):
         group = None
     in_engine = engine_group(name)
@@ -54,8 +55,8 @@ def find(name: str) -> ProcessGroup | None:
         return group
     # From now on compiled code finds the engine's group by the engine's name.
     if group is not None:
-        c10d._unregister_process_group(name)
-    c10d._register_process_group(name, in_engine)
+        c10d._unregister_process_group(GroupName(name))
+    c10d._register_process_group(GroupName(name), in_engine)
     return in_engine
 
 

@@ -48,9 +48,7 @@ def ordinary_all_reduce(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
     return functional.wait_tensor(pending)  # type: ignore[no-any-return]
 
 
-def matmul(
-    a: Tensor, b: Tensor, bias: Tensor | None, beta: float, alpha: float
-) -> Tensor:
+def matmul(a: Tensor, b: Tensor, bias: Tensor | None, beta: float, alpha: float) -> Tensor:
     """a @ b, for 2-D or 3-D operands, and beta * bias + alpha * (a @ b) with a bias."""
     if bias is None:
         return a @ b

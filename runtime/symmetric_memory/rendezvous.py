@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup, Store
+from torch._C._distributed_c10d import Store
+from torch.distributed import ProcessGroup
 
 from fixpass.runtime.symmetric_memory import native, segment
-from fixpass.runtime.symmetric_memory.hosts import agree, this_host
+from fixpass.runtime.symmetric_memory.hosts import SHM, agree, this_host
 from fixpass.runtime.symmetric_memory.plain import ORDERED_STORES, PlainGroup
 from fixpass.runtime.symmetric_memory.settings import Settings, patience
 
@@ -63,7 +64,9 @@ class Meeting:
 def exchange_hosts(meeting: Meeting, device_type: str) -> Outcome:
     """On how many hosts the ranks are; on CPU with the memory, where that is one."""
     on_cpu = device_type == "cpu"
-    reason = native.load() if on_cpu and meeting.settings.native else "its C++ part is not asked for"
+    reason = (
+        native.load() if on_cpu and meeting.settings.native else "its C++ part is not asked for"
+    )
     mine = {"host": this_host(), "sizes": meeting.settings.sizes, "without": reason}
     said, obstacle = meeting.hear("hosts", mine)
     if obstacle:
@@ -89,7 +92,7 @@ def _make_memory(meeting: Meeting, without_native: str) -> Outcome:
     try:
         mine["name"], memory = segment.create(num_bytes)
     except OSError as error:
-        free = segment.free_bytes() if segment.SHM.exists() else 0
+        free = segment.free_bytes() if SHM.exists() else 0
         mine["error"] = (
             f"/dev/shm has no room for {num_bytes} bytes ({error.strerror}, {free} bytes free)"
         )

@@ -22,9 +22,10 @@ def four():
 
 
 def test_the_ranks_of_one_host_have_symmetric_memory(two):
-    assert two.run(workers.describe) == [
-        (True, "group '0' is a TP group with as many tokens on each rank on one host")
-    ] * 2
+    assert (
+        two.run(workers.describe)
+        == [(True, "group '0' is a TP group with as many tokens on each rank on one host")] * 2
+    )
 
 
 def test_two_ranks_get_the_sum_in_rank_order_to_the_bit(two):
@@ -72,10 +73,14 @@ def test_other_dtypes_and_operations_go_through_the_process_group(two):
 def test_ranks_that_disagree_on_a_shape_all_hear_what_each_brought(two):
     results = two.run(workers.raised, [(2, 3), (3, 2)], ["float32", "float32"], 3)
     for errors, after in results:
-        assert errors == [
-            "the ranks of group '0' bring different tensors to an all-reduce: "
-            "rank 0 float32[2, 3], rank 1 float32[3, 2]"
-        ] * 3
+        assert (
+            errors
+            == [
+                "the ranks of group '0' bring different tensors to an all-reduce: "
+                "rank 0 float32[2, 3], rank 1 float32[3, 2]"
+            ]
+            * 3
+        )
         assert after == [2.0, 2.0, 2.0]
 
 

@@ -20,7 +20,12 @@ PADDED = Policy(dp_attention=True, dp_max_padding=True)
         (GroupFacts("0", 1), Policy(), False, "group '0' has one rank"),
         (GroupFacts("0", 16, num_hosts=2), Policy(), False, "are on 2 hosts, not on one"),
         (GroupFacts("0", 2), Policy(enabled=False), False, "symmetric memory is off"),
-        (GroupFacts("0", 2, obstacle="no room"), Policy(), False, "has no symmetric memory: no room"),
+        (
+            GroupFacts("0", 2, obstacle="no room"),
+            Policy(),
+            False,
+            "has no symmetric memory: no room",
+        ),
         (GroupFacts("0", 2, note="in torch operations"), Policy(), True, "on one host, in torch"),
     ],
 )

@@ -24,7 +24,7 @@ def test_what_one_writes_another_that_mapped_it_reads():
 
 def test_a_segment_larger_than_the_room_is_refused_at_once_and_leaves_no_name():
     before = names()
-    with pytest.raises(OSError, match="No space left|File too large|Invalid argument"):
+    with pytest.raises(OSError, match=r"No space left|File too large|Invalid argument"):
         segment.create(1 << 50)
     assert names() == before
 

@@ -31,7 +31,7 @@ class PlaceSymmetricMemory(Pass):
     name: ClassVar[str] = "place-symmetric-memory"
 
     target: Target
-    policy: Policy = Policy()
+    policy: Policy = field(default_factory=Policy)
     topology: str = ""
     """What of the job's shape is known before ranks are asked: it goes into the cache's key."""
     describe: Callable[[str, str], GroupFacts] = field(

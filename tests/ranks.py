@@ -10,6 +10,7 @@ module that a new process can import: they stand in files such as `symmetric_wor
 import os
 import socket
 import traceback
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -45,10 +46,8 @@ class Ranks:
     def __exit__(self, *error):
         for pipe, process in zip(self.pipes, self.processes, strict=True):
             if process.is_alive():
-                try:
+                with suppress(OSError):
                     pipe.send(None)
-                except OSError:
-                    pass
         for process in self.processes:
             process.join(20)
             if process.is_alive():

@@ -6,6 +6,7 @@ memory gets a context that says why, and whose all-reduce goes through the proce
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -59,8 +60,8 @@ class SymmetricContext:
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """An uninitialised CPU tensor in the group's memory.
 
-        Raises OutOfMemoryError where the memory has no room, and ValueError where there is no memory
-        or no C++ part.
+        Raises OutOfMemoryError where the memory has no room, and ValueError where there is no
+        memory or no C++ part.
         """
         if not self.symmetric:
             raise ValueError(f"no symmetric memory to allocate in: {self.reason}")
@@ -84,7 +85,7 @@ class SymmetricContext:
         groups.close(self.group)
         self.symmetric, self.reason = False, "the context is closed"
 
-    def __enter__(self) -> "SymmetricContext":
+    def __enter__(self) -> Self:
         block = allocating_in(self.group.group_name)
         block.__enter__()
         self._entered.append(block)

@@ -24,7 +24,10 @@ def on_one_host(name, device_type):
     return GroupFacts(name, 2)
 
 
-def place(fn, *args, policy=Policy(), describe=on_one_host, **kwargs):
+ON = Policy()
+
+
+def place(fn, *args, policy=ON, describe=on_one_host, **kwargs):
     gm = trace(fn, *args, **kwargs)
     step = PlaceSymmetricMemory(CPU, policy, "", describe)
     report = Pipeline((step,), verify=True, strict=True).run(gm.graph)

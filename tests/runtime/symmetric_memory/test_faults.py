@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import symmetric_faults as faults
 import symmetric_workers as workers
 from ranks import Ranks
 
@@ -14,7 +15,7 @@ def leftovers():
 @pytest.mark.parametrize("numel", [16, 1_000_000])
 def test_the_others_hear_at_once_which_rank_was_killed(numel):
     with Ranks(3) as ranks:
-        ranks.start(workers.dies_or_waits, 1, numel)
+        ranks.start(faults.dies_or_waits, 1, numel)
         for first, seconds, again in ranks.collect([0, 2]):
             # One may hear it from the process, another from the first that gave up.
             assert "of group '0'" in first
@@ -27,7 +28,7 @@ def test_the_others_hear_at_once_which_rank_was_killed(numel):
 
 def test_the_error_names_the_rank_and_what_could_not_be_done():
     with Ranks(2) as ranks:
-        ranks.start(workers.dies_or_waits, 1, 16)
+        ranks.start(faults.dies_or_waits, 1, 16)
         first, _, _ = ranks.collect([0])[0]
     assert first == (
         "rank 1 of group '0': its process has ended, and the all-reduce of float32[16] on rank 0 "
@@ -39,7 +40,7 @@ def test_the_error_names_the_rank_and_what_could_not_be_done():
 def test_a_rank_that_does_not_come_in_time_is_named(native):
     with Ranks(2) as ranks:
         ranks.run(workers.configure_native, native)
-        early, late = ranks.run(workers.comes_late, 1, 4)
+        early, late = ranks.run(faults.comes_late, 1, 4)
     assert "rank 1 of group '0' has not come within 1 s" in early
     assert "rank 0 of group '0' has given the all-reduce up" in late
 
@@ -48,14 +49,14 @@ def test_a_rank_that_does_not_come_in_time_is_named(native):
 def test_a_rank_that_closes_its_context_is_known_to_have_left(native):
     with Ranks(2) as ranks:
         ranks.run(workers.configure_native, native)
-        stays, leaves = ranks.run(workers.leaves, 1)
+        stays, leaves = ranks.run(faults.leaves, 1)
     assert "rank 1 of group '0' has left the group" in stays
     assert leaves == "the context is closed"
 
 
 def test_without_room_on_one_rank_all_use_the_process_group_and_say_so():
     with Ranks(2) as ranks:
-        ranks.run(workers.no_room)
+        ranks.run(faults.no_room)
         for symmetric, reason in ranks.run(workers.describe):
             assert not symmetric
             assert "rank 1: /dev/shm has no room for" in reason
@@ -66,7 +67,7 @@ def test_without_room_on_one_rank_all_use_the_process_group_and_say_so():
 
 def test_without_a_compiler_torch_operations_do_it_and_say_so():
     with Ranks(2) as ranks:
-        ranks.run(workers.without_compiler, "no C++ compiler was found")
+        ranks.run(faults.without_compiler, "no C++ compiler was found")
         for symmetric, reason in ranks.run(workers.describe):
             assert symmetric
             assert "in torch operations: its C++ part could not be built" in reason
@@ -83,7 +84,7 @@ def test_without_a_compiler_torch_operations_do_it_and_say_so():
 
 def test_a_group_across_hosts_stays_with_the_process_group_and_one_within_a_host_does_not():
     with Ranks(4) as ranks:
-        ranks.run(workers.another_host)
+        ranks.run(faults.another_host)
         for symmetric, reason in ranks.run(workers.describe):
             assert not symmetric
             assert "are on 2 hosts, not on one" in reason

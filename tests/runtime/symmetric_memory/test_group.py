@@ -1,6 +1,7 @@
 """All-reduce on two and four real ranks: right to the bit, and in the memory that all share."""
 
 import pytest
+import symmetric_faults as faults
 import symmetric_workers as workers
 import torch
 from ranks import Ranks
@@ -142,7 +143,7 @@ def test_a_second_thread_is_refused_while_the_first_waits(two):
 
 
 def test_pytorchs_own_ops_have_kernels_on_cpu(two):
-    assert two.run(workers.official_ops) == [([3.0, 4.0], [3.0, 4.0], [3.0, 4.0])] * 2
+    assert two.run(faults.official_ops) == [([3.0, 4.0], [3.0, 4.0], [3.0, 4.0])] * 2
 
 
 @pytest.mark.full

@@ -23,3 +23,11 @@ class PassError(FixpassError, RuntimeError):
 
 class KernelError(FixpassError, ValueError):
     """A kernel was asked for that is not installed, or that cannot compute what was asked."""
+
+
+class CheckpointError(FixpassError, ValueError):
+    """A checkpoint is broken, or does not fit the model; the message names the tensor and file."""
+
+
+class ShardingError(FixpassError, ValueError):
+    """Nothing of a model matched what was to be sharded; the message lists what there is."""

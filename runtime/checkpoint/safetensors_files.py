@@ -1,0 +1,100 @@
+"""Safetensors checkpoints: one file, an index with its shards, files of a glob, or a folder.
+
+Only headers are read. A name that two files hold, a shard that is not there and a shard outside
+the folder of the index are errors. A link to a file elsewhere is followed, as caches are made of
+links; a name in an index may not lead elsewhere.
+"""
+
+import glob
+import json
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fixpass.runtime.checkpoint.header import read_header
+from fixpass.runtime.checkpoint.stored import Stored
+from fixpass.runtime.errors import CheckpointError
+
+INDEX_SUFFIX = ".safetensors.index.json"
+
+
+def from_files(paths: Iterable[Path], folder: Path | None = None) -> dict[str, Stored]:
+    """The tensors of several files; raises CheckpointError where two hold one name.
+
+    Messages name the files as they are called from `folder`, or else by their last part.
+    """
+    found: dict[str, Stored] = {}
+    for path in paths:
+        origin = path.relative_to(folder).as_posix() if folder else path.name
+        for stored in read_header(path, origin):
+            if other := found.get(stored.name):
+                raise CheckpointError(
+                    f"{stored.name!r} is in {other.origin} and in {stored.origin}: which one is "
+                    "meant? Name the files to load"
+                )
+            found[stored.name] = stored
+    return found
+
+
+def from_glob(pattern: str) -> dict[str, Stored]:
+    """The tensors of all files that a pattern matches."""
+    paths = sorted(map(Path, glob.glob(pattern)))
+    if not paths:
+        raise CheckpointError(f"no file matches {pattern!r}")
+    return from_files(paths)
+
+
+def from_index(path: Path) -> dict[str, Stored]:
+    """The tensors of the shards that an index names, each checked to be where the index says."""
+    places = _weight_map(path)
+    for shard in set(places.values()):
+        _check_name(path, shard)
+    places = {name: PurePosixPath(shard).as_posix() for name, shard in places.items()}
+    shards = sorted(set(places.values()))
+    missing = [shard for shard in shards if not (path.parent / shard).is_file()]
+    if missing:
+        raise CheckpointError(f"{path} names {_list(missing)} and there is no such file beside it")
+    found = from_files((path.parent / shard for shard in shards), path.parent)
+    for name, shard in places.items():
+        if name not in found:
+            raise CheckpointError(f"{path} says that {name!r} is in {shard}, and it is not there")
+        if found[name].origin != shard:
+            raise CheckpointError(
+                f"{path} says that {name!r} is in {shard}, and it is in {found[name].origin}"
+            )
+    return found
+
+
+def from_folder(folder: Path) -> dict[str, Stored] | None:
+    """The tensors of a folder's index, or else of all its files; None where there are none."""
+    indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    if len(indices) > 1:
+        raise CheckpointError(f"{folder} has {_list([i.name for i in indices])}: name one of them")
+    if indices:
+        return from_index(indices[0])
+    paths = sorted(folder.glob("*.safetensors"))
+    return from_files(paths) if paths else None
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    try:
+        index: Any = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    match index:
+        case {"weight_map": dict(places)} if all(isinstance(v, str) for v in places.values()):
+            return places
+    raise CheckpointError(f"{path} has no weight_map from names to files")
+
+
+def _check_name(path: Path, shard: str) -> None:
+    parts = PurePosixPath(shard.replace("\\", "/"))
+    if parts.is_absolute() or ".." in parts.parts or "\0" in shard or not parts.name:
+        raise CheckpointError(f"{path} names {shard!r}, which is not in the folder of the index")
+
+
+def _list(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return f"{shown} and {len(names) - 5:,} more" if len(names) > 5 else shown

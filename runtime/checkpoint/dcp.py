@@ -12,7 +12,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch.distributed.checkpoint import metadata as torch_metadata
@@ -122,7 +122,7 @@ def _piece(path: Path, info: _StorageInfo, dtype: torch.dtype, box: Box) -> File
     """Where the bytes of a shard lie; each is a file of torch.save inside a larger one."""
     with path.open("rb") as file:
         window = _Window(file, info.offset, info.length)
-        saved = torch.load(window, map_location="meta", weights_only=True)
+        saved = torch.load(cast(BinaryIO, window), map_location="meta", weights_only=True)
         window.seek(0)
         with zipfile.ZipFile(window) as archive:
             (record,) = [i for i in archive.infolist() if i.filename.endswith("/data/0")]

@@ -39,7 +39,7 @@ def from_iterator(tensors: Iterable[tuple[str, Tensor]], file: Path) -> dict[str
             shape = tuple(tensor.shape)
             piece = FilePiece(file, output.tell(), Box.whole(shape))
             found[name] = Stored(name, tensor.dtype, shape, (piece,), origin)
-            output.write(_bytes(tensor))
+            output.write(raw_bytes(tensor))
     return found
 
 
@@ -48,9 +48,11 @@ def new_file(folder: Path) -> Path:
     return folder / f"tensors-{os.getpid()}"
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The values of a tensor as they lie in dense memory."""
     dense = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(dense.view(torch.uint8).numpy())
+    data: memoryview = dense.view(torch.uint8).numpy().data
+    return data
 
 
 def _in_memory(name: str, tensor: Tensor) -> Stored:

@@ -104,7 +104,8 @@ def _stored(
         origins.add(str(relative))
         try:
             pieces.append(_piece(folder / relative, info, dtype, box))
-        except (OSError, zipfile.BadZipFile, KeyError, RuntimeError, ValueError) as error:
+        # Broken bytes raise whatever they lead to.
+        except Exception as error:
             raise CheckpointError(
                 f"{folder / relative}: {name!r} cannot be read: {error}"
             ) from error

@@ -1,0 +1,321 @@
+"""A checkpoint comes into a model by name, by stack and by expert, and the report says all of it."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from fixpass import FixpassError
+from fixpass.weights import (
+    FUSED_EXPERTS,
+    GATE_UP,
+    GATED_EXPERTS,
+    QKV,
+    Experts,
+    Mapping,
+    Rename,
+    Stacked,
+    Stage,
+    TensorParallel,
+    load,
+)
+
+
+def holder(**shapes):
+    """A module tree with zero parameters: names may have dots, written as two underscores."""
+    model = nn.Module()
+    for name, shape in shapes.items():
+        *path, leaf = name.split("__")
+        module = model
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module._modules[part]
+        module.register_parameter(leaf, nn.Parameter(torch.zeros(shape), requires_grad=False))
+    return model
+
+
+def mlp():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    model[1].running_mean.normal_()
+    return model
+
+
+def zeroed(model):
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+    return model
+
+
+def assert_loaded(model, wanted):
+    for name, tensor in wanted.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+@pytest.fixture(params=["file", "glob", "dcp", "torch", "state dict", "iterator"])
+def checkpoint(request, tmp_path):
+    state = mlp().state_dict()
+    match request.param:
+        case "file":
+            save_file(state, tmp_path / "w.safetensors")
+            return tmp_path / "w.safetensors"
+        case "glob":
+            save_file(state, tmp_path / "w.safetensors")
+            return str(tmp_path / "*.safetensors")
+        case "dcp":
+            dcp.save(state, checkpoint_id=tmp_path / "d", no_dist=True)
+            return tmp_path / "d"
+        case "torch":
+            torch.save(state, tmp_path / "w.pt")
+            return tmp_path / "w.pt"
+        case "state dict":
+            return state
+        case "iterator":
+            return iter(state.items())
+
+
+def test_every_kind_of_checkpoint_loads_into_the_same_memory(checkpoint):
+    wanted = mlp()
+    model = zeroed(wanted)
+    model[0].weight.mark = "kept"
+    before = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
+    report = load(model, checkpoint)
+    assert_loaded(model, wanted)
+    assert {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()} == before
+    assert model[0].weight.mark == "kept"
+    assert sorted(report.loaded) == sorted(wanted.state_dict())
+    assert report.num_bytes == sum(t.nbytes for t in wanted.state_dict().values())
+    assert report.seconds > 0
+
+
+def test_names_are_those_without_wrappers():
+    wanted = mlp()
+    model = zeroed(wanted)
+    model[0] = checkpoint_wrapper(model[0])
+    load(torch.compile(model, backend="eager"), wanted.state_dict())
+    assert torch.equal(model[0]._checkpoint_wrapped_module.weight, wanted[0].weight)
+
+
+def test_q_k_and_v_of_unequal_sizes_stand_in_their_order():
+    model = holder(attn__qkv_proj__weight=(8, 3))
+    q, k, v = torch.randn(4, 3), torch.randn(2, 3), torch.randn(2, 3)
+    stored = {"attn.v_proj.weight": v, "attn.q_proj.weight": q, "attn.k_proj.weight": k}
+    load(model, stored, mapping=Mapping(stacked=(QKV,)))
+    assert torch.equal(model.attn.qkv_proj.weight, torch.cat([q, k, v]))
+
+
+def test_a_stack_that_the_model_has_not_is_loaded_part_by_part():
+    model = holder(attn__q_proj__weight=(4, 3))
+    q = torch.randn(4, 3)
+    load(model, {"attn.q_proj.weight": q}, mapping=Mapping(stacked=(QKV,)))
+    assert torch.equal(model.attn.q_proj.weight, q)
+
+
+def test_a_scale_of_each_part_goes_to_its_element():
+    model = holder(mlp__gate_up_proj__weight_scale=(2,))
+    stored = {"mlp.up_proj.weight_scale": torch.tensor(5.0)}
+    stored["mlp.gate_proj.weight_scale"] = torch.tensor([3.0])
+    load(model, stored, mapping=Mapping(stacked=(GATE_UP,)))
+    assert model.mlp.gate_up_proj.weight_scale.tolist() == [3.0, 5.0]
+
+
+def experts(count=12, size=3):
+    torch.manual_seed(1)
+    return {
+        f"mlp.experts.{e}.{part}.weight": torch.randn(size, size)
+        for e in range(count)
+        for part in ("gate_proj", "up_proj", "down_proj")
+    }
+
+
+def test_experts_go_by_index_and_not_by_the_order_in_which_they_come():
+    model = holder(mlp__experts__gate_up_proj=(12, 6, 3), mlp__experts__down_proj=(12, 3, 3))
+    stored = experts()
+    backwards = dict(sorted(stored.items(), reverse=True))
+    load(model, backwards, mapping=Mapping(experts=(GATED_EXPERTS,)))
+    for e in range(12):
+        gate, up, down = (
+            stored[f"mlp.experts.{e}.{p}_proj.weight"] for p in ("gate", "up", "down")
+        )
+        assert torch.equal(model.mlp.experts.gate_up_proj[e], torch.cat([gate, up]))
+        assert torch.equal(model.mlp.experts.down_proj[e], down)
+
+
+def test_a_rank_takes_its_experts_and_skips_those_of_others():
+    model = holder(mlp__experts__gate_up_proj=(4, 6, 3), mlp__experts__down_proj=(4, 3, 3))
+    stored = experts()
+    mine = Experts(GATED_EXPERTS.parts, first=4, count=4)
+    report = load(model, stored, mapping=Mapping(experts=(mine,)))
+    assert torch.equal(model.mlp.experts.down_proj[1], stored["mlp.experts.5.down_proj.weight"])
+    assert {s.why for s in report.skipped} == {"another rank holds this expert"}
+    assert len(report.skipped) == 8 * 3
+
+
+def test_scales_of_experts_go_to_one_element_each():
+    model = holder(experts__w13_input_scale=(2, 2), experts__w2_input_scale=(2,))
+    stored = {
+        f"experts.{e}.{part}.input_scale": torch.tensor(10.0 * e + i)
+        for e in range(2)
+        for i, part in enumerate(("gate_proj", "up_proj", "down_proj"))
+    }
+    load(model, stored, mapping=Mapping(experts=(FUSED_EXPERTS,)))
+    assert model.experts.w13_input_scale.tolist() == [[0, 1], [10, 11]]
+    assert model.experts.w2_input_scale.tolist() == [2, 12]
+
+
+def test_an_expert_scale_without_a_target_is_skipped_and_recorded():
+    model = holder(mlp__experts__down_proj=(1, 3, 3), mlp__experts__gate_up_proj=(1, 6, 3))
+    stored = experts(1) | {"mlp.experts.0.down_proj.input_scale": torch.ones(())}
+    (skipped,) = load(model, stored, mapping=Mapping(experts=(GATED_EXPERTS,))).skipped
+    assert (skipped.mapped, skipped.branch) == ("mlp.experts.down_proj_input_scale", "expert")
+    assert "mlp.experts.0.down_proj.input_scale -> mlp.experts.down_proj_input_scale" in str(
+        skipped
+    )
+
+
+def test_a_scale_of_a_plain_module_without_a_target_is_skipped_too():
+    wanted = mlp()
+    stored = wanted.state_dict() | {"0.weight_scale": torch.ones(1)}
+    (skipped,) = load(zeroed(wanted), stored).skipped
+    assert (skipped.mapped, skipped.branch) == ("0.weight_scale", "scale")
+
+
+def test_renames_filters_and_stages_are_applied_in_this_order():
+    model = holder(layers__2__w=(1,), layers__3__w=(1,), lm_head__w=(1,))
+    stored = {f"old.layers.{i}.w": torch.full((1,), float(i)) for i in range(4)}
+    stored |= {"old.head.w": torch.ones(1), "old.embed_tokens.w": torch.ones(1)}
+    stored |= {"old.layers.2.rotary.inv_freq": torch.ones(1), "optimizer.x": torch.ones(1)}
+    mapping = Mapping(
+        renames=(
+            Rename("optimizer.", None),
+            Rename("old.", ""),
+            Rename(r"^head\.(\w)$", r"lm_head.\1", "regex"),
+        ),
+        filters=("*.inv_freq",),
+        stage=Stage(range(2, 4), is_last=True),
+    )
+    report = load(model, stored, mapping=mapping)
+    assert model.layers.get_submodule("3").w.item() == 3
+    assert {(s.name, s.branch) for s in report.skipped} == {
+        ("optimizer.x", "filter"),
+        ("old.layers.2.rotary.inv_freq", "filter"),
+        ("old.embed_tokens.w", "stage"),
+        ("old.layers.0.w", "stage"),
+        ("old.layers.1.w", "stage"),
+    }
+
+
+def test_scale_names_of_another_format_are_renamed():
+    model = holder(attn__k_scale=(1,))
+    mapping = Mapping(scale_renames=(Rename(".k_proj.k_scale", ".k_scale", "suffix"),))
+    load(model, {"attn.k_proj.k_scale": torch.full((1,), 7.0)}, mapping=mapping)
+    assert model.attn.k_scale.item() == 7
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_plain_parameter_takes_its_slice_of_the_whole(rank):
+    model = holder(qkv_proj__weight=(4, 3), o_proj__weight=(3, 2))
+    q, k, v, o = torch.randn(4, 3), torch.randn(2, 3), torch.randn(2, 3), torch.randn(3, 4)
+    stored = {f"{n}_proj.weight": t for n, t in {"q": q, "k": k, "v": v, "o": o}.items()}
+    parallel = TensorParallel(rank, 2, (("*qkv_proj*", 0), ("*o_proj*", 1)))
+    load(model, stored, mapping=Mapping(stacked=(QKV,), tensor_parallel=parallel))
+    parts = [t.chunk(2)[rank] for t in (q, k, v)]
+    assert torch.equal(model.qkv_proj.weight, torch.cat(parts))
+    assert torch.equal(model.o_proj.weight, o.chunk(2, dim=1)[rank])
+
+
+def test_a_stack_may_be_along_another_dimension():
+    model = holder(ab__weight=(2, 5))
+    a, b = torch.randn(2, 2), torch.randn(2, 3)
+    stacked = Stacked("ab", ("a", "b"), dim=1)
+    load(model, {"b.weight": b, "a.weight": a}, mapping=Mapping(stacked=(stacked,)))
+    assert torch.equal(model.ab.weight, torch.cat([a, b], dim=1))
+
+
+def test_a_tied_parameter_is_loaded_once_under_either_name():
+    for names in (["a.weight"], ["b.weight"], ["b.weight", "a.weight"]):
+        model = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
+        model["b"].weight = model["a"].weight
+        stored = {name: torch.full((2, 2), 3.0) for name in names}
+        report = load(model, stored)
+        assert report.loaded == ("a.weight",)
+        assert [s.branch for s in report.skipped] == ["tied"] * (len(names) - 1)
+        assert model["b"].weight[0, 0] == 3
+
+
+def test_a_cast_is_made_where_it_is_asked_for():
+    wanted = mlp()
+    model = zeroed(wanted).bfloat16()
+    load(model, wanted.state_dict(), cast=True)
+    assert torch.equal(model[0].weight, wanted[0].weight.bfloat16())
+
+
+def test_a_parameter_of_any_strides_is_filled():
+    model = nn.Module()
+    model.w = nn.Parameter(torch.zeros(5, 3).t())
+    made = torch.randn(3, 5)
+    load(model, {"w": made})
+    assert torch.equal(model.w, made)
+    assert model.w.stride() == (1, 3)
+
+
+LEVELS = {"none": 0, "missing": 1, "complete": 2, "exact": 4}
+
+
+def uneven():
+    """One parameter each that is missing and initialised; a tensor each unexpected and skipped."""
+    model = holder(there=(1,), gone=(1,), made=(1,))
+    model.made.missing_param_init = "ones"
+    return model, {"there": torch.ones(1), "odd": torch.ones(1), "x.input_scale": torch.ones(1)}
+
+
+@pytest.mark.parametrize("strict", LEVELS)
+def test_the_level_decides_what_raises(strict):
+    model, stored = uneven()
+    if strict == "none":
+        report = load(model, stored, strict=strict)
+        assert [m.name for m in report.missing] == ["gone"]
+        assert [(i.name, i.value) for i in report.initialised] == [("made", "ones")]
+        assert report.unexpected == ("odd",)
+        assert [s.name for s in report.skipped] == ["x.input_scale"]
+        assert (model.there.item(), model.gone.item(), model.made.item()) == (1, 0, 1)
+        assert "missing 1: gone (nothing is stored for it)" in str(report)
+        return
+    with pytest.raises(FixpassError) as raised:
+        load(model, stored, strict=strict)
+    kinds = ("missing:", "unexpected:", "skipped:", "initialised:")
+    assert sum(kind in str(raised.value) for kind in kinds) == LEVELS[strict]
+    assert (model.there.item(), model.gone.item(), model.made.item()) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("missing", "value"), [("ones", 1.0), ("zeros", 0.0)])
+def test_a_missing_parameter_is_filled_where_that_is_asked_for(missing, value):
+    model = holder(a=(2,), b=(2,))
+    model.b.data.fill_(9)
+    report = load(model, {"a": torch.ones(2)}, missing=missing)
+    assert model.b.tolist() == [value] * 2
+    assert [str(i) for i in report.initialised] == [f"b ({missing})"]
+
+
+@pytest.mark.parametrize("missing", ["error", "ones"])
+def test_a_scale_that_was_never_loaded_is_never_silent(missing):
+    model = holder(weight=(2,), weight_scale=(1,))
+    with pytest.warns(UserWarning, match="scales that were not loaded: weight_scale"):
+        load(model, {"weight": torch.ones(2)}, strict="none", missing=missing)
+    if missing == "error":
+        with pytest.raises(FixpassError, match="missing: weight_scale"):
+            load(model, {"weight": torch.ones(2)})
+
+
+def test_progress_is_shown_where_it_is_asked_for(capsys):
+    load(mlp(), mlp().state_dict(), progress=True)
+    assert "loading: 100%" in capsys.readouterr().err
+    load(mlp(), mlp().state_dict(), progress=False)
+    assert capsys.readouterr().err == ""

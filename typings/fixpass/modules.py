@@ -1,0 +1,1 @@
+../../fixpass/modules.py

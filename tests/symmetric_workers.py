@@ -29,10 +29,6 @@ def in_rank_order(tensors):
     return total.to(tensors[0].dtype)
 
 
-def configure(**changes):
-    groups.configure(**changes)
-
-
 def describe():
     context = symmetric.context()
     return context.symmetric, context.reason

@@ -2,43 +2,14 @@
 
 import json
 import os
-import re
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+from checkpoints import assert_refused, model_of, two
 from safetensors.torch import save_file
 from torch import nn
 
-from fixpass import FixpassError
 from fixpass.weights import GATE_UP, GATED_EXPERTS, QKV, Mapping, load
-
-
-def model_of(**tensors):
-    model = nn.Module()
-    for name, tensor in tensors.items():
-        model.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-    return model
-
-
-def assert_refused(model, stored, said, **options):
-    """`said` is raised, and no parameter changed in bytes, memory, identity or attributes."""
-
-    def state():
-        return [
-            (n, id(p), p.data_ptr(), p.untyped_storage().tolist(), dict(vars(p)))
-            for n, p in model.named_parameters()
-        ]
-
-    before = state()
-    with pytest.raises(FixpassError, match=re.escape(said)) as raised:
-        load(model, stored, **options)
-    assert state() == before
-    return str(raised.value)
-
-
-def two():
-    return model_of(a=torch.zeros(4, 3), b=torch.zeros(2))
 
 
 def test_a_wrong_shape_is_refused_with_both_layouts():
@@ -150,13 +121,3 @@ def test_parts_that_do_not_fill_a_stack_are_refused():
     model, mapping = model_of(qkv_proj=torch.zeros(9, 2)), Mapping(stacked=(QKV,))
     stored = {f"{name}_proj": torch.ones(2, 2) for name in "qkv"}
     assert_refused(model, stored, "part 0 of 3 along dim 0 into 'qkv_proj'", mapping=mapping)
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ("echo evil",)
-
-
-def saved_dcp(folder):
-    dcp.save({"a": torch.ones(4, 3), "b": torch.ones(2)}, checkpoint_id=folder, no_dist=True)
-    return folder

@@ -1,12 +1,10 @@
 """A checkpoint comes into a model by name, by stack and by expert, and the report says all of it."""
 
-import copy
-
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from checkpoints import assert_loaded, holder, mlp, zeroed
 from safetensors.torch import save_file
-from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from fixpass.weights import (
@@ -18,40 +16,6 @@ from fixpass.weights import (
     Mapping,
     load,
 )
-
-
-def holder(**shapes):
-    """A module tree with zero parameters: names may have dots, written as two underscores."""
-    model = nn.Module()
-    for name, shape in shapes.items():
-        *path, leaf = name.split("__")
-        module = model
-        for part in path:
-            if part not in module._modules:
-                module.add_module(part, nn.Module())
-            module = module._modules[part]
-        module.register_parameter(leaf, nn.Parameter(torch.zeros(shape), requires_grad=False))
-    return model
-
-
-def mlp():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
-    model[1].running_mean.normal_()
-    return model
-
-
-def zeroed(model):
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            tensor.zero_()
-    return model
-
-
-def assert_loaded(model, wanted):
-    for name, tensor in wanted.state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor), name
 
 
 @pytest.fixture(params=["file", "glob", "dcp", "torch", "state dict", "iterator"])
@@ -180,13 +144,3 @@ def test_a_scale_of_a_plain_module_without_a_target_is_skipped_too():
     stored = wanted.state_dict() | {"0.weight_scale": torch.ones(1)}
     (skipped,) = load(zeroed(wanted), stored).skipped
     assert (skipped.mapped, skipped.branch) == ("0.weight_scale", "scale")
-
-
-LEVELS = {"none": 0, "missing": 1, "complete": 2, "exact": 4}
-
-
-def uneven():
-    """One parameter each that is missing and initialised; a tensor each unexpected and skipped."""
-    model = holder(there=(1,), gone=(1,), made=(1,))
-    model.made.missing_param_init = "ones"
-    return model, {"there": torch.ones(1), "odd": torch.ones(1), "x.input_scale": torch.ones(1)}

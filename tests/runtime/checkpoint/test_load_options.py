@@ -1,10 +1,9 @@
-"""A checkpoint comes into a model by name, by stack and by expert, and the report says all of it."""
-
-import copy
+"""What a caller chooses: renames, slices, casts, what raises, what is filled, what is shown."""
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from checkpoints import holder, mlp, zeroed
 from safetensors.torch import save_file
 from torch import nn
 
@@ -18,40 +17,6 @@ from fixpass.weights import (
     TensorParallel,
     load,
 )
-
-
-def holder(**shapes):
-    """A module tree with zero parameters: names may have dots, written as two underscores."""
-    model = nn.Module()
-    for name, shape in shapes.items():
-        *path, leaf = name.split("__")
-        module = model
-        for part in path:
-            if part not in module._modules:
-                module.add_module(part, nn.Module())
-            module = module._modules[part]
-        module.register_parameter(leaf, nn.Parameter(torch.zeros(shape), requires_grad=False))
-    return model
-
-
-def mlp():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
-    model[1].running_mean.normal_()
-    return model
-
-
-def zeroed(model):
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            tensor.zero_()
-    return model
-
-
-def assert_loaded(model, wanted):
-    for name, tensor in wanted.state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor), name
 
 
 @pytest.fixture(params=["file", "glob", "dcp", "torch", "state dict", "iterator"])
@@ -74,15 +39,6 @@ def checkpoint(request, tmp_path):
             return state
         case "iterator":
             return iter(state.items())
-
-
-def experts(count=12, size=3):
-    torch.manual_seed(1)
-    return {
-        f"mlp.experts.{e}.{part}.weight": torch.randn(size, size)
-        for e in range(count)
-        for part in ("gate_proj", "up_proj", "down_proj")
-    }
 
 
 def test_renames_filters_and_stages_are_applied_in_this_order():

@@ -1,60 +1,19 @@
-"""A checkpoint that does not fit is an error that says what and where, and the model is as before."""
+"""A source that breaks, lies or has no values is refused, and the model is as before."""
 
 import json
 import os
 import pickle
-import re
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from checkpoints import assert_refused, model_of, two
 from safetensors.torch import save_file
 from torch import nn
 
 from fixpass import FixpassError
 from fixpass.runtime.checkpoint import loader, vectored
-from fixpass.weights import GATED_EXPERTS, Mapping, TensorParallel, load
-
-
-def model_of(**tensors):
-    model = nn.Module()
-    for name, tensor in tensors.items():
-        model.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-    return model
-
-
-def assert_refused(model, stored, said, **options):
-    """`said` is raised, and no parameter changed in bytes, memory, identity or attributes."""
-
-    def state():
-        return [
-            (n, id(p), p.data_ptr(), p.untyped_storage().tolist(), dict(vars(p)))
-            for n, p in model.named_parameters()
-        ]
-
-    before = state()
-    with pytest.raises(FixpassError, match=re.escape(said)) as raised:
-        load(model, stored, **options)
-    assert state() == before
-    return str(raised.value)
-
-
-def two():
-    return model_of(a=torch.zeros(4, 3), b=torch.zeros(2))
-
-
-def gated():
-    model = nn.Module()
-    model.experts = model_of(gate_up_proj=torch.zeros(3, 4, 2), down_proj=torch.zeros(3, 2, 2))
-    return model
-
-
-def stored_experts(indices):
-    parts = ("gate_proj", "up_proj", "down_proj")
-    return {f"experts.{e}.{p}.weight": torch.full((2, 2), e + 1.0) for e in indices for p in parts}
-
-
-EXPERTS = Mapping(experts=(GATED_EXPERTS,))
+from fixpass.weights import Mapping, TensorParallel, load
 
 
 def test_a_slice_that_is_not_whole_is_refused():

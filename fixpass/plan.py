@@ -65,7 +65,7 @@ def collectives(config: Config, target: Target, meet: bool) -> PlaceSymmetricMem
     """The pass for collectives, with what there is to know about this process's groups."""
     given = config.symmetric_memory
     policy = given if isinstance(given, Policy) else Policy(enabled=given)
-    if not dist.is_available() or not dist.is_initialized():
+    if not has_groups():
         return PlaceSymmetricMemory(target, policy)
     from fixpass.runtime.symmetric_memory import groups
 
@@ -75,9 +75,14 @@ def collectives(config: Config, target: Target, meet: bool) -> PlaceSymmetricMem
     return PlaceSymmetricMemory(target, policy, topology, describe)
 
 
+def has_groups() -> bool:
+    """Whether this process has process groups."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def register_lowerings() -> None:
-    """Tell Inductor how our collectives are lowered, where this torch has any."""
-    if dist.is_available():
+    """Tell Inductor how our collectives are lowered, where there can be any."""
+    if has_groups():
         from fixpass.lowering.inductor import register
 
         register()

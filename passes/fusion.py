@@ -18,14 +18,17 @@ from fixpass.passes.rewrite import is_call, val_of
 from fixpass.passes.rewrites.dead_copy import copied_operands
 
 aten = torch.ops.aten
-VIEWS = (
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
+RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+# Views that have each element of their source once.
+WHOLE_VIEWS = (
+    *RESHAPES,
     aten.permute.default,
     aten.transpose.int,
     aten.unsqueeze.default,
     aten.squeeze.dim,
+)
+VIEWS = (
+    *WHOLE_VIEWS,
     aten.slice.Tensor,
     aten.select.int,
     aten.expand.default,

@@ -13,7 +13,7 @@ from torch import fx
 
 from fixpass.lowering.target import Target
 from fixpass.passes.base import Pass, PassResult
-from fixpass.passes.rewrite import apply_rewrite, erase_dead, find_anchors
+from fixpass.passes.rewrite import apply_rewrite, find_anchors
 from fixpass.passes.rewrites.collectives import LEFT_ALONE, find_overload
 from fixpass.passes.rewrites.row_parallel import RowParallel
 from fixpass.runtime.symmetric_memory.policy import Decision, GroupFacts, Policy, decide
@@ -45,30 +45,9 @@ class PlaceSymmetricMemory(Pass):
             for node in find_anchors(graph, (overload,)) if overload is not None else ():
                 result.missed(node, why)
         rewrite = RowParallel(self.target.device_type, self._decide)
-        unread = set(_unread_waits(graph))
         apply_rewrite(graph, rewrite, result)
-        # A wait counts as an effect, so it is not taken out with what it waited for.
-        for wait in [node for node in _unread_waits(graph) if node not in unread]:
-            _erase_collective(graph, wait)
 
     def _decide(self, name: str) -> Decision:
         if not self.policy.enabled:
             return decide(GroupFacts(name, 0), self.policy)
         return decide(self.describe(name, self.target.device_type), self.policy)
-
-
-def _unread_waits(graph: fx.Graph) -> list[fx.Node]:
-    overload = find_overload("_c10d_functional::wait_tensor")
-    waits = find_anchors(graph, (overload,)) if overload is not None else ()
-    return [node for node in waits if not node.users]
-
-
-def _erase_collective(graph: fx.Graph, wait: fx.Node) -> None:
-    """Erase a wait that was replaced, its collective, and what only that needed."""
-    collective = wait.args[0]
-    assert isinstance(collective, fx.Node)
-    source = collective.args[0]
-    assert isinstance(source, fx.Node)
-    graph.erase_node(wait)
-    graph.erase_node(collective)
-    erase_dead(graph, source)

@@ -6,7 +6,7 @@ is built completely before anything is taken out, so that an error leaves the gr
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from operator import getitem
 from typing import Any, TypeGuard
@@ -32,11 +32,15 @@ NOT_OURS = Missed("")
 
 @dataclass(frozen=True)
 class Match:
-    """What a rewrite found: the nodes whose values it replaces and a line for the report."""
+    """What a rewrite found: the nodes whose values it replaces and a line for the report.
+
+    effects: nodes with effects that the replacement has itself; they go with what is replaced.
+    """
 
     replaced: tuple[fx.Node, ...]
     text: str
     bytes_saved: int = 0
+    effects: tuple[fx.Node, ...] = field(default=(), kw_only=True)
 
 
 class Rewrite(ABC):
@@ -72,7 +76,7 @@ def apply_rewrite(graph: fx.Graph, rewrite: Rewrite, result: PassResult) -> None
         for old, node in zip(match.replaced, new, strict=True):
             old.replace_all_uses_with(node)
         for old in match.replaced:
-            erase_dead(graph, old)
+            erase_dead(graph, old, match.effects)
 
 
 def find_anchors(graph: fx.Graph, anchors: tuple[Any, ...]) -> Iterator[fx.Node]:
@@ -80,12 +84,17 @@ def find_anchors(graph: fx.Graph, anchors: tuple[Any, ...]) -> Iterator[fx.Node]
         yield from graph.find_nodes(op="call_function", target=target)
 
 
-def erase_dead(graph: fx.Graph, root: fx.Node) -> None:
-    """Erase `root` and what only it needed; never an input, an output or a node with effects."""
+def erase_dead(graph: fx.Graph, root: fx.Node, effects: tuple[fx.Node, ...] = ()) -> None:
+    """Erase `root` and what only it needed.
+
+    Never an input or an output, nor a node with effects that is not one of `effects`.
+    """
     stack = [root]
     while stack:
         node = stack.pop()
-        if node._erased or node.users or node.op != "call_function" or is_impure(node):
+        if node._erased or node.users or node.op != "call_function":
+            continue
+        if is_impure(node) and node not in effects:
             continue
         inputs = node.all_input_nodes
         graph.erase_node(node)

@@ -40,6 +40,15 @@ def op_exists(name: str) -> bool:
     return bool(torch._C._jit_get_schemas_for_operator(name))
 
 
+def overload_of(name: str) -> torch._ops.OpOverload:
+    """The op `namespace::op`, or an overload of it as `namespace::op.overload`."""
+    namespace, _, rest = name.partition("::")
+    op, _, overload = rest.partition(".")
+    found: torch._ops.OpOverload
+    found = getattr(getattr(getattr(torch.ops, namespace), op), overload or "default")
+    return found
+
+
 def is_available(kernel: str) -> bool:
     """Whether the library behind `kernel` is loaded in this process."""
     return kernel in PROVIDERS and PROVIDERS[kernel].is_available()

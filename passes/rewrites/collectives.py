@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from fixpass.passes.rewrite import Missed, is_call, sole_user
-from fixpass.runtime.providers import op_exists
+from fixpass.runtime.providers import op_exists, overload_of
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,4 @@ LEFT_ALONE: dict[str, str] = {
 
 def find_overload(name: str) -> torch._ops.OpOverload | None:
     """The default overload of `namespace::op`, or None where no library has registered it."""
-    if not op_exists(name):
-        return None
-    namespace, op = name.split("::")
-    packet = getattr(getattr(torch.ops, namespace), op)
-    overload: torch._ops.OpOverload = packet.default
-    return overload
+    return overload_of(name) if op_exists(name) else None

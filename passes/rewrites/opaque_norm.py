@@ -16,7 +16,7 @@ from torch import fx
 from fixpass.lowering.layout import Layout
 from fixpass.passes.rewrite import Match, Missed, Rewrite, val_of
 from fixpass.passes.rewrites.norm import Norm, build_norm, out_steps
-from fixpass.runtime.providers import op_exists
+from fixpass.runtime.providers import op_exists, overload_of
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,7 @@ class OpaqueNorm:
 
     @property
     def overload(self) -> torch._ops.OpOverload:
-        namespace, _, name = self.name.partition("::")
-        overload: torch._ops.OpOverload = getattr(getattr(torch.ops, namespace), name).default
-        return overload
+        return overload_of(self.name)
 
 
 def _in_place(

@@ -14,9 +14,10 @@ from torch import fx
 
 from fixpass.lowering.layout import Layout, known
 from fixpass.passes.edit import Editor
-from fixpass.passes.fusion import bytes_of
+from fixpass.passes.fusion import RESHAPES, WHOLE_VIEWS, bytes_of
 from fixpass.passes.rewrite import NOT_OURS, Match, Missed, Rewrite, is_call, sole_user, val_of
 from fixpass.passes.rewrites.collectives import COLLECTIVES, Collective, find_overload
+from fixpass.runtime.symmetric_memory.ordinary import SUMMED
 from fixpass.runtime.symmetric_memory.packing import packed_call
 from fixpass.runtime.symmetric_memory.policy import Decision
 from fixpass.runtime.symmetric_memory.settings import Settings
@@ -25,20 +26,8 @@ if dist.is_available():
     import fixpass.runtime.symmetric_memory.ops  # noqa: F401  (defines what the rewrite calls)
 
 aten = torch.ops.aten
-# Each element keeps its value and its place in memory order or not: a sum over ranks commutes.
-VIEWS = (
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-)
-RESHAPES = VIEWS[:3]
 MATMULS = (aten.mm.default, aten.bmm.default)
 BIASED_MATMULS = (aten.addmm.default, aten.baddbmm.default)
-SUMMED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -81,7 +70,7 @@ class RowParallel(Rewrite):
         source = anchor.args[0]
         assert isinstance(source, fx.Node)
         producer, views, bias = _producer(source)
-        how = ("sum", group)
+        how, effects = ("sum", group), (result, anchor)
         where = f"symmetric memory of group {group!r}"
         layout = str(Layout.of(producer.meta["val"]))
         is_matmul = is_call(producer, *MATMULS, *BIASED_MATMULS) and sole_user(producer)
@@ -89,16 +78,18 @@ class RowParallel(Rewrite):
             text = f"{producer.name} writes {layout} into {where}"
             args = (*_operands(producer, bias), *how)
             op = torch.ops.fixpass.matmul_all_reduce.default
-            return Reduction((result,), text, bytes_of(producer), op, args, views)
+            return Reduction((result,), text, bytes_of(producer), op, args, views, effects=effects)
         packed = _packed_opaque(producer) if self._wants_context(producer) else None
         if packed is not None:
             text = f"{producer.name} is called where {layout} is allocated in {where}"
             tensors, arguments = packed
             args = (str(_overload(producer)), tensors, arguments, *how)
             op = torch.ops.fixpass.call_all_reduce.default
-            return Reduction((result,), text, bytes_of(producer), op, args, views)
+            return Reduction((result,), text, bytes_of(producer), op, args, views, effects=effects)
         op = torch.ops.fixpass.all_reduce.default
-        return Reduction((result,), self._staged(source, where), 0, op, (source, *how))
+        return Reduction(
+            (result,), self._staged(source, where), 0, op, (source, *how), effects=effects
+        )
 
     def _wants_context(self, producer: fx.Node) -> bool:
         # What fits a slot is copied there anyway: where the op's result lies makes no difference.
@@ -140,7 +131,7 @@ def _producer(source: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...], fx.Node | 
     """
     node, views = source, []
     while sole_user(node) is not None:
-        if is_call(node, *VIEWS) and isinstance(node.args[0], fx.Node):
+        if is_call(node, *WHOLE_VIEWS) and isinstance(node.args[0], fx.Node):
             views.append(node)
             node = node.args[0]
             continue

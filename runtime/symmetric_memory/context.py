@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fixpass.runtime.symmetric_memory import groups
 from fixpass.runtime.symmetric_memory.ops import allocating_in
+from fixpass.runtime.symmetric_memory.ordinary import ordinary_all_reduce
 from fixpass.runtime.symmetric_memory.policy import Decision, Policy, Role, decide
 
 
@@ -53,9 +54,7 @@ class SymmetricContext:
         name = self.group.group_name
         if self.symmetric:
             return torch.ops.fixpass.all_reduce(x, "sum", name)  # type: ignore[no-any-return]
-        functional = torch.ops._c10d_functional
-        pending = functional.all_reduce(x.contiguous(), "sum", name)
-        return functional.wait_tensor(pending)  # type: ignore[no-any-return]
+        return ordinary_all_reduce(x, "sum", name)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """An uninitialised CPU tensor in the group's memory.
@@ -110,11 +109,8 @@ def context(
     group is for, "tp" or "attn_tp"; remembered for compiled code. Raises ValueError for a name
     without a group.
     """
-    found = _resolve(group)
-    name = found.group_name
-    if role is not None:
-        groups.set_role(name, role)
-    return SymmetricContext(found, decide(groups.settle(name), policy or Policy()))
+    found = _resolve(group, role)
+    return SymmetricContext(found, decide(groups.settle(found.group_name), policy or Policy()))
 
 
 def policy(
@@ -128,13 +124,19 @@ def policy(
     The arguments are those of `context`. Nothing is set up and no other rank is asked, so a group
     that has not met yet counts as one that could.
     """
-    found = _resolve(group)
-    if role is not None:
-        groups.set_role(found.group_name, role)
+    found = _resolve(group, role)
     return decide(groups.peek(found.group_name), policy or Policy())
 
 
-def _resolve(group: ProcessGroup | DeviceMesh | str | None) -> ProcessGroup:
+def _resolve(group: ProcessGroup | DeviceMesh | str | None, role: Role | None) -> ProcessGroup:
+    """The process group that is meant; the role is remembered for it, where there is one."""
+    found = _find(group)
+    if role is not None:
+        groups.set_role(found.group_name, role)
+    return found
+
+
+def _find(group: ProcessGroup | DeviceMesh | str | None) -> ProcessGroup:
     if isinstance(group, DeviceMesh):
         return group.get_group()
     if isinstance(group, str):

@@ -17,10 +17,10 @@ from torch.distributed import _symmetric_memory as symm_mem
 from torch.distributed.distributed_c10d import GroupName
 
 from fixpass.runtime.symmetric_memory import groups
+from fixpass.runtime.symmetric_memory.ordinary import SUMMED, ordinary_all_reduce
 from fixpass.runtime.symmetric_memory.settings import KIB
 
 Way = Literal["multimem", "one_shot", "two_shot", "ordinary"]
-SUMMED = (torch.float32, torch.bfloat16, torch.float16)
 # Each rank reads all data once in one-shot, and about two times 1/num_ranks of it in two-shot,
 # with one meeting more. PyTorch's own choice for one-shot ends at 128 KiB.
 ONE_SHOT_BYTES = 128 * KIB
@@ -48,11 +48,11 @@ def all_reduce(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
     group = groups.find(group_name)
     # A captured graph replays with the addresses that it saw; that they stay is not proved.
     if group is None or reduce_op != "sum" or torch.cuda.is_current_stream_capturing():
-        return _ordinary(x, reduce_op, group_name)
+        return ordinary_all_reduce(x, reduce_op, group_name)
     multicast = _has_multicast(x.device)
     way = choose(x.nbytes, group.size(), x.dtype, multicast)
     if way == "ordinary":
-        return _ordinary(x, reduce_op, group_name)
+        return ordinary_all_reduce(x, reduce_op, group_name)
     ops, name = torch.ops.symm_mem, group.group_name
     x = x.contiguous()
     if way == "multimem":
@@ -83,9 +83,3 @@ def _staged(x: Tensor, name: str) -> Tensor:
     """A copy of x in the group's workspace, which grows to the largest message and stays."""
     handle = symm_mem.get_symm_mem_workspace(GroupName(name), x.nbytes)
     return handle.get_buffer(handle.rank, x.shape, x.dtype).copy_(x)
-
-
-def _ordinary(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
-    functional = torch.ops._c10d_functional
-    pending = functional.all_reduce(x.contiguous(), reduce_op, group_name)
-    return functional.wait_tensor(pending)  # type: ignore[no-any-return]

@@ -33,11 +33,6 @@ _turns: Counter[str] = Counter()
 _settings = Settings()
 
 
-def settings() -> Settings:
-    """What the next group that is met gets."""
-    return _settings
-
-
 def configure(**changes: object) -> None:
     """Change the settings of groups that are not met yet; the same on every rank."""
     global _settings
@@ -82,24 +77,24 @@ def peek(name: str, device_type: str = "cpu") -> GroupFacts:
 
 def settle(name: str, device_type: str = "cpu") -> GroupFacts:
     """What a group is, after its ranks have met; collective at the first time for a group."""
+    outcome_of(name, device_type)
+    return peek(name)
+
+
+def outcome_of(name: str, device_type: str = "cpu") -> Outcome:
+    """What came of a group's rendezvous, which is held now where it was not.
+
+    Nothing comes of a group that this process does not know, of one rank and of a fake one.
+    """
     group = find(name)
-    if group is not None and group.size() > 1 and not is_fake(group):
-        meet(group, device_type)
-    return peek(name, device_type)
+    if group is None or group.size() == 1 or is_fake(group):
+        return Outcome()
+    return meet(group, device_type)
 
 
 def is_ready(name: str) -> bool:
-    """Whether a group can be used by a call: it meets now, where it has not."""
-    group = find(name)
-    if group is None or group.size() == 1 or is_fake(group):
-        return False
-    return meet(group, "cpu").opened
-
-
-def outcome_of(name: str) -> Outcome:
-    """What came of the group's rendezvous; nothing where it has not met."""
-    group = find(name)
-    return (_outcome(group) if group is not None else None) or Outcome()
+    """Whether a call can use the group."""
+    return outcome_of(name).opened
 
 
 def meet(group: ProcessGroup, device_type: str) -> Outcome:

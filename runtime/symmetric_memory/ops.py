@@ -15,6 +15,7 @@ from torch.library import Library
 
 from fixpass.runtime.ops import DEFINITIONS, TAGS
 from fixpass.runtime.symmetric_memory import device, groups, official
+from fixpass.runtime.symmetric_memory.ordinary import ordinary_all_reduce
 from fixpass.runtime.symmetric_memory.packing import unpacked_call
 
 # What a captured CUDA graph replays would use memory of other ranks behind their backs.
@@ -33,19 +34,11 @@ SCHEMAS = {
 
 def all_reduce(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
     """x reduced over the ranks of the group: a new dense tensor of the same shape and dtype."""
-    if groups.is_ready(group_name):
-        plain = groups.outcome_of(group_name).plain
-        total = plain.all_reduce(x, reduce_op) if plain is not None else None
-        if total is not None:
-            return total
+    plain = groups.outcome_of(group_name).plain
+    total = plain.all_reduce(x, reduce_op) if plain is not None else None
+    if total is not None:
+        return total
     return ordinary_all_reduce(x, reduce_op, group_name)
-
-
-def ordinary_all_reduce(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
-    """The same through the process group."""
-    functional = torch.ops._c10d_functional
-    pending = functional.all_reduce(x.contiguous(), reduce_op, group_name)
-    return functional.wait_tensor(pending)  # type: ignore[no-any-return]
 
 
 def matmul(a: Tensor, b: Tensor, bias: Tensor | None, beta: float, alpha: float) -> Tensor:
@@ -86,7 +79,8 @@ def allocating_in(group_name: str, device_type: str = "cpu") -> Iterator[None]:
         with device.allocating_in(group_name):
             yield
         return
-    native = groups.is_ready(group_name) and groups.outcome_of(group_name).plain is None
+    outcome = groups.outcome_of(group_name)
+    native = outcome.opened and outcome.plain is None
     if not native or not torch.ops.fixpass_symmetric_memory.set_allocating(group_name):
         yield
         return

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fixpass.runtime.providers import overload_of
+
 
 def packed_call(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], str] | None:
     """The tensors of a call, and the rest of it as text; None where it cannot be written down.
@@ -45,11 +47,8 @@ def unpacked_call(
 
 @lru_cache(maxsize=1024)
 def _parsed(op: str, arguments: str) -> tuple[Any, list[Any], dict[str, Any]]:
-    namespace, _, rest = op.partition("::")
-    name, _, overload = rest.partition(".")
-    run = getattr(getattr(getattr(torch.ops, namespace), name), overload or "default")
     args, kwargs = json.loads(arguments)
-    return run, args, kwargs
+    return overload_of(op), args, kwargs
 
 
 def _filled(spec: Any, tensors: Sequence[Tensor]) -> Any:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.distributed import DistBackendError
 
+from fixpass.runtime.symmetric_memory.ordinary import SUMMED
 from fixpass.runtime.symmetric_memory.settings import CONTROL_BYTES, Settings
 
 # A rank's data must be visible before its arrival is. x86 keeps the order of stores by itself.
 ORDERED_STORES = platform.machine() in ("x86_64", "AMD64", "i686")
-SUMMED = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*SUMMED, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 MAX_DIMS = 8
 # In a control page, as int64: arrivals, the rank's state, then two descriptions.

@@ -105,6 +105,14 @@ Tensor all_reduce(const Tensor& input, c10::string_view op, c10::string_view gro
   return ordinary_all_reduce(dense, op, group_name);
 }
 
+// A tensor over a block of the group's heap, which gets it back when the tensor is gone.
+Tensor tensor_over(const std::shared_ptr<Group>& group, char* block, at::IntArrayRef sizes,
+                   const at::TensorOptions& options) {
+  return at::from_blob(block, sizes, [group](void* data) {
+    group->heap.release(static_cast<char*>(data));
+  }, options);
+}
+
 // A tensor in the group's memory for a message of these sizes; undefined where there is no room.
 // A small one is the next slot itself.
 Tensor allocate_message(const std::shared_ptr<Group>& group, at::IntArrayRef sizes,
@@ -112,10 +120,7 @@ Tensor allocate_message(const std::shared_ptr<Group>& group, at::IntArrayRef siz
   const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
   if (group->is_small(bytes)) return at::from_blob(group->next_slot(), sizes, options);
   char* block = group->heap.allocate(bytes);
-  if (block == nullptr) return {};
-  return at::from_blob(block, sizes, [group](void* data) {
-    group->heap.release(static_cast<char*>(data));
-  }, options);
+  return block == nullptr ? Tensor() : tensor_over(group, block, sizes, options);
 }
 
 void multiply_into(Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias,
@@ -234,9 +239,7 @@ Tensor empty_in_group(at::IntArrayRef sizes, at::ScalarType dtype, c10::string_v
   TORCH_CHECK_WITH(OutOfMemoryError, block, "group '", group_name, "' has no room for ", bytes,
                    " bytes beside the ", group->heap.used_bytes(),
                    " in use: free tensors, or make its context with more heap_bytes");
-  return at::from_blob(block, sizes, [group](void* data) {
-    group->heap.release(static_cast<char*>(data));
-  }, at::TensorOptions().dtype(dtype));
+  return tensor_over(group, block, sizes, at::TensorOptions().dtype(dtype));
 }
 
 std::vector<int64_t> stats(c10::string_view group_name) {

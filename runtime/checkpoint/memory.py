@@ -4,7 +4,6 @@ A state dict is read where it is. An iterator is first written to a file of its 
 a time, because nothing of a model may change before all of a checkpoint is known to fit.
 """
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -41,11 +40,6 @@ def from_iterator(tensors: Iterable[tuple[str, Tensor]], file: Path) -> dict[str
             found[name] = Stored(name, tensor.dtype, shape, (piece,), origin)
             output.write(raw_bytes(tensor))
     return found
-
-
-def new_file(folder: Path) -> Path:
-    """A file name in `folder` for an iterator's tensors."""
-    return folder / f"tensors-{os.getpid()}"
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

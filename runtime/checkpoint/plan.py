@@ -16,7 +16,7 @@ from fixpass.runtime.checkpoint.own_loaders import OwnLoads, own_loader
 from fixpass.runtime.checkpoint.place import Placed, check_dtype, missing_parts, place
 from fixpass.runtime.checkpoint.read import Copy, copies
 from fixpass.runtime.checkpoint.report import Initialised, LoadReport, Missing, Skipped
-from fixpass.runtime.checkpoint.route import Routed, owners, route
+from fixpass.runtime.checkpoint.route import Routed, route
 from fixpass.runtime.checkpoint.stored import Checkpoint, MemoryPiece, describe
 from fixpass.runtime.checkpoint.targets import Target
 from fixpass.runtime.errors import CheckpointError
@@ -84,9 +84,8 @@ def make_plan(
         more = len(faults) - MOST_FAULTS
         faults[MOST_FAULTS:] = [f"and {more:,} more"] if more > 0 else []
         raise CheckpointError("\n".join(faults))
-    owner = owners(targets)
     for name in targets:
-        if owner[name] == name and name not in routes.taken:
+        if routes.owner[name] == name and name not in routes.taken:
             _add_missing(plan, targets[name], missing)
     lacking = [item.name for item in plan.missing] + [item.name for item in plan.initialised]
     plan.scales = [name for name in lacking if mapping.is_scale(name)]

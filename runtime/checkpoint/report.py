@@ -98,8 +98,8 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def some(names: tuple[object, ...] | list[str]) -> str:
+def some(names: tuple[object, ...] | list[str], most: int = MOST_NAMES) -> str:
     """The first names, and how many more there are: a million names make no message."""
-    shown = ", ".join(str(name) for name in names[:MOST_NAMES])
-    rest = len(names) - MOST_NAMES
+    shown = ", ".join(str(name) for name in names[:most])
+    rest = len(names) - most
     return f"{shown} and {rest:,} more" if rest > 0 else shown

@@ -21,8 +21,12 @@ class Routed:
 
 @dataclass
 class Routes:
-    """What each parameter takes, by the first of its names, and what none takes."""
+    """What each parameter takes, by the first of its names, and what none takes.
 
+    owner: each name of a target and the first name of the same tensor.
+    """
+
+    owner: dict[str, str]
     taken: dict[str, list[Routed]] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -30,7 +34,7 @@ class Routes:
 
 def route(checkpoint: Checkpoint, mapping: Mapping, targets: dict[str, Target]) -> Routes:
     """The routes of all stored tensors."""
-    routes = Routes()
+    routes = Routes(owners(targets))
     found: dict[str, list[Routed]] = {}
     for stored in checkpoint.values():
         candidates = mapping.candidates(stored.name)
@@ -46,7 +50,7 @@ def route(checkpoint: Checkpoint, mapping: Mapping, targets: dict[str, Target]) 
             routes.skipped.append(left)
         else:
             routes.unexpected.append(stored.name)
-    _untie(routes, found, targets)
+    _untie(routes, found)
     return routes
 
 
@@ -65,9 +69,9 @@ def _left_out(name: str, candidates: tuple[Candidate, ...], mapping: Mapping) ->
     return Skipped(name, best.target, "scale", why) if mapping.is_scale(best.target) else None
 
 
-def _untie(routes: Routes, found: dict[str, list[Routed]], targets: dict[str, Target]) -> None:
+def _untie(routes: Routes, found: dict[str, list[Routed]]) -> None:
     """Of the names of one tied parameter, let one load it."""
-    owner = owners(targets)
+    owner = routes.owner
     chosen: dict[str, str] = {}
     for name in found:
         if name == owner[name] or owner[name] not in chosen:

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fixpass.runtime.checkpoint.header import read_header
+from fixpass.runtime.checkpoint.report import some
 from fixpass.runtime.checkpoint.stored import Stored
 from fixpass.runtime.errors import CheckpointError
 
@@ -53,7 +54,9 @@ def from_index(path: Path) -> dict[str, Stored]:
     shards = sorted(set(places.values()))
     missing = [shard for shard in shards if not (path.parent / shard).is_file()]
     if missing:
-        raise CheckpointError(f"{path} names {_list(missing)} and there is no such file beside it")
+        raise CheckpointError(
+            f"{path} names {some(missing, 5)} and there is no such file beside it"
+        )
     found = from_files((path.parent / shard for shard in shards), path.parent)
     for name, shard in places.items():
         if name not in found:
@@ -69,7 +72,9 @@ def from_folder(folder: Path) -> dict[str, Stored] | None:
     """The tensors of a folder's index, or else of all its files; None where there are none."""
     indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
     if len(indices) > 1:
-        raise CheckpointError(f"{folder} has {_list([i.name for i in indices])}: name one of them")
+        raise CheckpointError(
+            f"{folder} has {some([i.name for i in indices], 5)}: name one of them"
+        )
     if indices:
         return from_index(indices[0])
     paths = sorted(folder.glob("*.safetensors"))
@@ -93,8 +98,3 @@ def _check_name(path: Path, shard: str) -> None:
     parts = PurePosixPath(shard.replace("\\", "/"))
     if parts.is_absolute() or ".." in parts.parts or "\0" in shard or not parts.name:
         raise CheckpointError(f"{path} names {shard!r}, which is not in the folder of the index")
-
-
-def _list(names: list[str]) -> str:
-    shown = ", ".join(names[:5])
-    return f"{shown} and {len(names) - 5:,} more" if len(names) > 5 else shown

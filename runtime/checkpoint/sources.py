@@ -33,7 +33,7 @@ def opened(source: Source, *, weights_only: bool = True) -> Iterator[Checkpoint]
         yield memory.from_state_dict(source)
     else:
         with tempfile.TemporaryDirectory(prefix="fixpass-") as folder:
-            yield memory.from_iterator(source, memory.new_file(Path(folder)))
+            yield memory.from_iterator(source, Path(folder) / "tensors")
 
 
 def _from_path(source: str | Path, weights_only: bool) -> Checkpoint:

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from checkpoints import holder, mlp, zeroed
-from safetensors.torch import save_file
 from torch import nn
 
 from fixpass import FixpassError
@@ -17,28 +15,6 @@ from fixpass.weights import (
     TensorParallel,
     load,
 )
-
-
-@pytest.fixture(params=["file", "glob", "dcp", "torch", "state dict", "iterator"])
-def checkpoint(request, tmp_path):
-    state = mlp().state_dict()
-    match request.param:
-        case "file":
-            save_file(state, tmp_path / "w.safetensors")
-            return tmp_path / "w.safetensors"
-        case "glob":
-            save_file(state, tmp_path / "w.safetensors")
-            return str(tmp_path / "*.safetensors")
-        case "dcp":
-            dcp.save(state, checkpoint_id=tmp_path / "d", no_dist=True)
-            return tmp_path / "d"
-        case "torch":
-            torch.save(state, tmp_path / "w.pt")
-            return tmp_path / "w.pt"
-        case "state dict":
-            return state
-        case "iterator":
-            return iter(state.items())
 
 
 def test_renames_filters_and_stages_are_applied_in_this_order():

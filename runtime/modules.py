@@ -65,7 +65,10 @@ def inner(module: object) -> Iterator[object]:
     children = held.get("_modules", {})
     for name in INNER:
         found = children.get(name, held.get(name))
-        if found is not None:
+        if found is None:
+            continue
+        # Many a model has a child of this name among others, and wraps nothing.
+        if name != "module" or (len(children) <= 1 and not held.get("_parameters")):
             yield found
 
 

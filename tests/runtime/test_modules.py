@@ -81,6 +81,11 @@ def test_a_wrapper_that_is_no_module_is_looked_through():
     assert find_attr(Engine(), "twice") == 4
 
 
+def test_a_model_with_a_child_called_module_is_no_wrapper():
+    model = nn.ModuleDict({"module": Model(), "head": nn.Linear(2, 2)})
+    assert unwrapped(model) is model
+
+
 def test_attributes_that_a_model_makes_up_are_found_behind_its_wrapper():
     class Configured(Model):
         def __getattr__(self, name):

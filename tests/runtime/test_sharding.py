@@ -1,0 +1,110 @@
+"""Which modules are units: conditions on names and classes, and who decides."""
+
+import diffusers
+import pytest
+import sharded_models
+import torch
+from torch import nn
+
+from fixpass import FixpassError
+from fixpass import sharding as s
+
+# The names of a Gemma2 and of a diffusion model, and what the conditions say to them.
+CASES = {
+    "is_layer": ("model.layers.3", "model.layers.3.mlp"),
+    "is_block": ("blocks.0", "blocks.0.attn"),
+    "is_t5_block": ("encoder.block.1", "encoder.block.1.layer.0"),
+    "is_transformer_block": ("transformer_blocks.5", "single_transformer_blocks.5"),
+    "is_double_block": ("double_blocks.0", "double_blocks"),
+    "is_single_block": ("single_blocks.11", "single_blocks.x"),
+    "is_refiner_block": ("txt_in.refiner_blocks.0", "refiner_blocks.0.norm1"),
+    "is_blocks_or_double_blocks": ("double_blocks.0", "single_blocks.0"),
+    "is_blocks_or_transformer_blocks": ("transformer_blocks.0", "layers.0"),
+    "is_zimage_layer": ("context_refiner.0", "blocks.0"),
+    "is_embed_tokens": ("model.embed_tokens", "model.embed_tokens_extra"),
+    "is_embeddings": ("text_model.embeddings", "text_model.embeddings.position"),
+    "is_shared": ("shared", "not_shared"),
+    "is_final_norm": ("model.norm", "model.layers.0.input_layernorm"),
+    "is_final_layer_norm": ("text_model.final_layer_norm", "layers.0.final_layer_norm"),
+    "is_txt_in": ("txt_in", "txt_in.proj"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_condition_holds_for_its_modules_and_nothing_deeper(name):
+    condition, module = getattr(s, name), nn.Identity()
+    matched, other = CASES[name]
+    assert condition(matched, module)
+    assert not condition(other, module)
+
+
+def test_entries_are_numbered_children_of_the_container_itself():
+    assert s.is_module_list_entry("model.layers.0", "layers")
+    for name in ("layers", "layers.0.norm", "0", "", "sublayers.0", "layers.a"):
+        assert not s.is_module_list_entry(name, "layers")
+    assert s.is_module_list_entry_in("b.1", ("a", "b"))
+
+
+@pytest.mark.parametrize("name", sharded_models.SPECS)
+def test_a_real_class_resolves_to_its_rule_and_units(name):
+    spec, model = sharded_models.SPECS[name], sharded_models.build(name)
+    conditions, rule = s.resolve_shard_conditions(model)
+    assert (rule, len(s.shard_units(model, conditions))) == (spec.rule, spec.units)
+
+
+def test_gemma2_has_one_final_norm_and_not_every_norm():
+    model = sharded_models.build("Gemma2Model")
+    units = s.shard_units(model, s.ENCODER)
+    assert units == ("embed_tokens", "layers.0", "layers.1", "norm")
+
+
+def test_t5_and_clip_encoders_resolve_with_their_conditions():
+    t5 = s.shard_units(sharded_models.build("T5EncoderModel"), s.T5_ENCODER)
+    # The embedding is tied to one outside `shared`, and stays with the root.
+    assert t5 == ("encoder.block.0", "encoder.block.1", "encoder.final_layer_norm")
+    clip = s.shard_units(sharded_models.build("CLIPTextModel"), s.CLIP_ENCODER)
+    assert [name.rpartition(".")[2] for name in clip] == ["embeddings", "0", "1"]
+
+
+def test_explicit_conditions_come_first_and_none_means_fallback():
+    model = sharded_models.build("LlamaModel")
+    given = (s.is_embed_tokens,)
+    assert s.resolve_shard_conditions(model, given) == (given, "explicit")
+    for empty in (None, [], ()):
+        assert s.resolve_shard_conditions(model, empty)[1] == "block-class"
+
+
+def test_the_class_is_found_behind_wrappers():
+    model = torch.compile(sharded_models.build("LlamaModel"), backend="eager")
+    conditions, rule = s.resolve_shard_conditions(model)
+    assert rule == "block-class"
+    assert s.shard_units(model, conditions) == ("_orig_mod.layers.0", "_orig_mod.layers.1")
+
+
+def test_conditions_compose():
+    model = sharded_models.build("Qwen3Model")
+    condition = s.any_of(s.class_named({"Qwen3MLP"}), s.named("norm"))
+    assert s.shard_units(model, (condition,)) == ("layers.0.mlp", "layers.1.mlp", "norm")
+
+
+def test_an_embedding_that_the_head_is_tied_to_stays_with_the_root():
+    model = sharded_models.build("Qwen3ForCausalLM")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert s.shard_units(model, (s.is_layer, s.is_embed_tokens)) == (
+        "model.layers.0",
+        "model.layers.1",
+    )
+
+
+def test_nothing_matched_is_an_error_that_lists_the_containers():
+    model = diffusers.AutoencoderKLWan(
+        base_dim=3,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+    )
+    conditions, rule = s.resolve_shard_conditions(model)
+    assert rule == "common-numbered-block"
+    with pytest.raises(FixpassError, match=r"AutoencoderKLWan.*encoder\.down_blocks \(\d+\)"):
+        s.shard_units(model, conditions)

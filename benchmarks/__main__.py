@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compile_time, matching, norms, run_time, strided_norm
+from benchmarks import compile_time, load, matching, norms, run_time, strided_norm
 from benchmarks.results import Result
 
 BENCHMARKS: dict[str, Callable[[bool], Result]] = {
@@ -19,6 +19,7 @@ BENCHMARKS: dict[str, Callable[[bool], Result]] = {
     "compile-time": compile_time.run,
     "run-time": run_time.run,
     "strided-norm": strided_norm.run,
+    "load": load.run,
 }
 RESULTS = Path(__file__).parent / "results"
 

@@ -3,6 +3,7 @@
 import diffusers
 import pytest
 import sharded_models
+import sharding_page
 import torch
 from torch import nn
 
@@ -108,3 +109,8 @@ def test_nothing_matched_is_an_error_that_lists_the_containers():
     assert rule == "common-numbered-block"
     with pytest.raises(FixpassError, match=r"AutoencoderKLWan.*encoder\.down_blocks \(\d+\)"):
         s.shard_units(model, conditions)
+
+
+def test_the_table_of_the_docs_is_what_the_models_resolve_to():
+    page = sharding_page.PAGE.read_text()
+    assert sharding_page.table() in page, "run `python tests/sharding_page.py`"

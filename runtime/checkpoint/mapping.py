@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 from itertools import pairwise
 from typing import Literal
 
@@ -233,6 +234,7 @@ class Mapping:
         return tuple(found)
 
 
+@cache
 def _expert_name(container: str) -> re.Pattern[str]:
     escaped = re.escape(container)
     return re.compile(

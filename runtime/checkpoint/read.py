@@ -7,6 +7,7 @@ checked against a model.
 """
 
 import os
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -48,7 +49,8 @@ class Copy:
 
 def default_threads() -> int:
     """Threads that read where the caller does not say: the processors this process may use."""
-    return max(1, min(4, len(os.sched_getaffinity(0))))
+    count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min(4, count)
 
 
 def copies(stored: Stored, source: Box, target: Tensor) -> Iterator[Copy]:

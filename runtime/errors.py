@@ -27,3 +27,7 @@ class KernelError(FixpassError, ValueError):
 
 class CheckpointError(FixpassError, ValueError):
     """A checkpoint is broken, or does not fit the model; the message names the tensor and file."""
+
+
+class ShardingError(FixpassError, ValueError):
+    """Nothing of a model matched what was to be sharded; the message lists what there is."""

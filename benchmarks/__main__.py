@@ -11,7 +11,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compile_time, load, matching, norms, run_time, strided_norm
+from benchmarks import (
+    all_reduce,
+    compile_time,
+    load,
+    matching,
+    norms,
+    row_parallel,
+    run_time,
+    strided_norm,
+)
 from benchmarks.results import Result
 
 BENCHMARKS: dict[str, Callable[[bool], Result]] = {
@@ -20,6 +29,8 @@ BENCHMARKS: dict[str, Callable[[bool], Result]] = {
     "run-time": run_time.run,
     "strided-norm": strided_norm.run,
     "load": load.run,
+    "all-reduce": all_reduce.run,
+    "row-parallel": row_parallel.run,
 }
 RESULTS = Path(__file__).parent / "results"
 

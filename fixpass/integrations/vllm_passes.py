@@ -18,14 +18,22 @@ from vllm.config import CompilationMode, VllmConfig
 from vllm.platforms import current_platform
 
 from fixpass.backend import HOOK, run_on
-from fixpass.config import Config
-from fixpass.integrations import vllm_ir
+from fixpass.config import Config, set_default
+from fixpass.integrations import vllm_collectives, vllm_ir
+from fixpass.integrations.vllm_collectives import FunctionalizeShmAllReduce
 from fixpass.lowering.target import Target
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
 from fixpass.passes.report import Report
-from fixpass.plan import entry_pipeline, graph_pipeline, register_lowerings, target_here
+from fixpass.plan import (
+    collectives,
+    entry_pipeline,
+    graph_pipeline,
+    register_lowerings,
+    target_here,
+)
 
+FILES = (__file__, vllm_ir.__file__, vllm_collectives.__file__)
 ENTRY_HOOK = "pre_grad_custom_pass"
 log = logging.getLogger("vllm.fixpass")
 
@@ -40,6 +48,9 @@ def install(config: VllmConfig, ours: Config) -> None:
         key = current_platform.pass_key
         options[key] = GraphPass(ours, ranks, _theirs(options.get(key)))
     else:
+        # In this mode vLLM 0.32 saves what it compiled in a form that it cannot load: every start
+        # would compile again, while Inductor's own caches hold all of it.
+        set_default("VLLM_USE_AOT_COMPILE", "0")
         compilation.ir_enable_torch_wrap = True
         options[HOOK] = GraphPass(ours, ranks, _theirs(options.get(HOOK)), lowers_ir=True)
         options[ENTRY_HOOK] = EntryPass(ours, ranks, _theirs(options.get(ENTRY_HOOK)))
@@ -79,7 +90,7 @@ class _Stage(InductorPass):  # type: ignore[misc]
             for step in pipeline.passes
         )
         theirs = [hook.uuid() if isinstance(hook, CustomGraphPass) else None for hook in self.hooks]
-        files = get_hash_for_files((__file__, vllm_ir.__file__)).hex()
+        files = get_hash_for_files(FILES).hex()
         keys = [replace(pipeline, passes=steps).uuid(), *theirs]
         # What cannot be named in a key must not be cached: None says so to Inductor.
         return None if None in keys else repr((type(self).__name__, self.lowers_ir, files, keys))
@@ -111,8 +122,11 @@ class EntryPass(_Stage):
     def __call__(self, graph: fx.Graph) -> None:
         for hook in self.hooks:
             hook(graph)
+        target = target_here(torch.device(current_platform.device_type), self.config)
+        place = collectives(self.config, target, meet=True)
         pipeline = entry_pipeline(self.config)
-        run_on(replace(pipeline, passes=(vllm_ir.FunctionalizeVllmIr(), *pipeline.passes)), graph)
+        steps = (vllm_ir.FunctionalizeVllmIr(), FunctionalizeShmAllReduce(place))
+        run_on(replace(pipeline, passes=(*steps, *pipeline.passes)), graph)
 
 
 def summary(report: Report) -> str:

@@ -28,7 +28,8 @@ def main(job_path, result_path):
         result["seconds"].append(time.perf_counter() - started)
     result |= outputs
     result["reports"] = llm.collective_rpc("fixpass_reports")
-    result["counters"] = llm.collective_rpc("test_counters")
+    for asked in ("counters", "remarks", "norms"):
+        result[asked] = llm.collective_rpc(f"test_{asked}")
     result["reloaded"] = [reload(llm, job, folder) for folder in job.get("reloads", ())]
     with open(result_path, "w") as file:
         json.dump(result, file)

@@ -352,6 +352,27 @@ def test_an_all_reduce_of_a_group_without_symmetric_memory_stays(shm):
         assert reduce in graph.nodes
 
 
+def test_an_all_reduce_of_whole_numbers_stays(shm):
+    graph, reduce = shm_graph()
+    reduce.args[1].meta["example_value"] = torch.ones(2, 4, dtype=torch.int32)
+    (remark,) = run(shm, graph).remarks
+    assert remark.text.endswith("only float32, bf16 and fp16 are summed in symmetric memory")
+
+
+def test_without_the_pass_behind_it_no_all_reduce_is_taken_from_vllm(engine):
+    plugin.register()
+    steps = {
+        disable: configured(engine, "fixpass", additional_config={"fixpass": {"disable": disable}})
+        .inductor_compile_config[ENTRY]
+        .pipeline()
+        .passes
+        for disable in ((), ("place-symmetric-memory",))
+    }
+    names = [[step.name for step in each] for each in steps.values()]
+    assert "functionalize-shm-all-reduce" in names[0]
+    assert "functionalize-shm-all-reduce" not in names[1]
+
+
 def test_a_handle_that_no_group_has_stays(shm):
     graph, reduce = shm_graph()
     reduce.update_arg(0, 8)

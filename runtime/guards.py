@@ -134,7 +134,7 @@ def _reader(call: NormCall, rows: tuple[int, ...]) -> Reader:
             c.dtype, d.shape, d.stride(), d.dtype, args[weight].dtype,
         )  # fmt: skip
 
-    read = one if len(rows) == 1 else two if len(rows) == 2 else four
+    read: Reader = one if len(rows) == 1 else two if len(rows) == 2 else four
     read = _with_bias(read, call.position("bias")) if "bias" in call.roles else read
     return _with_offsets(read, rows) if call.aligned else read
 

@@ -1,0 +1,1 @@
+"""Adapters for engines, one a file. Importing this package imports no engine."""

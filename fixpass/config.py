@@ -149,6 +149,17 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def is_switched_on(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether `FIXPASS=1` asks for fixpass in the serving engines of this process."""
+    text = (os.environ if environ is None else environ).get("FIXPASS", "")
+    return bool(text) and _boolean("FIXPASS", text)
+
+
+def set_default(name: str, value: str) -> None:
+    """Set an engine's variable for this process and its children, where the user has not."""
+    os.environ.setdefault(name, value)
+
+
 def local_world_size(environ: Mapping[str, str] | None = None) -> str:
     """How many ranks the launcher says it started on this host; empty where it does not say."""
     return (os.environ if environ is None else environ).get("LOCAL_WORLD_SIZE", "")

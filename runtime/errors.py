@@ -31,3 +31,7 @@ class CheckpointError(FixpassError, ValueError):
 
 class ShardingError(FixpassError, ValueError):
     """Nothing of a model matched what was to be sharded; the message lists what there is."""
+
+
+class EngineError(FixpassError, RuntimeError):
+    """A serving engine is not one that fixpass can work in; the message says what was found."""

@@ -1,1 +1,4 @@
-"""Adapters for engines, one a file. Importing this package imports no engine."""
+"""fixpass in serving engines: one module an engine, found by the engine's own plugin mechanism.
+
+No engine is imported here, and none is needed for anything else in fixpass.
+"""

@@ -25,7 +25,9 @@ class _Declare(importlib.abc.MetaPathFinder):
 
             self.library = torch.library.Library("torchvision", "FRAGMENT")
             for schema in SCHEMAS:
-                if not torch._C._jit_get_schemas_for_operator(f"torchvision::{schema.split('(')[0]}"):
+                if not torch._C._jit_get_schemas_for_operator(
+                    f"torchvision::{schema.split('(')[0]}"
+                ):
                     self.library.define(schema)
             sys.modules["torch"]._fixpass_torchvision = self.library
         return None

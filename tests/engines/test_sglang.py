@@ -4,7 +4,11 @@ Kernels of aiter are stand-ins that check their contract, under the names by whi
 without fixpass they are given what the real ones would read out of bounds.
 """
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ pytestmark = pytest.mark.engine
 
 sglang = pytest.importorskip("sglang", reason="SGLang is in an environment of its own")
 
+import tiny  # noqa: E402
 from sglang.srt.layers import layernorm  # noqa: E402
 from sglang.srt.model_loader import loader  # noqa: E402
 from sglang.srt.plugins import hook_registry  # noqa: E402
@@ -275,6 +280,56 @@ def test_an_empty_update_changes_nothing(fixpass_on):
     loader.DefaultModelLoader.restore_weights_before_loading(model, cpu)
     loader.DefaultModelLoader.postprocess_weights(model, cpu)
     assert torch.equal(bytes_of(model.layer.weight.data), want)
+
+
+def serve(folders, **environment):
+    """Tokens of SGLang's CPU engine for each checkpoint, and what it logged."""
+    here = Path(__file__).resolve().parent
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "FIXPASS"},
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "PYTHONPATH": f"{here / 'sglang_stubs'}:{here}",
+        **environment,
+    }
+    command = [sys.executable, str(here / "sglang_serve.py"), *map(str, folders)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
+    assert lines, done.stderr[-4000:]
+    return json.loads(lines[0].removeprefix("TOKENS ")), done.stderr + done.stdout
+
+
+def test_a_tiny_llama_is_served_and_updated_with_the_plugin_on(tmp_path):
+    folders = [tiny.write("llama", tmp_path / str(seed), seed=seed) for seed in range(2)]
+    (want, other), log = serve(folders)
+    assert "fixpass.integrations" not in log or "Applied" not in log
+    found, log = serve(folders, FIXPASS="1")
+    assert found == [want, other]
+    assert want != other
+    assert log.count("device_loading_context (from: plugin=fixpass, dist=fixpass)") >= 2
+    for folder, tokens in zip(folders, found, strict=True):
+        assert tokens == greedy(folder)
+
+
+def greedy(folder):
+    """What transformers makes of the same prompts."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    found = []
+    for prompt in tiny.prompts(8, 24):
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        found.append(out[0, len(prompt) :].tolist())
+    return found
+
+
+def test_an_unsupported_version_is_said_once_and_hooks_nothing(monkeypatch, fixpass_on):
+    said = []
+    monkeypatch.setattr(integration, "say_once", said.append)
+    monkeypatch.setattr(sglang, "__version__", "0.7.1")
+    assert not fixpass_on()._hooks
+    (text,) = said
+    assert text == "fixpass works with SGLang 0.5, and this is 0.7.1: SGLang runs without fixpass"
 
 
 def test_the_environment_is_the_one_that_the_page_names():

@@ -32,10 +32,27 @@ def tokens(engine):
     return [one["output_ids"] for one in found]
 
 
+def scheduler(*args, **kwargs):
+    """SGLang's scheduler, which says at each load which hooks its process has."""
+    from sglang.srt.managers.scheduler import run_scheduler_process
+    from sglang.srt.model_loader.loader import DefaultModelLoader
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    load = DefaultModelLoader.load_weights_and_postprocess
+
+    def telling(*args, **kwargs):
+        print("HOOKED " + json.dumps(sorted(HookRegistry._patched)), file=sys.stderr, flush=True)
+        return load(*args, **kwargs)
+
+    DefaultModelLoader.load_weights_and_postprocess = staticmethod(telling)
+    return run_scheduler_process(*args, **kwargs)
+
+
 def main(folder, other=None):
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     import sglang
 
+    sglang.Engine.run_scheduler_process_func = staticmethod(scheduler)
     engine = sglang.Engine(model_path=folder, **OPTIONS)
     found = [tokens(engine)]
     if other is not None:

@@ -14,6 +14,7 @@ import torch
 from benchmarks import (
     all_reduce,
     compile_time,
+    guards,
     load,
     matching,
     norms,
@@ -33,6 +34,7 @@ BENCHMARKS: dict[str, Callable[[bool], Result]] = {
     "all-reduce": all_reduce.run,
     "row-parallel": row_parallel.run,
     "vllm-serving": vllm_serving.run,
+    "guards": guards.run,
 }
 # What needs more than `make` installs runs only where it is named.
 BY_NAME = frozenset({"vllm-serving"})

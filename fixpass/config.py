@@ -37,6 +37,8 @@ class Config:
     """All-reduces in symmetric memory: on, off, or on under a policy of your own."""
     symmetric_timeout: float = 30.0
     """Seconds that a rank waits for the others in an all-reduce before it raises."""
+    guards: bool = True
+    """Lay operands out for opaque norm kernels that engines call outside compiled graphs."""
     inductor: tuple[tuple[str, Any], ...] = ()
     """Options for Inductor itself, as `torch.compile` takes them."""
 
@@ -66,6 +68,7 @@ _VARIABLES: dict[str, Callable[[str, str], Any]] = {
     "fuel": lambda name, text: _integer(name, text),
     "symmetric_memory": lambda name, text: _boolean(name, text),
     "symmetric_timeout": lambda name, text: _seconds(name, text),
+    "guards": lambda name, text: _boolean(name, text),
 }
 
 
@@ -80,7 +83,7 @@ def _from_environment(environ: Mapping[str, str]) -> Config:
 
 def _check(name: str, value: Any) -> Any:
     """The value as Config keeps it; ConfigError when it is none of those allowed."""
-    if name in ("strict", "verify") and not isinstance(value, bool):
+    if name in ("strict", "verify", "guards") and not isinstance(value, bool):
         raise ConfigError(f"option {name!r} is True or False, not {value!r}")
     if name == "lower" and value not in ("inductor", "eager"):
         raise ConfigError(f'option "lower" is "inductor" or "eager", not {value!r}')

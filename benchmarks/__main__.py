@@ -34,10 +34,11 @@ BENCHMARKS: dict[str, Callable[[bool], Result]] = {
     "all-reduce": all_reduce.run,
     "row-parallel": row_parallel.run,
     "vllm-serving": vllm_serving.run,
+    "vllm-start": vllm_serving.run_starts,
     "guards": guards.run,
 }
 # What needs more than `make` installs runs only where it is named.
-BY_NAME = frozenset({"vllm-serving"})
+BY_NAME = frozenset({"vllm-serving", "vllm-start"})
 RESULTS = Path(__file__).parent / "results"
 
 

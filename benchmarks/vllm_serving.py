@@ -20,12 +20,12 @@ from benchmarks.results import Check, Result, ratios, spread
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINE = ROOT / ".engines/vllm/bin/python"
-ABOUT = (
-    "A random Qwen3 ({layers} layers, {hidden} wide, bfloat16) in vLLM 0.32 on CPU: seconds for "
-    "{count} prompts of 1 to 100 tokens and {new} new tokens each, and seconds from the start of "
-    "the process to a ready engine. `vllm` is vLLM as it comes, which on a processor with AVX512 "
-    "has an all-reduce of its own in shared memory; `gloo` is vLLM without that one."
+SERVING = (
+    "{model}: seconds for {work}, in rounds that the engines take in turn. `vllm` is vLLM as it "
+    "comes, which on a processor with AVX512 has an all-reduce of its own in shared memory; "
+    "`gloo` is vLLM without that one."
 )
+STARTING = "{model}: seconds from the first import of vLLM to a ready engine."
 LLM = {"max_model_len": 256, "max_num_batched_tokens": 256, "max_num_seqs": 16, "seed": 0}
 # name -> (ranks, environment)
 THROUGHPUT: dict[int, dict[str, dict[str, str]]] = {
@@ -47,26 +47,45 @@ class Size:
     starts: int
 
 
-FULL = Size(layers=8, hidden=512, prompts=64, new_tokens=32, rounds=21, starts=3)
+FULL = Size(layers=8, hidden=512, prompts=64, new_tokens=16, rounds=15, starts=3)
 QUICK = Size(layers=2, hidden=128, prompts=8, new_tokens=4, rounds=2, starts=1)
 
 
 def run(quick: bool) -> Result:
-    if not ENGINE.exists():
-        raise SystemExit("vllm-serving needs vLLM's environment: make engines ENGINES=vllm")
-    size = QUICK if quick else FULL
-    about = ABOUT.format(
-        layers=size.layers, hidden=size.hidden, count=size.prompts, new=size.new_tokens
-    )
-    result = Result("vllm-serving", about, quick=quick)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        job = _job(folder, size)
+    """Throughput."""
+    with _prepared("vllm-serving", SERVING, quick) as (result, folder, job, size):
         for ranks, alternatives in THROUGHPUT.items():
             _throughput(result, folder, job, ranks, alternatives, size.rounds)
+    return result
+
+
+def run_starts(quick: bool) -> Result:
+    """Start-up time."""
+    with _prepared("vllm-start", STARTING, quick) as (result, folder, job, size):
         for state in ("cold", "warm"):
             _starts(result, folder, job, state, size.starts)
     return result
+
+
+@contextmanager
+def _prepared(
+    name: str, about: str, quick: bool
+) -> Iterator[tuple[Result, Path, dict[str, Any], Size]]:
+    if not ENGINE.exists():
+        raise SystemExit(f"{name} needs vLLM's environment: make engines ENGINES=vllm")
+    size = QUICK if quick else FULL
+    model = (
+        f"A random Qwen3 ({size.layers} layers, {size.hidden} wide, bfloat16) in vLLM 0.32 on CPU"
+    )
+    work = f"{size.prompts} prompts of 1 to 100 tokens and {size.new_tokens} new tokens each"
+    with tempfile.TemporaryDirectory() as folder:
+        job = _job(Path(folder), size)
+        yield (
+            Result(name, about.format(model=model, work=work), quick=quick),
+            Path(folder),
+            job,
+            size,
+        )
 
 
 def _job(folder: Path, size: Size) -> dict[str, Any]:

@@ -50,10 +50,10 @@ def scheduler(*args, **kwargs):
 
 def main(folder, other=None):
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    import sglang
+    from sglang.srt.entrypoints.engine import Engine
 
-    sglang.Engine.run_scheduler_process_func = staticmethod(scheduler)
-    engine = sglang.Engine(model_path=folder, **OPTIONS)
+    Engine.run_scheduler_process_func = staticmethod(scheduler)
+    engine = Engine(model_path=folder, **OPTIONS)
     found = [tokens(engine)]
     if other is not None:
         engine.update_weights_from_disk(other)

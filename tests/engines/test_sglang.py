@@ -4,6 +4,7 @@ Kernels of aiter are stand-ins that check their contract, under the names by whi
 without fixpass they are given what the real ones would read out of bounds.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -20,10 +21,10 @@ ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": f"{HERE / 'sglang_stu
 os.environ.update(ENVIRONMENT)
 sys.path[:0] = ENVIRONMENT["PYTHONPATH"].split(":")
 
+importlib.import_module("sglang_start")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import sglang
-    import sglang_start  # noqa: F401
     from sglang.srt.layers import layernorm
     from sglang.srt.model_loader import loader
     from sglang.srt.plugins import hook_registry

@@ -9,7 +9,6 @@ import pickle
 from importlib.metadata import entry_points
 
 import pytest
-import torch
 import vllm_standin
 from torch import fx
 
@@ -25,15 +24,13 @@ PRE, POST, ENTRY = (
 
 @pytest.fixture
 def engine(tmp_path, monkeypatch):
-    vllm_standin.write(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delenv("FIXPASS", raising=False)
     # Set by the test or by fixpass, and not there afterwards.
     monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "1")
     monkeypatch.delenv("VLLM_USE_AOT_COMPILE")
     plugin.say_once.cache_clear()
-    yield vllm_standin.load()
-    vllm_standin.unload()
+    with vllm_standin.loaded(tmp_path, monkeypatch) as engine:
+        yield engine
 
 
 @pytest.fixture
@@ -259,101 +256,15 @@ def test_the_switch_costs_no_import_of_our_passes_while_it_is_off(engine):
     assert "fixpass.integrations.vllm_passes" not in sys.modules
 
 
-# All-reduces of vLLM's shared memory
-
-
-def shm_graph(read_base=False):
-    """x -> a view -> vLLM's all-reduce, which writes into it -> two readers."""
-    graph = fx.Graph()
-    x = graph.placeholder("x")
-    total = graph.call_function(torch.add, (x, x))
-    view = graph.call_method("view", (total, 2, 4))
-    reduce = graph.call_function(torch.ops._C.shm_allreduce.default, (7, view))
-    reader = graph.call_function(torch.mul, (view, 2))
-    graph.output((reader, total if read_base else view))
-    values = [torch.ones(8), torch.ones(8)]
-    for node, value in zip((x, total), values, strict=True):
-        node.meta["example_value"] = value
-    view.meta["example_value"] = values[1].view(2, 4)
-    return graph, reduce
-
-
-@pytest.fixture
-def shm(engine):
-    from types import SimpleNamespace
-
-    from vllm.distributed import parallel_state
-    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
-
-    from fixpass.integrations.vllm_collectives import FunctionalizeShmAllReduce
-    from fixpass.lowering.target import CPU
-    from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
-    from fixpass.runtime.symmetric_memory.policy import GroupFacts
-
-    library = torch.library.Library("_C", "FRAGMENT")
-    library.define("shm_allreduce(int handle, Tensor(a!) data) -> ()")
-    coordinator = SimpleNamespace(
-        device_communicator=CpuCommunicator(7), device_group=SimpleNamespace(group_name="3")
-    )
-    parallel_state._groups["tp:0"] = lambda: coordinator
-    place = PlaceSymmetricMemory(CPU, describe=lambda name, device: GroupFacts(name, 2))
-    yield FunctionalizeShmAllReduce(place)
-    library._destroy()
-
-
-def run(step, graph):
-    from fixpass import Pipeline
-
-    return Pipeline((step,), strict=True).run(graph)
-
-
-def test_an_all_reduce_that_writes_into_its_argument_becomes_one_that_returns_its_sum(shm):
-    graph, _ = shm_graph()
-    assert run(shm, graph).remarks == ()
-    graph.lint()
-    calls = [str(node.target) for node in graph.nodes if node.op == "call_function"]
-    assert calls[1:3] == [
-        "_c10d_functional.all_reduce.default",
-        "_c10d_functional.wait_tensor.default",
-    ]
-    (waited,) = graph.find_nodes(
-        op="call_function", target=torch.ops._c10d_functional.wait_tensor.default
-    )
-    assert waited.args[0].args[1:] == ("sum", "3")
-    reader, second = graph.output_node().args[0]
-    assert reader.args[0] is waited
-    assert second is waited
-
-
-def test_an_all_reduce_whose_memory_is_read_by_another_name_stays(shm):
-    graph, reduce = shm_graph(read_base=True)
-    (remark,) = run(shm, graph).remarks
-    assert remark.text == (
-        "_C::shm_allreduce stays: add shares the memory it writes to and is read behind it"
-    )
-    assert reduce in graph.nodes
-
-
-def test_an_all_reduce_of_a_group_without_symmetric_memory_stays(shm):
-    from dataclasses import replace
-
-    from fixpass.runtime.symmetric_memory.policy import GroupFacts, Policy
-
-    unknown = replace(
-        shm.place, describe=lambda name, device: GroupFacts(name, 2, obstacle="no room")
-    )
-    for place, reason in (
-        (unknown, "group '3' has no symmetric memory: no room"),
-        (replace(shm.place, policy=Policy(enabled=False)), "symmetric memory is off"),
-    ):
-        graph, reduce = shm_graph()
-        (remark,) = run(replace(shm, place=place), graph).remarks
-        assert remark.text == f"_C::shm_allreduce stays: {reason}"
-        assert reduce in graph.nodes
-
-
-def test_a_handle_that_no_group_has_stays(shm):
-    graph, reduce = shm_graph()
-    reduce.update_arg(0, 8)
-    (remark,) = run(shm, graph).remarks
-    assert remark.text == "_C::shm_allreduce stays: no group of vLLM's has its handle"
+def test_without_the_pass_behind_it_no_all_reduce_is_taken_from_vllm(engine):
+    plugin.register()
+    steps = {
+        disable: configured(engine, "fixpass", additional_config={"fixpass": {"disable": disable}})
+        .inductor_compile_config[ENTRY]
+        .pipeline()
+        .passes
+        for disable in ((), ("place-symmetric-memory",))
+    }
+    names = [[step.name for step in each] for each in steps.values()]
+    assert "functionalize-shm-all-reduce" in names[0]
+    assert "functionalize-shm-all-reduce" not in names[1]

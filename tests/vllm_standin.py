@@ -6,6 +6,7 @@ Inductor in the mode that traces once. It compiles nothing and runs nothing.
 
 import importlib
 import sys
+from contextlib import contextmanager
 
 FILES = {
     "__init__": """
@@ -88,16 +89,13 @@ def write(folder):
         path.write_text("\n".join(line.removeprefix(" " * 8) for line in lines) + "\n")
 
 
-def load():
-    """The package, after it is on the path."""
+@contextmanager
+def loaded(folder, monkeypatch):
+    """The package, written to `folder` and imported; forgotten with what was made for it."""
+    write(folder)
+    monkeypatch.syspath_prepend(folder)
     importlib.invalidate_caches()
-    return importlib.import_module("vllm")
-
-
-def unload():
-    """Forget the package and what was made for it."""
-    ours = ("fixpass.integrations.vllm_passes", "fixpass.integrations.vllm_ir")
-    ours = (*ours, "fixpass.integrations.vllm_collectives")
+    yield importlib.import_module("vllm")
     for name in list(sys.modules):
-        if name == "vllm" or name.startswith("vllm.") or name in ours:
+        if name == "vllm" or name.startswith(("vllm.", "fixpass.integrations.vllm_")):
             del sys.modules[name]

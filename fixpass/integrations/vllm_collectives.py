@@ -15,6 +15,7 @@ from vllm.distributed import parallel_state
 from fixpass.passes.base import Pass, PassResult
 from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
 from fixpass.runtime.providers import op_exists, overload_of
+from fixpass.runtime.symmetric_memory.ordinary import SUMMED
 from fixpass.runtime.symmetric_memory.policy import decide
 
 SHM = "_C::shm_allreduce"
@@ -48,6 +49,9 @@ class FunctionalizeShmAllReduce(Pass):
     def _why_not(self, name: str | None, node: fx.Node, x: fx.Node) -> str:
         if name is None:
             return "no group of vLLM's has its handle"
+        val = x.meta.get("example_value")
+        if val is None or val.dtype not in SUMMED:
+            return "only float32, bf16 and fp16 are summed in symmetric memory"
         alias = next(_read_through_alias(node, x), None)
         if alias is not None:
             return f"{alias.name} shares the memory it writes to and is read behind it"

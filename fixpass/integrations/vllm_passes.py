@@ -22,12 +22,13 @@ from fixpass.config import Config, set_default
 from fixpass.integrations import vllm_collectives, vllm_ir
 from fixpass.integrations.vllm_collectives import FunctionalizeShmAllReduce
 from fixpass.lowering.target import Target
+from fixpass.passes.base import Pass
+from fixpass.passes.functionalize_norms import FunctionalizeNorms
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
 from fixpass.passes.report import Report
 from fixpass.plan import (
     collectives,
-    entry_pipeline,
     graph_pipeline,
     register_lowerings,
     target_here,
@@ -122,11 +123,17 @@ class EntryPass(_Stage):
     def __call__(self, graph: fx.Graph) -> None:
         for hook in self.hooks:
             hook(graph)
+        run_on(self.pipeline(), graph)
+
+    def pipeline(self) -> Pipeline:
         target = target_here(torch.device(current_platform.device_type), self.config)
         place = collectives(self.config, target, meet=True)
-        pipeline = entry_pipeline(self.config)
-        steps = (vllm_ir.FunctionalizeVllmIr(), FunctionalizeShmAllReduce(place))
-        run_on(replace(pipeline, passes=(*steps, *pipeline.passes)), graph)
+        steps: tuple[Pass, ...] = (vllm_ir.FunctionalizeVllmIr(), FunctionalizeNorms())
+        # Nobody else would take what it makes: an all-reduce through the process group.
+        if place.name not in self.config.disable:
+            steps = (*steps, FunctionalizeShmAllReduce(place))
+        steps = tuple(step for step in steps if step.name not in self.config.disable)
+        return Pipeline(steps, strict=self.config.strict, fuel=self.config.fuel)
 
 
 def summary(report: Report) -> str:

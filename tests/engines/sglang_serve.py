@@ -17,6 +17,8 @@ OPTIONS = {
     "skip_tokenizer_init": True,
     "grammar_backend": "none",
     "disable_overlap_schedule": True,
+    # No keys and values of the last weights may be found for a prompt after an update.
+    "disable_radix_cache": True,
     "mem_fraction_static": 0.2,
     "max_total_tokens": 4096,
     "max_running_requests": 8,

@@ -2,21 +2,13 @@
 
 import importlib
 import os
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
+import sglang_workers
+from ranks import Ranks
 
-HERE = Path(__file__).resolve().parent
-os.environ["PYTHONPATH"] = f"{HERE / 'sglang_stubs'}:{HERE}"
-sys.path[:0] = os.environ["PYTHONPATH"].split(":")
-importlib.import_module("sglang_start")
-
-import sglang_workers  # noqa: E402
-from ranks import Ranks  # noqa: E402
-
-from fixpass.integrations import sglang_diffusion as integration  # noqa: E402
+from fixpass.integrations import sglang_diffusion as integration
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("default")]
 PLUGINS = "sglang.multimodal_gen.runtime.platforms.plugins"

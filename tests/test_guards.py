@@ -167,6 +167,21 @@ def aiter_by_name(input, weight, epsilon, use_model_sensitive_rmsnorm=0):
     return aiter_rms_norm(input, weight, epsilon, use_model_sensitive_rmsnorm)
 
 
+def newer_aiter(input, weight, epsilon, gemma_norm=False):
+    assert not gemma_norm
+    return aiter_rms_norm(input, weight, epsilon)
+
+
+def test_a_flag_of_a_newer_version_is_read_from_its_signature_and_never_guessed():
+    norm = guard(newer_aiter, "aiter::rmsnorm2d_fwd")
+    x, weight = bf16(2, 3, 128), torch.randn(128)
+    assert norm(x, weight, EPS, False).shape == x.shape
+    with pytest.raises(KernelError, match="the reference does not know gemma_norm"):
+        norm(x, weight, EPS, True)
+    with pytest.raises(KernelError, match="the reference does not know gemma_norm"):
+        norm(x, weight, EPS, gemma_norm=1)
+
+
 def test_a_call_with_an_operand_missing_is_the_kernels_to_refuse():
     norm = guard(aiter_by_name, "aiter::rmsnorm2d_fwd")
     with pytest.raises(TypeError, match="missing 2 required positional arguments"):

@@ -129,6 +129,39 @@ def test_an_empty_update_changes_nothing(fixpass_on):
     assert torch.equal(bytes_of(model.layer.weight.data), want)
 
 
+def shuffle(x, layout=(16, 16)):
+    """What aiter's `shuffle_weight` does to a weight of one byte an element."""
+    grid = x.view(x.shape[0] // 16, 16, x.shape[1] // 32, 2, 16)
+    return grid.permute(0, 2, 3, 1, 4).contiguous().view(x.shape)
+
+
+def test_a_weight_that_aiter_shuffles_is_loaded_three_times_and_updated_with_nothing(
+    fixpass_on, monkeypatch
+):
+    from sglang.srt.layers.quantization.compressed_tensors.schemes import (
+        compressed_tensors_w8a8_fp8 as scheme,
+    )
+
+    monkeypatch.setattr(scheme, "_use_aiter", True)
+    monkeypatch.setattr(scheme, "shuffle_weight", shuffle, raising=False)
+    fixpass_on()
+    model, cpu = torch.nn.Module(), torch.device("cpu")
+    model.layer = linear("channel")
+    first = model.layer.weight
+    places = set()
+    for seed in (0, 1, None, 2):
+        loader.DefaultModelLoader.restore_weights_before_loading(model, cpu)
+        if seed is not None:
+            values = checkpoint("channel", seed)
+            load(model, values)
+        loader.DefaultModelLoader.postprocess_weights(model, cpu)
+        assert model.layer.weight is first
+        want = shuffle(values["weight"])
+        assert torch.equal(bytes_of(model.layer.weight.data), bytes_of(want))
+        places.add(model.layer.weight.data_ptr())
+    assert len(places) == 1
+
+
 def serve(folders, **environment):
     """Tokens of SGLang's CPU engine for each checkpoint, and what it logged."""
     inherited = {name: value for name, value in os.environ.items() if name != "FIXPASS"}

@@ -5,7 +5,8 @@ kernel mean is in OPAQUE_NORMS, where the passes read it too. `FIXPASS_GUARDS=of
 kernel back as it is. Nothing of another library is imported or replaced here.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +22,17 @@ SENSITIVE = "use_model_sensitive_rmsnorm"
 
 @dataclass(frozen=True)
 class Guarded:
-    """A foreign op, the kernel of the contract table that it is, and its parameters in order."""
+    """A foreign op, the kernel of the contract table that it is, and its parameters in order.
+
+    arguments: those of a kernel whose signature does not show them. ignored: those that do not
+    change what is computed.
+    """
 
     op: str
     kernel: str
     arguments: tuple[str, ...]
     default_eps: float = 1e-6
+    ignored: tuple[str, ...] = ()
 
 
 GUARDED: tuple[Guarded, ...] = (
@@ -53,6 +59,7 @@ GUARDED: tuple[Guarded, ...] = (
         "flashinfer::fused_add_rmsnorm",
         "flashinfer_add_rms_norm",
         ("input", "residual", "weight", "eps", "enable_pdl"),
+        ignored=("enable_pdl",),
     ),
 )
 
@@ -69,21 +76,36 @@ def guard(kernel: Callable[..., Any], op: str) -> Callable[..., Any]:
         raise KernelError(f"no guard for {op!r}; there are guards for {known}")
     if not Config.resolve().guards:
         return kernel
-    call = _call(row)
+    call = _call(row, kernel)
     return guarded(kernel, call, planner(row.kernel, call))
 
 
-def _call(row: Guarded) -> NormCall:
+def _call(row: Guarded, kernel: Callable[..., Any]) -> NormCall:
     norm = next(norm for norm in OPAQUE_NORMS if norm.name == row.op)
+    roles = _roles(norm)
+    arguments = _arguments(kernel, row, roles)
     return NormCall(
         norm.op,
-        row.arguments,
-        _roles(norm),
-        rounds_before=SENSITIVE if SENSITIVE in row.arguments else norm.rounds == "before",
+        arguments,
+        roles,
+        rounds_before=SENSITIVE if SENSITIVE in arguments else norm.rounds == "before",
         weight_offset=norm.weight_offset,
         default_eps=row.default_eps,
+        ignored=row.ignored,
         aligned=minds_offsets(row.kernel, norm.op),
     )
+
+
+def _arguments(
+    kernel: Callable[..., Any], row: Guarded, roles: Mapping[str, str]
+) -> tuple[str, ...]:
+    """The kernel's own parameters, which differ by version, where its signature shows them."""
+    try:
+        parameters = inspect.signature(kernel).parameters.values()
+    except (TypeError, ValueError):
+        return row.arguments
+    names = tuple(p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return names if set(roles.values()) <= set(names) else row.arguments
 
 
 def _roles(norm: OpaqueNorm) -> dict[str, str]:

@@ -38,6 +38,7 @@ class NormCall:
     `out` returns the norm.
     rounds_before: a parameter that is 1 where the value is rounded before the weight, or a bool.
     default_eps: eps where the call gives none.
+    ignored: parameters that do not change what is computed.
     """
 
     op: str
@@ -46,6 +47,7 @@ class NormCall:
     rounds_before: str | bool = False
     weight_offset: float = 0.0
     default_eps: float = 1e-6
+    ignored: tuple[str, ...] = ()
     aligned: bool = False
     """Whether the kernel minds where in its storage an operand starts."""
 
@@ -238,6 +240,7 @@ def _run_reference(call: NormCall, args: tuple[Any, ...], kwargs: dict[str, Any]
     given = _operands(call, args)
     x = given["x"]
     _check_rows(call, given)
+    _check_known(call, args, kwargs)
     rows = [given[role].reshape(_num_rows(x), x.shape[-1]) for role in READ if role in given]
     eps = _argument(call, call.roles["eps"], args, kwargs, call.default_eps)
     before = call.rounds_before
@@ -259,6 +262,18 @@ def _argument(
 ) -> Any:
     position = call.arguments.index(name)
     return args[position] if position < len(args) else kwargs.get(name, default)
+
+
+def _check_known(call: NormCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise where an argument asks for what the reference does not know."""
+    known = {*call.roles.values(), call.rounds_before, *call.ignored}
+    named = {**dict(zip(call.arguments, args, strict=False)), **kwargs}
+    for name, value in named.items():
+        if name not in known and (isinstance(value, Tensor) or value):
+            raise KernelError(
+                f"{call.op}: the kernel's contract does not hold, and the reference does not know "
+                f"{name}: lay the operands out as dense rows, or leave it out"
+            )
 
 
 def _check_rows(call: NormCall, given: Mapping[str, Tensor]) -> None:

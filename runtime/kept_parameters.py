@@ -23,6 +23,8 @@ from fixpass.runtime.undo import Undo, as_bytes, undo_of
 
 # Random bytes at the start of a parameter whose values are lost: a load writes over them.
 MARK_BYTES = 16
+# Scales and indices are small enough to be remembered where what was done cannot be undone.
+SMALL_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,11 @@ def _settle(
         return _kept(new, new.data, new.data, derived=True) if is_made and new is not None else None
     param, old = before
     if new is None:
-        return _kept(param, old, None)
+        return _kept(param, old, None, _remembering(old))
     if old.is_meta or new.is_meta or (new is param and _same_place(new.data, old)):
         return prior if prior is not None and not prior.restored else None
     derived = prior is not None and prior.derived
-    undo = None if derived else undo_of(old, new.data)
+    undo = None if derived else undo_of(old, new.data) or _remembering(old)
     placed = _placed(new.data, prior)
     param.data = placed
     if new is not param:
@@ -123,6 +125,14 @@ def _kept(
     derived: bool = False,
 ) -> Kept:
     return Kept(note(param), old.shape, old.dtype, old.device, processed, undo, derived)
+
+
+def _remembering(old: Tensor) -> Undo | None:
+    """The values themselves, where they are few."""
+    if old.is_meta or old.nbytes > SMALL_BYTES:
+        return None
+    values = old.clone(memory_format=torch.contiguous_format)
+    return lambda _: values
 
 
 def _placed(after: Tensor, prior: Kept | None) -> Tensor:
@@ -154,8 +164,8 @@ def _is_as_processed(module: nn.Module, name: str, one: Kept) -> bool:
 def _restored(module: nn.Module, name: str, one: Kept) -> Kept:
     """Give one parameter the checkpoint's layout, with its values or with a mark."""
     mark = None
-    if one.processed is not None and one.undo is not None:
-        data = _undone(one, one.processed, one.undo)
+    if one.undo is not None:
+        data = _undone(one, one.undo)
     else:
         data = _room(one)
         mark = _marked(data)
@@ -168,9 +178,10 @@ def _restored(module: nn.Module, name: str, one: Kept) -> Kept:
     return replace(one, restored=True, mark=mark)
 
 
-def _undone(one: Kept, processed: Tensor, undo: Undo) -> Tensor:
-    values = undo(processed)
-    if values.is_contiguous() and values.data_ptr() == processed.data_ptr():
+def _undone(one: Kept, undo: Undo) -> Tensor:
+    held = one.empty() if one.processed is None else one.processed
+    values = undo(held)
+    if values.is_contiguous() and values.data_ptr() == held.data_ptr():
         return values
     # The values may be a view of the room that they are written to.
     values = values.clone(memory_format=torch.contiguous_format)

@@ -17,6 +17,7 @@ Undo = Callable[[Tensor], Tensor]
 BAND, BLOCK, CELL_BYTES = 16, 32, 16
 # Weights have two or three dimensions; more would be a long search.
 MOST_DIMS = 3
+PIECE_BYTES = 32 << 20
 
 
 def undo_of(before: Tensor, after: Tensor) -> Undo | None:
@@ -57,7 +58,9 @@ def _shuffled(before: Tensor, after: Tensor) -> Undo | None:
     fits = 2 <= before.dim() <= MOST_DIMS and before.shape == after.shape
     if not fits or before.shape[-2] % BAND or before.shape[-1] % BLOCK:
         return None
-    return unshuffled if same_bytes(before, unshuffled(after)) else None
+    # Bands do not reach over experts, so all rows are one long column of bands.
+    rows, shuffled = (x.reshape(-1, x.shape[-1]) for x in (before, after))
+    return unshuffled if _same_pieces(rows, shuffled, unshuffled) else None
 
 
 def unshuffled(x: Tensor) -> Tensor:
@@ -86,9 +89,27 @@ def _largest(before: Tensor, after: Tensor) -> Undo | None:
 
 def same_bytes(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors have one shape, one dtype and the same bytes; a NaN equals itself."""
+    return _same_pieces(left, right, lambda piece: piece)
+
+
+def _same_pieces(left: Tensor, right: Tensor, undo: Undo) -> bool:
+    """Whether `left` is what `undo` makes of each piece of rows of `right`.
+
+    Piece by piece, so that no copy of a whole weight is made beside it.
+    """
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
-    return torch.equal(as_bytes(left.contiguous()), as_bytes(right.contiguous()))
+    if not left.numel():
+        return True
+    if not left.dim():
+        left, right = left.reshape(1), right.reshape(1)
+    row_bytes = left.nbytes // len(left)
+    step = max(PIECE_BYTES // row_bytes // BAND, 1) * BAND
+    for start in range(0, len(left), step):
+        mine, theirs = left[start : start + step], undo(right[start : start + step])
+        if not torch.equal(as_bytes(mine.contiguous()), as_bytes(theirs.contiguous())):
+            return False
+    return True
 
 
 def as_bytes(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Each stand-in raises where the real kernel would touch wrong memory. What a guar
 compared with the stand-in on dense rows.
 """
 
+import random
 from itertools import product
 
 import pytest
@@ -13,6 +14,7 @@ from standins import (
     aiter_add,
     aiter_layer_norm,
     aiter_rms_norm,
+    scaled,
     vllm_fused_add,
     vllm_rms_norm,
 )
@@ -165,6 +167,21 @@ def aiter_by_name(input, weight, epsilon, use_model_sensitive_rmsnorm=0):
     return aiter_rms_norm(input, weight, epsilon, use_model_sensitive_rmsnorm)
 
 
+def newer_aiter(input, weight, epsilon, gemma_norm=False):
+    assert not gemma_norm
+    return aiter_rms_norm(input, weight, epsilon)
+
+
+def test_a_flag_of_a_newer_version_is_read_from_its_signature_and_never_guessed():
+    norm = guard(newer_aiter, "aiter::rmsnorm2d_fwd")
+    x, weight = bf16(2, 3, 128), torch.randn(128)
+    assert norm(x, weight, EPS, False).shape == x.shape
+    with pytest.raises(KernelError, match="the reference does not know gemma_norm"):
+        norm(x, weight, EPS, True)
+    with pytest.raises(KernelError, match="the reference does not know gemma_norm"):
+        norm(x, weight, EPS, gemma_norm=1)
+
+
 def test_a_call_with_an_operand_missing_is_the_kernels_to_refuse():
     norm = guard(aiter_by_name, "aiter::rmsnorm2d_fwd")
     with pytest.raises(TypeError, match="missing 2 required positional arguments"):
@@ -218,3 +235,52 @@ def test_an_unknown_kernel_raises_and_lists_the_known_ones():
 def test_guards_are_an_option_of_their_own():
     assert Config.resolve({}, {"FIXPASS_GUARDS": "off"}).guards is False
     assert Config.resolve({}, {}).guards is True
+
+
+def random_rows(rng, rows, hidden, written):
+    """A tensor of `rows` rows in any shape, dense, permuted, padded or at an offset."""
+    leading = {6: [(6,), (2, 3), (1, 6), (1, 3, 2)], 1: [(1,), (1, 1)], 0: [(0,), (2, 0), (0, 3)]}
+    shape = (*rng.choice(leading[rows]), hidden)
+    kind = rng.choice(["dense", "permuted", "padded", "offset", *([] if written else ["expanded"])])
+    if kind == "offset":
+        return (
+            torch.randn(rows * hidden + 8)
+            .bfloat16()[rng.choice([1, 3, 8]) :][: rows * hidden]
+            .view(shape)
+        )
+    if kind == "expanded":
+        return torch.randn(*[1] * (len(shape) - 1), hidden).bfloat16().expand(shape)
+    if kind == "padded":
+        wide = torch.randn([size + rng.choice([0, 1, 8]) for size in shape]).bfloat16()
+        return wide[tuple(slice(size) for size in shape)]
+    order = list(range(len(shape)))
+    if kind == "permuted":
+        rng.shuffle(order)
+    inverse = [order.index(dim) for dim in range(len(shape))]
+    return torch.randn([shape[dim] for dim in order]).bfloat16().permute(inverse)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_operands_of_fused_adds_come_out_right(seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    apart = guard(aiter_add, "aiter::rmsnorm2d_fwd_with_add")
+    in_place = guard(vllm_fused_add, "_C::fused_add_rms_norm")
+    for _ in range(100):
+        # Odd rows are nothing that aiter's kernels take.
+        count, hidden = rng.choice([6, 6, 1, 0]), rng.choice([16, 32, 7])
+        weight = torch.randn(hidden).bfloat16()
+        x, residual, out, total = (
+            random_rows(rng, count, hidden, written) for written in (False, False, True, True)
+        )
+        summed = (x.reshape(count, hidden) + residual.reshape(count, hidden)).clone()
+        apart(out, x, residual, total, weight, EPS)
+        assert torch.equal(total.reshape(count, hidden), summed)
+        want = scaled(summed, weight, EPS, rounds_before=False)
+        assert torch.equal(out.reshape(count, hidden), want)
+        x, residual = (random_rows(rng, count, hidden, True) for _ in range(2))
+        summed = (x.reshape(count, hidden) + residual.reshape(count, hidden)).clone()
+        in_place(x, residual, weight, EPS)
+        assert torch.equal(residual.reshape(count, hidden), summed)
+        want = scaled(summed, weight, EPS, rounds_before=True)
+        assert torch.equal(x.reshape(count, hidden), want)

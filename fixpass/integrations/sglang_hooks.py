@@ -9,11 +9,10 @@ hook does is not decided here.
 import importlib
 import logging
 import multiprocessing
-import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any, Literal
 
 from fixpass.runtime.errors import EngineError
@@ -101,8 +100,15 @@ def _why_not(registry: Any, hook: Hook) -> str | None:
 
 def resolved(target: str) -> Any:
     """The object of a dotted name; AttributeError or ImportError where there is none."""
-    path, _, name = target.rpartition(".")
-    return getattr(pkgutil.resolve_name(path), name)
+    first, *rest = target.split(".")
+    found: Any = importlib.import_module(first)
+    path = first
+    for name in rest:
+        path = f"{path}.{name}"
+        if isinstance(found, ModuleType) and name not in vars(found):
+            importlib.import_module(path)
+        found = getattr(found, name)
+    return found
 
 
 def is_in_place(hook: Hook) -> bool:

@@ -17,6 +17,8 @@ OPTIONS = {
     "skip_tokenizer_init": True,
     "grammar_backend": "none",
     "disable_overlap_schedule": True,
+    # No keys and values of the last weights may be found for a prompt after an update.
+    "disable_radix_cache": True,
     "mem_fraction_static": 0.2,
     "max_total_tokens": 4096,
     "max_running_requests": 8,
@@ -50,10 +52,10 @@ def scheduler(*args, **kwargs):
 
 def main(folder, other=None):
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    import sglang
+    from sglang.srt.entrypoints.engine import Engine
 
-    sglang.Engine.run_scheduler_process_func = staticmethod(scheduler)
-    engine = sglang.Engine(model_path=folder, **OPTIONS)
+    Engine.run_scheduler_process_func = staticmethod(scheduler)
+    engine = Engine(model_path=folder, **OPTIONS)
     found = [tokens(engine)]
     if other is not None:
         engine.update_weights_from_disk(other)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fixpass.runtime import kept_parameters, undo
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.kept_parameters import keeping, restore
 from fixpass.runtime.undo import undo_of, unshuffled
@@ -89,7 +90,10 @@ def processed(values, step):
 
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("shape", [(32, 64), (64, 64)])
-def test_loads_and_processing_can_be_repeated(step, shape):
+def test_loads_and_processing_can_be_repeated(step, shape, monkeypatch):
+    monkeypatch.setattr(kept_parameters, "SMALL_BYTES", 0)
+    # Compared in several pieces.
+    monkeypatch.setattr(undo, "PIECE_BYTES", 1 << 10)
     module = layer(weights(0, *shape))
     first = module.weight
     for seed in range(3):
@@ -127,7 +131,22 @@ def test_an_update_that_brings_nothing_changes_nothing(step):
 
 
 @pytest.mark.parametrize("step", [repack, take_away])
-def test_values_that_are_lost_and_not_brought_are_an_error_that_names_them(step):
+def test_few_values_are_remembered_where_nothing_can_be_undone(step):
+    module = layer(weights(0))
+    with keeping(module):
+        step(module)
+    want = {name: p.data.clone() for name, p in module.named_parameters()}
+    restore(module)
+    assert torch.equal(module.weight.data.view(torch.uint8), weights(0).view(torch.uint8))
+    with keeping(module):
+        step(module)
+    for name, p in module.named_parameters():
+        assert torch.equal(p.data.view(torch.uint8), want[name].view(torch.uint8))
+
+
+@pytest.mark.parametrize("step", [repack, take_away])
+def test_values_that_are_lost_and_not_brought_are_an_error_that_names_them(step, monkeypatch):
+    monkeypatch.setattr(kept_parameters, "SMALL_BYTES", 0)
     module = layer(weights(0))
     with keeping(module):
         step(module)
@@ -192,8 +211,8 @@ def test_a_scale_that_is_no_maximum_is_not_guessed():
 def test_a_shuffle_of_experts_is_undone(dtype):
     x = torch.randint(0, 255, (3, 32, 64 * dtype.itemsize), dtype=torch.uint8).view(dtype)
     assert torch.equal(unshuffled(shuffle(x)).view(torch.uint8), x.view(torch.uint8))
-    undo = undo_of(x, shuffle(x))
-    assert torch.equal(undo(shuffle(x)).reshape(x.shape).view(torch.uint8), x.view(torch.uint8))
+    found = undo_of(x, shuffle(x))
+    assert torch.equal(found(shuffle(x)).reshape(x.shape).view(torch.uint8), x.view(torch.uint8))
 
 
 def test_a_module_that_the_engine_leaves_alone_has_nothing_to_restore():

@@ -31,3 +31,23 @@ class CheckpointError(FixpassError, ValueError):
 
 class ShardingError(FixpassError, ValueError):
     """Nothing of a model matched what was to be sharded; the message lists what there is."""
+
+
+class WeightError(FixpassError, ValueError):
+    """Something about a parameter is not as it must be; the message names the parameter."""
+
+
+class LayoutError(WeightError):
+    """A layout does not fit a parameter, or does not fit the layout that it has."""
+
+
+class UpdateError(WeightError):
+    """An update of weights was refused, or undone: the weights are those of before."""
+
+
+class VersionError(UpdateError):
+    """An update says that it changes another version than the one that is there."""
+
+
+class PoisonedError(FixpassError, RuntimeError):
+    """The weights are a mixture that could not be undone: only a full update makes them whole."""

@@ -9,6 +9,7 @@ moves no bytes.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from math import prod
 
 from fixpass.runtime.errors import LayoutError
@@ -86,7 +87,7 @@ class Plan:
         for size, step in zip(self.padded, self.steps, strict=True):
             parts = [a for a in _with_places(self.memory) if step <= a.step < step * size]
             parts = sorted((a for a in parts if a.size > 1), key=lambda axis: -axis.step)
-            for outer, inner in zip(parts, parts[1:], strict=False):
+            for outer, inner in pairwise(parts):
                 if outer.apart != inner.size * inner.apart:
                     return None
             found.append(parts[-1].apart if parts else step)

@@ -41,7 +41,7 @@ def copy_or_rebind(param: Tensor, new: Tensor, name: str = "the parameter") -> R
     if fits and not param.storage_offset() * param.element_size() % value.element_size():
         staged = _shares(param, value)
         reshaped = (value.shape, value.stride()) != (param.shape, param.stride())
-        if staged and reshaped or staged and value.data_ptr() != param.data_ptr():
+        if staged and (reshaped or value.data_ptr() != param.data_ptr()):
             value = value.clone(memory_format=torch.preserve_format)
         _write(param, value)
         moved = False
@@ -64,7 +64,8 @@ def _write(param: Tensor, value: Tensor) -> None:
     data.set_(memory, start // value.element_size(), value.shape, value.stride())
     with torch.no_grad():
         if data.data_ptr() != value.data_ptr():
-            order = sorted(range(value.dim()), key=lambda dim: -value.stride(dim))
+            strides = value.stride()
+            order = sorted(range(value.dim()), key=lambda dim: -strides[dim])
             copy_cells(data.permute(order), value.permute(order))
         if (data.shape, data.stride(), data.dtype) != (param.shape, param.stride(), param.dtype):
             param.data = data

@@ -44,7 +44,7 @@ class _Open:
         start = tensor.storage_offset() - self.memory.storage_offset()
         if not 0 <= start < max(1, self.memory.numel()):
             return None
-        return Region(tuple(tensor.shape), tuple(tensor.stride()), start)
+        return Region(tuple(tensor.shape), tuple(tensor.stride()), int(start))
 
 
 @contextmanager

@@ -90,8 +90,10 @@ def _transpose(cells: Tensor, batch: int, rows: int, columns: int, inner: int) -
     if rows * columns * inner * width <= STAGING:
         _through_staging(cells.view(batch, rows, columns, inner), (1, 0))
         return
+    # One row and one column must fit, or the passes would need more than the staging buffer.
+    long = max(rows, columns) * _bytes_a_cell(inner, width) > STAGING
     for grid in cells.view(batch, rows * columns, inner):
-        if inner * width >= _LARGE_CELL:
+        if long or inner * width >= _LARGE_CELL:
             _follow_cycles(grid, rows, columns)
         else:
             _rotate_and_shuffle(grid, rows, columns, inner)
@@ -127,10 +129,8 @@ def _rotate_and_shuffle(grid: Tensor, rows: int, columns: int, inner: int) -> No
     square = grid.view(rows, columns, inner)
     i = torch.arange(rows, device=grid.device)[:, None]
     j = torch.arange(columns, device=grid.device)[None, :]
-    # An index takes 8 bytes an element, twice while it is computed, beside what is gathered.
-    per_cell = inner * (grid.element_size() + 8) + 32
-    wide = max(1, STAGING // (2 * per_cell * rows))
-    high = max(1, STAGING // (2 * per_cell * columns))
+    per_cell = _bytes_a_cell(inner, grid.element_size())
+    wide, high = STAGING // (per_cell * rows), STAGING // (per_cell * columns)
     for start in range(0, columns if common > 1 else 0, wide):
         part = j[:, start : start + wide]
         _gather(square[:, start : start + wide], 0, (i + part // b) % rows)
@@ -141,6 +141,11 @@ def _rotate_and_shuffle(grid: Tensor, rows: int, columns: int, inner: int) -> No
     for start in range(0, columns, wide):
         part = j[:, start : start + wide]
         _gather(square[:, start : start + wide], 0, (part + i * columns - i // a) % rows)
+
+
+def _bytes_a_cell(inner: int, width: int) -> int:
+    """What a pass takes for a cell: itself, and its index, which is 8 bytes and made in steps."""
+    return inner * width + 48
 
 
 def _gather(part: Tensor, dim: int, index: Tensor) -> None:

@@ -99,6 +99,8 @@ def resolve(layout: Layout, shape: tuple[int, ...], itemsize: int) -> Plan:
     """The plan of `layout` for a logical shape; LayoutError where it does not fit."""
     if layout.reversible is False or any(_kind(fold) == "Alias" for fold in layout.folds):
         raise LayoutError(f"layout {layout}: made of several tensors or lossy, so it has no plan")
+    if 0 in shape:
+        raise _refuse(layout, shape, "it has no elements")
     padded = shape
     memory: list[Axis] = []
     shown: tuple[int, ...] | None = None

@@ -91,7 +91,7 @@ class _Redirect(TorchDispatchMode):
     """Sends what reads or writes a shown logical tensor to where its elements lie."""
 
     def __init__(self, opened: list[_Open]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._opened: dict[int, list[_Open]] = {}
         for item in opened:
             self._opened.setdefault(item.memory.untyped_storage()._cdata, []).append(item)

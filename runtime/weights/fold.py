@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fixpass.runtime.errors import LayoutError
+from fixpass.runtime.weights.alias import packed
 from fixpass.runtime.weights.inplace import permute_in_place
 from fixpass.runtime.weights.layouts import Derived, Layout, Pad, named
 from fixpass.runtime.weights.plan import Plan, dense, resolve
@@ -103,6 +104,8 @@ def check_foldable(param: Tensor, layout: Layout, name: str) -> None:
         raise LayoutError(what + "it is on the meta device. model.to_empty(device=...) first")
     if param.layout != torch.strided:
         raise LayoutError(what + f"it is {param.layout}. to_dense() first")
+    if packed(param) is not None:
+        raise LayoutError(what + "it is part of a pack. fixpass.weights.unpack it first")
     if any(isinstance(fold, Derived) for fold in layout.folds):
         raise LayoutError(what + "the layout loses values. fixpass.weights.derive keeps the source")
 

@@ -154,14 +154,13 @@ class _Redirect(TorchDispatchMode):
                 return leaf
             return copies.setdefault(id(leaf), (leaf, self._values(leaf)))[1]
 
+        written = {id(leaf) for leaf in pytree.tree_leaves(_written(func, args, kwargs))}
         args, kwargs = pytree.tree_map(copied, (args, kwargs))
-        versions = {key: copy._version for key, (_, copy) in copies.items()}
         result = func(*args, **kwargs)
-        originals = {}
-        for key, (leaf, copy) in copies.items():
-            originals[id(copy)] = leaf
-            if copy._version != versions[key]:
+        for leaf, copy in copies.values():
+            if id(leaf) in written:
                 self._copy(leaf, copy)
+        originals = {id(copy): leaf for leaf, copy in copies.values()}
         return pytree.tree_map(lambda leaf: originals.get(id(leaf), leaf), result)
 
 
@@ -175,6 +174,18 @@ def _as(memory: Tensor, view: Tensor) -> Tensor:
             "unfold it first"
         )
     return memory.view(view.dtype)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments that an operation says it writes to."""
+    names = [argument.name for argument in func._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    return [
+        given[argument.name]
+        for argument in func._schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+        if argument.name in given
+    ]
 
 
 def _is_view(func: Any) -> bool:

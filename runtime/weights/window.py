@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fixpass.runtime.errors import LayoutError
 from fixpass.runtime.weights.fold import check_memory
@@ -47,11 +48,23 @@ class _Open:
         return Region(tuple(tensor.shape), tuple(tensor.stride()), int(start))
 
 
+# Parameters whose window is open, in any thread.
+_OPENED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def is_open(param: Tensor) -> bool:
+    """Whether `param` shows the checkpoint's layout now although it is folded."""
+    return param in _OPENED
+
+
 @contextmanager
 def window(params: Iterable[Tensor]) -> Iterator[None]:
     """Show the checkpoint's layout of the folded ones of `params` until the context ends."""
-    opened = [_open(param) for param in params if record_of(param) is not None]
+    opened: list[_Open] = []
     try:
+        for param in params:
+            if record_of(param) is not None and not is_open(param):
+                opened.append(_open(param))
         with _Redirect([item for item in opened if not item.by_strides]):
             yield
     finally:
@@ -67,12 +80,14 @@ def _open(param: Tensor) -> _Open:
     item = _Open(param, found, memory_of(param, plan))
     strides = plan.logical_strides or dense(plan.padded)
     param.data = item.memory.as_strided(plan.logical, strides, item.memory.storage_offset())
+    _OPENED[param] = True
     return item
 
 
 def _close(item: _Open) -> None:
     """Show the kernel's layout again; what was put in place of the memory is copied into it."""
     plan, param = item.plan, item.param
+    _OPENED.pop(param, None)
     replaced = param.untyped_storage().data_ptr() != item.memory.untyped_storage().data_ptr()
     given = param.detach()
     param.data = item.memory.as_strided(plan.shown, plan.strides, item.memory.storage_offset())

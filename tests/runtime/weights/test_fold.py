@@ -129,7 +129,9 @@ def test_all_experts_in_one_parameter_turn_each_by_itself():
 
 
 def test_a_block_is_what_the_fold_never_leaves():
-    aiter_plan = resolve(Layout("x", (Permute(((-1, 16), (-1, Bytes(16))), (0, 2, 1, 3)),)), (4096, 14336), 2)
+    aiter_plan = resolve(
+        Layout("x", (Permute(((-1, 16), (-1, Bytes(16))), (0, 2, 1, 3)),)), (4096, 14336), 2
+    )
     assert aiter_plan.block * 2 == 16 * 14336 * 2
 
 
@@ -178,7 +180,9 @@ def refused(match, param, layout="aiter_16x16"):
 
 
 def test_a_block_that_does_not_divide_the_shape_is_refused():
-    refused(r"aiter_16x16 does not fit shape \(24, 64\): 24 is no multiple of 16", parameter(24, 64))
+    refused(
+        r"aiter_16x16 does not fit shape \(24, 64\): 24 is no multiple of 16", parameter(24, 64)
+    )
     refused(r"does not fit shape \(32, 48\): 48 is no multiple of 32", parameter(32, 48))
     refused(r"shape \(32,\)", parameter(32))
     refused(r"shape \(0, 64\): it has no elements", parameter(0, 64))

@@ -7,7 +7,7 @@ asks: a call that enters no gate is not held. Kernels that a device still runs a
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from weakref import WeakKeyDictionary, WeakSet, ref
@@ -31,12 +31,14 @@ class Gate:
 
     covers: gives the parameters as they are now. version: of their weights; 0 before any update.
     poisoned: why the weights are a mixture that no call may use; empty where they are whole.
+    updating: whether an update is open, which says nothing of whether calls are held back.
     """
 
     def __init__(self, covers: Covers = tuple) -> None:
         self.covers = covers
         self.version = 0
         self.poisoned = ""
+        self.updating = False
         self._readers: dict[int, int] = {}
         self._writer: int | None = None
         self._waiting = 0
@@ -144,7 +146,7 @@ def over(tensors: Iterable[Tensor]) -> tuple[Gate, ...]:
 
 
 @contextmanager
-def closed(gates: Sequence[Gate], timeout: float | None = None) -> Iterator[None]:
+def closed(gates: Collection[Gate], timeout: float | None = None) -> Iterator[None]:
     """A context in which no other thread reads any of these gates; see `Gate.writing`."""
     me = threading.get_ident()
     with _state:

@@ -105,6 +105,13 @@ class Update:
         for stored in memory.from_iterator(tensors, Path(folder) / "tensors").values():
             self._collected.add(stored)
 
+    def load_any(self, tensors: Named[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+        """Take a state dict or an iterator."""
+        if isinstance(tensors, Named):
+            self.load_state_dict(tensors)
+        else:
+            self.load_weights(tensors)
+
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Take the tensors of a checkpoint; in mode "staged" their bytes are read now."""
         for stored in checkpoint.values():
@@ -162,12 +169,12 @@ def update(
     """
     path = None if state_file is None else Path(state_file)
     options = Options(mode, version, base, scope, mapping, cast, finite, timeout, threads, path)
-    with opened(model, options) as tx:
+    with open_update(model, options) as tx:
         yield tx
 
 
 @contextmanager
-def opened(model: nn.Module, options: Options) -> Iterator[Update]:
+def open_update(model: nn.Module, options: Options) -> Iterator[Update]:
     """As `update`, with the options in one."""
     gate = gate_of(model)
     if gate.updating:

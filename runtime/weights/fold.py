@@ -107,7 +107,7 @@ def check_foldable(param: Tensor, layout: Layout, name: str) -> None:
     if packed(param) is not None:
         raise LayoutError(what + "it is part of a pack. fixpass.weights.unpack it first")
     if any(isinstance(fold, Derived) for fold in layout.folds):
-        raise LayoutError(what + "the layout loses values. fixpass.weights.derive keeps the source")
+        raise LayoutError(what + "the layout loses values, and the parameter is their source")
 
 
 def check_memory(param: Tensor, found: Folded, name: str) -> None:

@@ -131,6 +131,11 @@ def gate_of(module: nn.Module) -> Gate:
     return found
 
 
+def reading(module: nn.Module) -> AbstractContextManager[int]:
+    """A context for a call of a model, which no update interrupts; its value is the version."""
+    return gate_of(module).reading()
+
+
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers of a module."""
     yield from module.parameters()

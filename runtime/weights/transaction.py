@@ -34,6 +34,7 @@ from fixpass.runtime.weights.options import SAME_NAMES, Mode, Options, Scope
 from fixpass.runtime.weights.places import Places, places
 from fixpass.runtime.weights.protect import protect
 from fixpass.runtime.weights.saved_state import resume
+from fixpass.runtime.weights.writes import committed
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class Update:
 
     def _commit(self, work: Commit) -> None:
         prepared, seconds = work.run()
+        committed(self._model)
         self.report = UpdateReport(
             replace(prepared.report, seconds=time.perf_counter() - self._options.began),
             gate_of(self._model).version,

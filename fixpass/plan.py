@@ -48,7 +48,9 @@ def installed_passes() -> tuple[Pass, ...]:
 
 def entry_pipeline(config: Config) -> Pipeline:
     """What runs on Dynamo's graph. It is not verified: no recorded value is functional there."""
-    return Pipeline(_enabled(entry_passes(), config), strict=config.strict, fuel=config.fuel)
+    return Pipeline(
+        _enabled(entry_passes(config.fold), config), strict=config.strict, fuel=config.fuel
+    )
 
 
 def graph_pipeline(config: Config, target: Target, *, meet: bool = True) -> Pipeline:

@@ -1,0 +1,90 @@
+"""What happens to one of Dynamo's graphs before it is compiled, and around each of its calls.
+
+The entry passes may add inputs that stand for values kept beside the graph: `Entry` has the graph
+with them, the example inputs with them, and `bind`, which passes their values at each call. Dynamo
+goes on reading its own graph after the compile, so that one is left as it was.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fixpass.config import Config
+from fixpass.passes.fold_weights import folds_of
+from fixpass.passes.report import Report
+from fixpass.passes.rewrites.weight_sources import weights_of
+from fixpass.passes.rewrites.weight_values import candidates_in
+from fixpass.plan import entry_pipeline
+from fixpass.runtime.weights.derived import Derived
+
+SOURCE = "_dynamo_source"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A graph as the compiler gets it. folds: what gives the last of its inputs."""
+
+    gm: fx.GraphModule
+    inputs: list[Any]
+    report: Report
+    folds: tuple[Derived, ...] = ()
+
+    def bind(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """What Dynamo calls with the inputs that it knows of."""
+        if not self.folds:
+            return compiled
+        values = [fold.value for fold in self.folds]
+
+        def call(*args: Any) -> Any:
+            return compiled(*args, *[value(args) for value in values])
+
+        return call
+
+
+def enter(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, title: str = ""
+) -> Entry:
+    """Run the entry passes on one of Dynamo's graphs."""
+    pipeline = entry_pipeline(config)
+    if any(step.name == "fold-weights" for step in pipeline.passes):
+        gm = _own(gm)
+    report = pipeline.run(gm.graph, title)
+    if report.of_kind("applied"):
+        gm.recompile()
+    folds = folds_of(gm.graph)
+    values = [fold.value(example_inputs) for fold in folds]
+    _introduce(gm.graph.find_nodes(op="placeholder")[len(example_inputs) :], values)
+    return Entry(gm, [*example_inputs, *values], report, folds)
+
+
+def _own(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the module with a graph of its own, where that graph may get new inputs."""
+    if not candidates_in(gm.graph, weights_of(gm.graph)):
+        return gm
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(gm.graph, copied)
+    output = graph.output(result)
+    output.meta = dict(gm.graph.output_node().meta)
+    for old in gm.graph.find_nodes(op="placeholder"):
+        setattr(copied[old], SOURCE, vars(old).get(SOURCE))
+    own = fx.GraphModule(gm, graph, type(gm).__name__)
+    for name, item in vars(gm).items():
+        vars(own).setdefault(name, item)
+    own.meta.update(gm.meta)
+    return own
+
+
+def _introduce(nodes: Sequence[fx.Node], values: Sequence[torch.Tensor]) -> None:
+    """Make the new inputs known to AOTAutograd as Dynamo's own are."""
+    context = torch._guards.TracingContext.try_get()
+    for node, value in zip(nodes, values, strict=True):
+        # Where the input comes from: nowhere that Dynamo has a name for.
+        setattr(node, SOURCE, None)
+        if context is not None and context.fake_mode is not None:
+            # Without symbols: it is of one shape, as its weights are. Found again as long as this
+            # fake tensor lives, which is as long as the node.
+            node.meta["example_value"] = context.fake_mode.from_tensor(value, static_shapes=True)

@@ -1,0 +1,150 @@
+"""What depends on weights alone leaves the graph: computed once, and again when a weight changed.
+
+Runs on Dynamo's graph, where the live parameters are at hand, and so also where Inductor's caches
+are warm. Such a value becomes an input of the graph behind those that Dynamo knows; its node holds
+the `Derived` that gives it, which whoever compiles the graph has to pass at each call. Views of
+weights cost nothing and stay. Values that need gradients, or that the graph writes, stay as well.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, fx
+
+from fixpass.lowering.layout import Layout
+from fixpass.passes.base import Pass, PassResult
+from fixpass.passes.rewrites.weight_recipe import Cut, build, cuts_in
+from fixpass.passes.rewrites.weight_sources import Weight, weights_of
+from fixpass.passes.rewrites.weight_values import Values, candidates_in, values_of
+from fixpass.passes.rewrites.weight_writes import written_memory
+from fixpass.runtime.weights.derived import Derived
+
+Mode = Literal["inplace", "derived", "off"]
+KEY = "fixpass_derived"
+"""Where in its metadata an input holds the `Derived` that gives it."""
+
+_GRAD_MODES = (torch._C._set_grad_enabled,)
+_AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+
+
+@dataclass(frozen=True)
+class FoldWeights(Pass):
+    """Weight-only subgraphs as values that are kept."""
+
+    name: ClassVar[str] = "fold-weights"
+
+    mode: Mode = "derived"
+    least_bytes: int = 32 << 10
+    """What must be read and written for a value before keeping it pays for asking at each call."""
+    growth: float = 2.0
+    """How many times the bytes of its weights a value may have at most."""
+
+    def run(self, graph: fx.Graph, result: PassResult) -> None:
+        weights = weights_of(graph) if self.mode != "off" else {}
+        if not weights or not candidates_in(graph, weights):
+            return
+        values = values_of(graph, weights)
+        for node, why in values.refused.items():
+            # An update in place of a counter or a cache was never to leave the graph.
+            if node.all_input_nodes[0] not in weights or "writes" not in why:
+                result.missed(node, why)
+        written = written_memory(graph, weights, values.found)
+        kept = _unwritten(values, written)
+        for cut in list(cuts_in(kept)):
+            if reads := [source for source in cut.sources if source in written]:
+                result.missed(cut.node, f"the graph writes into {weights[reads[0]].name}")
+            elif why := self._against(cut, weights):
+                result.missed(cut.node, why)
+            else:
+                _derive(graph, cut, weights, result)
+        for node in set(values.found) - set(kept):
+            if values.found[node].works and not values.found[node].sources & written:
+                result.missed(node, "the graph writes into it")
+
+    def _against(self, cut: Cut, weights: Mapping[fx.Node, Weight]) -> str:
+        """Why the value is not to be kept, or ""."""
+        moved = cut.source_bytes + cut.nbytes
+        if moved < self.least_bytes:
+            return f"{moved:,} bytes are moved: less than keeping the value costs"
+        if cut.nbytes > self.growth * cut.source_bytes:
+            return (
+                f"{Layout.of(cut.val)} has {cut.nbytes:,} bytes and its weights have "
+                f"{cut.source_bytes:,}: it would take {cut.nbytes / cut.source_bytes:.1f} times "
+                "their memory"
+            )
+        if torch.is_autocast_enabled(cut.val.device.type) or _calls(cut.node.graph, _AUTOCAST):
+            return "autocast is on, which changes what its operations give"
+        trained = [s for s in cut.sources if weights[s].tensor.requires_grad]
+        has_gradients = torch.is_grad_enabled() or _calls(cut.node.graph, _GRAD_MODES)
+        if trained and has_gradients:
+            return f"training: {weights[trained[0]].name} gets a gradient through it"
+        return ""
+
+
+def folds_of(graph: fx.Graph) -> tuple[Derived, ...]:
+    """What gives the inputs that this pass added to the graph, in their order."""
+    inputs = graph.find_nodes(op="placeholder")
+    return tuple(node.meta[KEY] for node in inputs if KEY in node.meta)
+
+
+def _unwritten(values: Values, written: frozenset[fx.Node]) -> dict[fx.Node, Any]:
+    """The values that nothing written goes into; written weights are told of at the cut."""
+    kept: dict[fx.Node, Any] = {}
+    for node, value in values.found.items():
+        inputs = [source for source in node.all_input_nodes if source in values.found]
+        if all(source in kept for source in inputs) and node not in written:
+            kept[node] = value
+    return kept
+
+
+def _derive(
+    graph: fx.Graph, cut: Cut, weights: Mapping[fx.Node, Weight], result: PassResult
+) -> None:
+    """Compute the value and let an input stand for it; a value that cannot be had is left."""
+    positions = [weights[source].position for source in cut.sources]
+    derived = Derived(cut.node.name, build(cut), positions)
+    inputs = graph.find_nodes(op="placeholder")
+    examples = [weights[node].tensor if node in weights else None for node in inputs]
+    try:
+        value = derived.value(examples)
+    # Memory that is not there, or an op that fake tensors promised and this device lacks.
+    except (RuntimeError, NotImplementedError) as error:
+        result.missed(cut.node, f"it could not be computed: {type(error).__name__}: {error}")
+        return
+    if why := _unlike(value, cut.val, examples):
+        result.missed(cut.node, why)
+        return
+    if not result.take_fuel():
+        return
+    with graph.inserting_after(inputs[-1]):
+        new = graph.placeholder(f"folded_{cut.node.name}")
+    new.meta = {key: item for key, item in cut.node.meta.items() if key != "grapharg"}
+    new.meta |= {KEY: derived, "tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
+    names = ", ".join(weights[source].name for source in cut.sources)
+    text = f"{cut.steps} of {names} kept as {Layout.of(cut.val)}, {cut.nbytes:,} bytes"
+    result.applied(new, text, bytes_saved=cut.source_bytes + cut.nbytes)
+    cut.node.replace_all_uses_with(new)
+    _erase(graph, cut)
+
+
+def _erase(graph: fx.Graph, cut: Cut) -> None:
+    for node in reversed(cut.nodes):
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _unlike(value: Tensor, fake: Tensor, examples: Sequence[Tensor | None]) -> str:
+    """How the value is not what was traced, or ""."""
+    found = (value.shape, value.stride(), value.dtype, value.device)
+    if found != (fake.shape, fake.stride(), fake.dtype, fake.device):
+        return f"it is {Layout.of(value)} and was traced as {Layout.of(fake)}"
+    memory = value.untyped_storage()._cdata
+    if any(t is not None and t.untyped_storage()._cdata == memory for t in examples):
+        return "it shares memory with a weight"
+    return ""
+
+
+def _calls(graph: fx.Graph, targets: Sequence[Any]) -> bool:
+    return any(graph.find_nodes(op="call_function", target=target) for target in targets)

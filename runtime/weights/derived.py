@@ -1,0 +1,128 @@
+"""Values derived from weights and kept: computed once, and again when a weight has changed.
+
+One compiled graph may serve many modules, each with weights of its own: there is one value for each
+set of weights, and it goes when they go. A weight that was written gets its value at the same
+address; one that was replaced gets a new value, so that a call under way keeps the old one. Who
+updates weights while calls are under way needs the gate.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fixpass.runtime.errors import WeightError
+from fixpass.runtime.weights.sources import Source, can_be_watched
+
+Recipe = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A value, and the weights that it was derived from as they were then."""
+
+    sources: tuple[Source, ...]
+    checks: tuple[tuple[int, Callable[[Tensor], bool]], ...]
+    """For each source its position among the graph's arguments, and what is asked there."""
+    value: Tensor
+
+
+class Derived:
+    """What a recipe gives for some arguments of a compiled graph.
+
+    recipe: gives a tensor that shares no memory with its arguments, of which it is a function.
+    positions: where in the graph's arguments those of the recipe are.
+    """
+
+    def __init__(self, name: str, recipe: Recipe, positions: Sequence[int]) -> None:
+        self.name = name
+        self.positions = tuple(positions)
+        self.refreshed = 0
+        self._recipe = recipe
+        self._like: Tensor | None = None
+        self._entries: dict[int | tuple[int, ...], Entry] = {}
+        self._lock = threading.Lock()
+
+    def value(self, args: Sequence[Any]) -> Tensor:
+        """The value for the graph's arguments `args`, which are the weights of this very call."""
+        # Written out for speed: this is asked at every call.
+        positions = self.positions
+        if len(positions) == 1:
+            entry = self._entries.get(id(args[positions[0]]))
+        else:
+            entry = self._entries.get(tuple([id(args[position]) for position in positions]))
+        if entry is not None:
+            for position, is_same in entry.checks:
+                if not is_same(args[position]):
+                    break
+            else:
+                return entry.value
+        return self._refresh([args[position] for position in positions])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held at present."""
+        return sum(entry.value.nbytes for entry in list(self._entries.values()))
+
+    def forget(self) -> None:
+        """Derive everything again at the next call."""
+        self._entries.clear()
+
+    def _refresh(self, weights: Sequence[Tensor]) -> Tensor:
+        if not all(map(can_be_watched, weights)):
+            return self._compute(weights)
+        with self._lock:
+            key = id(weights[0]) if len(weights) == 1 else tuple(map(id, weights))
+            entry = self._entries.get(key)
+            pairs = list(zip(entry.sources, weights, strict=True)) if entry is not None else []
+            if entry is not None and all(source.is_same(weight) for source, weight in pairs):
+                return entry.value
+            # Looked at before they are read: what is written meanwhile is seen at the next call.
+            sources = tuple(Source(weight, self._dropping(key)) for weight in weights)
+            value = self._compute(weights)
+            if entry is not None and all(s.has_memory_of(weight) for s, weight in pairs):
+                with torch.no_grad(), torch.inference_mode(False):
+                    value = entry.value.copy_(value)
+            checks = [source.is_same for source in sources]
+            self._entries[key] = Entry(
+                sources, tuple(zip(self.positions, checks, strict=True)), value
+            )
+            self.refreshed += 1
+            return value
+
+    def _dropping(self, key: int | tuple[int, ...]) -> Callable[[Any], None]:
+        """What is called when a weight dies: its id may be used again, its value is of no use."""
+        entries = self._entries
+
+        def drop(_: Any) -> None:
+            entries.pop(key, None)
+
+        return drop
+
+    def _compute(self, weights: Sequence[Tensor]) -> Tensor:
+        # The call may be in inference mode or under autocast, and a later one outside of it.
+        with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
+            value = self._recipe(*(weight.detach() for weight in weights))
+            if self._like is None:
+                self._like = torch.empty_like(value, device="meta")
+            return self._as_compiled(value)
+
+    def _as_compiled(self, value: Tensor) -> Tensor:
+        """The value with the strides that the graph was compiled for."""
+        like = self._like
+        assert like is not None
+        if (value.shape, value.dtype) != (like.shape, like.dtype):
+            raise WeightError(
+                f"{self.name} is derived from weights and was {like.dtype} {tuple(like.shape)} "
+                f"when its graph was compiled, and is {value.dtype} {tuple(value.shape)} now: "
+                "compile again after torch._dynamo.reset()"
+            )
+        if value.stride() == like.stride():
+            return value
+        strided = torch.empty_strided(
+            like.shape, like.stride(), dtype=like.dtype, device=value.device
+        )
+        return strided.copy_(value)

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from fixpass.config import Config
-from fixpass.passes.fold_weights import folds_of
+from fixpass.passes.fold_weights import FoldWeights, folds_of
 from fixpass.passes.report import Report
 from fixpass.passes.rewrites.weight_sources import weights_of
 from fixpass.passes.rewrites.weight_values import candidates_in
@@ -25,15 +25,24 @@ SOURCE = "_dynamo_source"
 
 @dataclass(frozen=True)
 class Entry:
-    """A graph as the compiler gets it. folds: what gives the last of its inputs."""
+    """A graph as the compiler gets it.
+
+    folds: what gives the last of its inputs. own: the graph is a copy that Dynamo does not know.
+    """
 
     gm: fx.GraphModule
     inputs: list[Any]
     report: Report
     folds: tuple[Derived, ...] = ()
+    own: bool = False
 
     def bind(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """What Dynamo calls with the inputs that it knows of."""
+        if self.own:
+            # As Dynamo does with its graph: compiled code keeps the module, and what is recorded
+            # here keeps weak references to parameters, with which `swap_tensors` refuses them.
+            for node in self.gm.graph.nodes:
+                node.meta.clear()
         if not self.folds:
             return compiled
         values = [fold.value for fold in self.folds]
@@ -49,21 +58,22 @@ def enter(
 ) -> Entry:
     """Run the entry passes on one of Dynamo's graphs."""
     pipeline = entry_pipeline(config)
-    if any(step.name == "fold-weights" for step in pipeline.passes):
-        gm = _own(gm)
+    folding = any(isinstance(step, FoldWeights) and step.mode != "off" for step in pipeline.passes)
+    # A graph that may get new inputs has to be a copy.
+    own = folding and candidates_in(gm.graph, weights_of(gm.graph))
+    if own:
+        gm = _copy(gm)
     report = pipeline.run(gm.graph, title)
     if report.of_kind("applied"):
         gm.recompile()
     folds = folds_of(gm.graph)
     values = [fold.value(example_inputs) for fold in folds]
     _introduce(gm.graph.find_nodes(op="placeholder")[len(example_inputs) :], values)
-    return Entry(gm, [*example_inputs, *values], report, folds)
+    return Entry(gm, [*example_inputs, *values], report, folds, own)
 
 
-def _own(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of the module with a graph of its own, where that graph may get new inputs."""
-    if not candidates_in(gm.graph, weights_of(gm.graph)):
-        return gm
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """The module with a graph of its own, and all that Dynamo told of it."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     result = graph.graph_copy(gm.graph, copied)

@@ -52,13 +52,14 @@ class FoldWeights(Pass):
                 result.missed(node, why)
         written = written_memory(graph, weights, values.found)
         kept = _unwritten(values, written)
-        for cut in list(cuts_in(kept)):
+        # All recipes before any change: one may hold what another replaces.
+        for cut, recipe in [(cut, build(cut)) for cut in cuts_in(kept)]:
             if reads := [source for source in cut.sources if source in written]:
                 result.missed(cut.node, f"the graph writes into {weights[reads[0]].name}")
             elif why := self._against(cut, weights):
                 result.missed(cut.node, why)
             else:
-                _derive(graph, cut, weights, result)
+                _derive(graph, cut, recipe, weights, result)
         for node in set(values.found) - set(kept):
             if values.found[node].works and not values.found[node].sources & written:
                 result.missed(node, "the graph writes into it")
@@ -100,11 +101,15 @@ def _unwritten(values: Values, written: frozenset[fx.Node]) -> dict[fx.Node, Any
 
 
 def _derive(
-    graph: fx.Graph, cut: Cut, weights: Mapping[fx.Node, Weight], result: PassResult
+    graph: fx.Graph,
+    cut: Cut,
+    recipe: fx.GraphModule,
+    weights: Mapping[fx.Node, Weight],
+    result: PassResult,
 ) -> None:
     """Compute the value and let an input stand for it; a value that cannot be had is left."""
     positions = [weights[source].position for source in cut.sources]
-    derived = Derived(cut.node.name, build(cut), positions)
+    derived = Derived(cut.node.name, recipe, positions)
     inputs = graph.find_nodes(op="placeholder")
     examples = [weights[node].tensor if node in weights else None for node in inputs]
     try:
@@ -131,7 +136,7 @@ def _derive(
 
 def _erase(graph: fx.Graph, cut: Cut) -> None:
     for node in reversed(cut.nodes):
-        if not node.users:
+        if not node.users and not node._erased:
             graph.erase_node(node)
 
 

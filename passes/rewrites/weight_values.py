@@ -32,6 +32,7 @@ class Value:
 
     val: what the node gives on fake tensors. works: whether it was computed, and is no view.
     sources: the weights that it depends on. memory: the nodes whose memory it may be a view of.
+    version: how often its memory had been written when it was made.
     """
 
     node: fx.Node
@@ -39,6 +40,7 @@ class Value:
     works: bool
     sources: frozenset[fx.Node]
     memory: frozenset[fx.Node]
+    version: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ def _evaluate(node: fx.Node, known: Mapping[fx.Node, Value]) -> Value | str:
         works,
         frozenset().union(*(i.sources for i in inputs)),
         frozenset().union(*memory) if memory else frozenset((node,)),
+        val._version if isinstance(val, Tensor) and not val.is_inference() else 0,
     )
 
 

@@ -47,11 +47,10 @@ def _rose(node: fx.Node, values: Mapping[fx.Node, Value]) -> bool:
     traced = node.meta.get("example_value")
     if not isinstance(traced, Tensor) or traced.is_inference():
         return False
-    again = values[node].val if node in values and values[node].works else None
-    before = again._version if isinstance(again, Tensor) and not again.is_inference() else 0
     if node in values and not values[node].works:
         # A view counts the writes into its base, which has its turn.
         return False
+    before = values[node].version if node in values else 0
     return traced._version > before
 
 

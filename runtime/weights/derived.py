@@ -1,15 +1,17 @@
 """Values derived from weights and kept: computed once, and again when a weight has changed.
 
 One compiled graph may serve many modules, each with weights of its own: there is one value for each
-set of weights, and it goes when they go. A weight that was written gets its value at the same
-address; one that was replaced gets a new value, so that a call under way keeps the old one. Who
-updates weights while calls are under way needs the gate.
+set of weights. A weight that was written gets its value at the same address; one that was replaced
+gets a new value, so that a call under way keeps the old one. A value whose weights are gone is
+dropped when anything is derived next, not at once. Who updates weights while calls are under way
+needs the gate.
 """
 
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -45,15 +47,17 @@ class Derived:
         self._like: Tensor | None = None
         self._entries: dict[int | tuple[int, ...], Entry] = {}
         self._lock = threading.Lock()
+        drop_dead()
+        _ALL.add(self)
 
     def value(self, args: Sequence[Any]) -> Tensor:
         """The value for the graph's arguments `args`, which are the weights of this very call."""
         # Written out for speed: this is asked at every call.
         positions = self.positions
         if len(positions) == 1:
-            entry = self._entries.get(id(args[positions[0]]))
+            entry = self._entries.get(args[positions[0]].data_ptr())
         else:
-            entry = self._entries.get(tuple([id(args[position]) for position in positions]))
+            entry = self._entries.get(tuple([args[position].data_ptr() for position in positions]))
         if entry is not None:
             for position, is_same in entry.checks:
                 if not is_same(args[position]):
@@ -67,6 +71,12 @@ class Derived:
         """Bytes that are held at present."""
         return sum(entry.value.nbytes for entry in list(self._entries.values()))
 
+    def drop_dead(self) -> None:
+        """Give back the values whose weights are gone."""
+        for key, entry in list(self._entries.items()):
+            if any(source.is_gone for source in entry.sources):
+                self._entries.pop(key, None)
+
     def forget(self) -> None:
         """Derive everything again at the next call."""
         self._entries.clear()
@@ -75,13 +85,14 @@ class Derived:
         if not all(map(can_be_watched, weights)):
             return self._compute(weights)
         with self._lock:
-            key = id(weights[0]) if len(weights) == 1 else tuple(map(id, weights))
+            pointers = tuple(weight.data_ptr() for weight in weights)
+            key = pointers if len(pointers) > 1 else pointers[0]
             entry = self._entries.get(key)
             pairs = list(zip(entry.sources, weights, strict=True)) if entry is not None else []
             if entry is not None and all(source.is_same(weight) for source, weight in pairs):
                 return entry.value
             # Looked at before they are read: what is written meanwhile is seen at the next call.
-            sources = tuple(Source(weight, self._dropping(key)) for weight in weights)
+            sources = tuple(Source(weight) for weight in weights)
             value = self._compute(weights)
             if entry is not None and all(s.has_memory_of(weight) for s, weight in pairs):
                 with torch.no_grad(), torch.inference_mode(False):
@@ -91,16 +102,8 @@ class Derived:
                 sources, tuple(zip(self.positions, checks, strict=True)), value
             )
             self.refreshed += 1
+            drop_dead()
             return value
-
-    def _dropping(self, key: int | tuple[int, ...]) -> Callable[[Any], None]:
-        """What is called when a weight dies: its id may be used again, its value is of no use."""
-        entries = self._entries
-
-        def drop(_: Any) -> None:
-            entries.pop(key, None)
-
-        return drop
 
     def _compute(self, weights: Sequence[Tensor]) -> Tensor:
         # The call may be in inference mode or under autocast, and a later one outside of it.
@@ -126,3 +129,12 @@ class Derived:
             like.shape, like.stride(), dtype=like.dtype, device=value.device
         )
         return strided.copy_(value)
+
+
+_ALL: WeakSet[Derived] = WeakSet()
+
+
+def drop_dead() -> None:
+    """Give back the memory of all values whose weights are gone."""
+    for derived in list(_ALL):
+        derived.drop_dead()

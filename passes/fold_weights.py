@@ -46,11 +46,11 @@ class FoldWeights(Pass):
         if not weights or not candidates_in(graph, weights):
             return
         values = values_of(graph, weights)
+        written = written_memory(graph, weights, values.found)
         for node, why in values.refused.items():
             # An update in place of a counter or a cache was never to leave the graph.
-            if node.all_input_nodes[0] not in weights or "writes" not in why:
+            if not written.intersection(node.all_input_nodes):
                 result.missed(node, why)
-        written = written_memory(graph, weights, values.found)
         kept = _unwritten(values, written)
         # All recipes before any change: one may hold what another replaces.
         for cut, recipe in [(cut, build(cut)) for cut in cuts_in(kept)]:
@@ -66,6 +66,9 @@ class FoldWeights(Pass):
 
     def _against(self, cut: Cut, weights: Mapping[fx.Node, Weight]) -> str:
         """Why the value is not to be kept, or ""."""
+        for source in cut.sources:
+            if weights[source].why:
+                return f"{weights[source].name} {weights[source].why}"
         moved = cut.source_bytes + cut.nbytes
         if moved < self.least_bytes:
             return f"{moved:,} bytes are moved: less than keeping the value costs"

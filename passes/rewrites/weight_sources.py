@@ -17,13 +17,17 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter or buffer that the graph reads. why: what stands against folding it, or ""."""
+    """A parameter or buffer that the graph reads.
+
+    why: what stands against folding it, or "". opaque: what reads it cannot even be looked into.
+    """
 
     node: fx.Node
     position: int
     tensor: Tensor
     name: str
     why: str = ""
+    opaque: bool = False
 
 
 def weights_of(graph: fx.Graph) -> dict[fx.Node, Weight]:
@@ -37,8 +41,11 @@ def weights_of(graph: fx.Graph) -> dict[fx.Node, Weight]:
         name: Any = argument.source.name if argument.source is not None else ""
         path = name if isinstance(name, str) else name()
         if isinstance(argument.example, nn.Parameter) or "._buffers[" in path:
-            why = _obstacle(argument.example, node.meta.get("example_value"))
-            found[node] = Weight(node, position, argument.example, _short(path), why)
+            opaque = _opaque(argument.example, node.meta.get("example_value"))
+            why = opaque or _obstacle(argument.example)
+            found[node] = Weight(
+                node, position, argument.example, _short(path), why, opaque=bool(opaque)
+            )
     return found
 
 
@@ -50,20 +57,23 @@ def _short(path: str) -> str:
     return ".".join(name for name in names if name not in inner)
 
 
-def _obstacle(tensor: Tensor, fake: object) -> str:
-    kind = type(tensor).__name__
+def _opaque(tensor: Tensor, fake: object) -> str:
     if isinstance(tensor, FakeTensor) or not isinstance(fake, FakeTensor):
-        return "no real tensor is at hand"
+        return "is not known as a real tensor"
     if is_traceable_wrapper_subclass(tensor) or _has_own_dispatch(tensor):
-        return f"is a {kind}, of which a derived value would not follow its parts"
+        return f"is a {type(tensor).__name__}: its parts may change behind it"
     if tensor.layout != torch.strided or tensor.is_quantized:
         return f"is {tensor.layout}"
+    if not all(isinstance(size, int) for size in (*fake.shape, *fake.stride())):
+        return "has a dynamic shape"
+    return ""
+
+
+def _obstacle(tensor: Tensor) -> str:
     if tensor.device.type == "meta":
         return "is on the meta device"
     if tensor.is_inference():
         return "was made in inference mode, where torch counts no writes"
-    if not all(isinstance(size, int) for size in (*fake.shape, *fake.stride())):
-        return "has a dynamic shape"
     return ""
 
 

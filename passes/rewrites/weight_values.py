@@ -65,7 +65,7 @@ def values_of(graph: fx.Graph, weights: Mapping[fx.Node, Weight]) -> Values:
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method") or not _reads_only(node, known):
             continue
-        why = _untrusted(node) or _faulty_source(node, known, weights)
+        why = _untrusted(node) or _opaque_source(node, known, weights)
         found = why or _evaluate(node, known)
         if isinstance(found, Value):
             values.found[node] = known[node] = found
@@ -105,12 +105,12 @@ def _untrusted(node: fx.Node) -> str:
     return f"{getattr(target, '__qualname__', target)} is a function that torch does not look into"
 
 
-def _faulty_source(
+def _opaque_source(
     node: fx.Node, known: Mapping[fx.Node, Value], weights: Mapping[fx.Node, Weight]
 ) -> str:
     for source in node.all_input_nodes:
         for weight in known[source].sources:
-            if weights[weight].why:
+            if weights[weight].opaque:
                 return f"{weights[weight].name} {weights[weight].why}"
     return ""
 
@@ -185,10 +185,10 @@ def _impurity(op: torch._ops.OpOverload) -> str:
     name = op.name()
     if op.namespace not in _KNOWN:
         return f"{name} is an op of another library, which may depend on more than its inputs"
-    if op._schema.is_mutable:
-        return f"{name} writes into a tensor"
     if torch.Tag.nondeterministic_seeded in op.tags:
         return f"{name} draws random numbers"
+    if op._schema.is_mutable:
+        return f"{name} writes into a tensor"
     if torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags:
         return f"{name} depends on the values, not only on the shapes"
     return ""

@@ -1,0 +1,116 @@
+"""Folded models at work: every update is seen at the next call, and nothing compiles again."""
+
+import threading
+
+import pytest
+import torch
+from weight_updates import COUNTED, UNCOUNTED, Folds, Reads, by_copy, compiled, same
+from torch import nn
+from torch._dynamo.utils import counters
+
+from fixpass.testing import f32
+
+
+@pytest.mark.parametrize(
+    "update", [*COUNTED.values(), *UNCOUNTED.values()], ids=[*COUNTED, *UNCOUNTED]
+)
+def test_a_call_after_an_update_sees_the_new_weights(update):
+    module, x = Folds(), f32(3, 64)
+    with torch.no_grad():
+        run = compiled(module)
+        for _ in range(3):
+            same(run, module, x)
+            update(module)
+            same(run, module, x)
+
+
+def test_an_update_compiles_nothing_again():
+    module, x = Folds(), f32(3, 64)
+    with torch.no_grad():
+        run = compiled(module)
+        run(x)
+        compiles = counters["stats"]["unique_graphs"]
+        for update in COUNTED.values():
+            if "swap" not in update.__name__:  # it exchanges the attributes that guards look at
+                update(module)
+                same(run, module, x)
+    assert counters["stats"]["unique_graphs"] == compiles
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_values_are_those_of_eager_for_all_sizes(dynamic):
+    module = Folds()
+    with torch.no_grad():
+        run = compiled(module, dynamic=dynamic)
+        for rows in (3, 5, 1):
+            same(run, module, f32(rows, 64))
+
+
+def test_inference_mode_and_no_grad_share_no_tensor_that_the_other_cannot_use():
+    module, x = Folds().requires_grad_(False), f32(3, 64)
+    run = compiled(module)
+    with torch.inference_mode():
+        torch.testing.assert_close(run(x), module(x))
+        by_copy(module)
+        torch.testing.assert_close(run(x), module(x))
+    same(run, module, x)
+    torch.testing.assert_close(run(x), module(x))
+
+
+def test_modules_that_share_a_graph_have_values_of_their_own():
+    blocks = nn.ModuleList([Folds() for _ in range(4)])
+    x = f32(3, 64)
+    with torch.no_grad():
+        runs = [compiled(block) for block in blocks]
+        for _ in range(2):
+            for run, block in zip(runs, blocks, strict=True):
+                same(run, block, x)
+            by_copy(blocks)
+
+
+def test_a_graph_that_another_graph_updates_a_buffer_of_sees_the_update():
+    module = Reads(lambda weight: weight.t().contiguous(), of_buffer=True)
+
+    def step(x):
+        module.scale.mul_(2)
+        return x + 1
+
+    with torch.no_grad():
+        run, update = compiled(module), compiled(step)
+        for _ in range(3):
+            same(run, module, f32(3, 64))
+            update(f32(3))
+
+
+def test_calls_in_other_threads_see_an_update_that_came_before_them():
+    module, x = Folds(), f32(3, 64)
+    failures = []
+    with torch.no_grad():
+        run = compiled(module)
+        run(x)
+
+    def call():
+        try:
+            same(run, module, x)
+        except AssertionError as error:
+            failures.append(error)
+
+    for _ in range(5):
+        by_copy(module)
+        threads = [threading.Thread(target=call) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    assert not failures
+
+
+def test_the_parameters_and_the_state_dict_are_untouched():
+    module = Folds()
+    before = {name: (p, p.data_ptr(), p.stride()) for name, p in module.named_parameters()}
+    values = {name: value.clone() for name, value in module.state_dict().items()}
+    with torch.no_grad():
+        compiled(module)(f32(3, 64))
+    for name, parameter in module.named_parameters():
+        assert before[name] == (parameter, parameter.data_ptr(), parameter.stride())
+    torch.testing.assert_close(dict(module.state_dict()), values, rtol=0, atol=0)

@@ -24,6 +24,25 @@ def test_a_call_after_an_update_sees_the_new_weights(update):
             same(run, module, x)
 
 
+STALE = ("copy_", "an optimizer", "load_state_dict", "new data", ".data.copy_")
+
+
+@pytest.mark.inductor
+@torch.no_grad()
+def test_where_a_frozen_graph_is_stale_ours_is_right():
+    module, x = Folds(), f32(3, 64)
+    frozen = torch.compile(lambda x: module(x), backend="inductor")
+    ours = torch.compile(lambda x: module(x), backend="fixpass")
+    with torch._inductor.config.patch(freezing=True):
+        same(frozen, module, x)
+    same(ours, module, x)
+    for name in STALE:
+        {**COUNTED, **UNCOUNTED}[name](module)
+        with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+            same(frozen, module, x)
+        same(ours, module, x)
+
+
 def test_an_update_compiles_nothing_again():
     module, x = Folds(), f32(3, 64)
     with torch.no_grad():

@@ -1,5 +1,9 @@
 """Folded models at work: every update is seen at the next call, and nothing compiles again."""
 
+import json
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -133,3 +137,55 @@ def test_the_parameters_and_the_state_dict_are_untouched():
     for name, parameter in module.named_parameters():
         assert before[name] == (parameter, parameter.data_ptr(), parameter.stride())
     torch.testing.assert_close(dict(module.state_dict()), values, rtol=0, atol=0)
+
+
+SCRIPT = """
+import json
+import sys
+
+import torch
+from torch._dynamo.utils import counters
+
+import fixpass
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((64, 128), float(sys.argv[1])))
+
+    def forward(self, x):
+        return x @ self.weight.t().contiguous()
+
+
+model = Model()
+run = torch.compile(model, backend="fixpass")
+with torch.no_grad():
+    first = run(torch.ones(1, 128))[0, 0].item()
+    model.weight.mul_(2)
+    second = run(torch.ones(1, 128))[0, 0].item()
+    hits = counters["aot_autograd"]["autograd_cache_hit"]
+    print(json.dumps([first, second, hits, len(fixpass.last_reports())]))
+"""
+
+
+@pytest.mark.inductor
+def test_a_second_process_with_other_weights_folds_its_own_on_a_warm_cache(tmp_path):
+    script = tmp_path / "folded.py"
+    script.write_text(SCRIPT)
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "FIXPASS_VERIFY": "0"}
+
+    def run(value):
+        done = subprocess.run(
+            [sys.executable, "-P", str(script), value],
+            env=os.environ | cache,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    assert run("1") == [128.0, 256.0, 0, 1]
+    assert run("3") == [384.0, 768.0, 1, 1]

@@ -54,8 +54,9 @@ def fixpass(
     config = Config.resolve(options)
     patches = dict(list_mode_options(mode, dynamic)) if mode else {}
     specialize_eps(gm.graph)
-    entry = enter(gm, example_inputs, config)
+    entry = enter(gm, example_inputs, config, touch=True)
     record(entry.report)
+    entry.restart()
     pipeline = graph_pipeline(config, present_target(example_inputs, config))
     if config.lower == "eager":
         run = compile_graphs(entry.gm, entry.inputs, lambda g, stage: run_on(pipeline, g, stage))

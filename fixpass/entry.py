@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._guards import CompileId
 
 from fixpass.config import Config
-from fixpass.passes.fold_weights import FoldWeights, folds_of
+from fixpass.passes.fold_weights import FoldWeights, folds_of, restrided
 from fixpass.passes.report import Report
 from fixpass.passes.rewrites.weight_sources import weights_of
 from fixpass.passes.rewrites.weight_values import candidates_in
@@ -36,6 +38,13 @@ class Entry:
     folds: tuple[Derived, ...] = ()
     own: bool = False
 
+    def restart(self) -> None:
+        """Have Dynamo trace once more where weights have other strides now than it saw."""
+        if names := restrided(self.gm.graph):
+            raise TensorifyScalarRestartAnalysis(
+                restart_reason=f"fixpass stored weights in another order: {', '.join(names)}"
+            )
+
     def bind(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """What Dynamo calls with the inputs that it knows of."""
         if self.own:
@@ -54,10 +63,18 @@ class Entry:
 
 
 def enter(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, title: str = ""
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: Config,
+    title: str = "",
+    *,
+    touch: bool = False,
 ) -> Entry:
-    """Run the entry passes on one of Dynamo's graphs."""
-    pipeline = entry_pipeline(config)
+    """Run the entry passes on one of Dynamo's graphs.
+
+    touch: weights may be changed, under fold="inplace"; `Entry.restart` is to be called then.
+    """
+    pipeline = entry_pipeline(config, touch=touch and _is_first(gm))
     folding = any(isinstance(step, FoldWeights) and step.mode != "off" for step in pipeline.passes)
     # A graph that may get new inputs has to be a copy.
     own = folding and candidates_in(gm.graph, weights_of(gm.graph))
@@ -70,6 +87,16 @@ def enter(
     values = [fold.value(example_inputs) for fold in folds]
     _introduce(gm.graph.find_nodes(op="placeholder")[len(example_inputs) :], values)
     return Entry(gm, [*example_inputs, *values], report, folds, own)
+
+
+def _is_first(gm: fx.GraphModule) -> bool:
+    """Whether this code is compiled for the first time.
+
+    Later, weights may be changed no more: they may be those of other modules with the same code,
+    or have been replaced, and each would compile again and again for strides of its own.
+    """
+    found = gm.meta.get("dynamo_compile_id")
+    return isinstance(found, CompileId) and found.frame_compile_id == 0
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:

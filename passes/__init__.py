@@ -13,13 +13,16 @@ from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
 from fixpass.passes.select_norm_kernel import SelectNormKernel
 
 
-def entry_passes(fold: Mode = "derived") -> tuple[Pass, ...]:
-    """What runs on Dynamo's graph, on every compile, also when a cache is warm."""
+def entry_passes(fold: Mode = "derived", touch: bool = False) -> tuple[Pass, ...]:
+    """What runs on Dynamo's graph, on every compile, also when a cache is warm.
+
+    touch: weights may be changed.
+    """
     return (
         # Before AOTAutograd, which would wrap an op that writes into its arguments.
         FunctionalizeNorms(),
         # Here and nowhere later: the live parameters are at hand, and no cache skips it.
-        FoldWeights(fold),
+        FoldWeights(fold, touch),
     )
 
 

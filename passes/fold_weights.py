@@ -4,6 +4,7 @@ Runs on Dynamo's graph, where the live parameters are at hand, and so also where
 are warm. Such a value becomes an input of the graph behind those that Dynamo knows; its node holds
 the `Derived` that gives it, which whoever compiles the graph has to pass at each call. Views of
 weights cost nothing and stay. Values that need gradients, or that the graph writes, stay as well.
+In mode "inplace" a weight is stored in another order where that makes a view of the value.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,15 +16,21 @@ from torch import Tensor, fx
 
 from fixpass.lowering.layout import Layout
 from fixpass.passes.base import Pass, PassResult
+from fixpass.passes.rewrite import NOT_OURS, Missed
 from fixpass.passes.rewrites.weight_recipe import Cut, build, cuts_in
 from fixpass.passes.rewrites.weight_sources import Weight, weights_of
+from fixpass.passes.rewrites.weight_strides import order_for
 from fixpass.passes.rewrites.weight_values import Values, candidates_in, values_of
 from fixpass.passes.rewrites.weight_writes import written_memory
+from fixpass.runtime.errors import WeightError
 from fixpass.runtime.weights.derived import Derived
+from fixpass.runtime.weights.restride import restride
 
 Mode = Literal["inplace", "derived", "off"]
 KEY = "fixpass_derived"
 """Where in its metadata an input holds the `Derived` that gives it."""
+RESTRIDED = "fixpass_restrided"
+"""Where in its metadata the output names the weights that were stored anew."""
 
 _GRAD_MODES = (torch._C._set_grad_enabled,)
 _AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
@@ -36,6 +43,8 @@ class FoldWeights(Pass):
     name: ClassVar[str] = "fold-weights"
 
     mode: Mode = "derived"
+    touch: bool = False
+    """Whether weights may be changed, in mode "inplace"; else it says what could be."""
     least_bytes: int = 32 << 10
     """What must be read and written for a value before keeping it pays for asking at each call."""
     growth: float = 2.0
@@ -52,17 +61,35 @@ class FoldWeights(Pass):
             if not written.intersection(node.all_input_nodes):
                 result.missed(node, why)
         kept = _unwritten(values, written)
-        # All recipes before any change: one may hold what another replaces.
-        for cut, recipe in [(cut, build(cut)) for cut in cuts_in(kept)]:
+        cuts = []
+        for cut in cuts_in(kept):
             if reads := [source for source in cut.sources if source in written]:
                 result.missed(cut.node, f"the graph writes into {weights[reads[0]].name}")
             elif why := self._against(cut, weights):
                 result.missed(cut.node, why)
             else:
-                _derive(graph, cut, recipe, weights, result)
+                cuts.append(cut)
+        orders = self._orders(cuts, weights)
+        if self.touch and any(isinstance(order, tuple) for order in orders):
+            # The rest is for the next trace: this graph has the old strides.
+            result.remarks.clear()
+            _restride(graph, cuts, orders, weights, result)
+            if restrided(graph):
+                return
+        # All recipes before any change: one may hold what another replaces.
+        for cut, order, recipe in zip(cuts, orders, [build(cut) for cut in cuts], strict=True):
+            _derive(graph, cut, recipe, weights, result, _aside(order))
         for node in set(values.found) - set(kept):
             if values.found[node].works and not values.found[node].sources & written:
                 result.missed(node, "the graph writes into it")
+
+    def _orders(
+        self, cuts: Sequence[Cut], weights: Mapping[fx.Node, Weight]
+    ) -> list[tuple[int, ...] | Missed]:
+        """For each cut the order that its weight could be stored in instead, or why not."""
+        if self.mode != "inplace":
+            return [NOT_OURS for _ in cuts]
+        return [order_for(cut, cuts, weights) for cut in cuts]
 
     def _against(self, cut: Cut, weights: Mapping[fx.Node, Weight]) -> str:
         """Why the value is not to be kept, or ""."""
@@ -93,6 +120,43 @@ def folds_of(graph: fx.Graph) -> tuple[Derived, ...]:
     return tuple(node.meta[KEY] for node in inputs if KEY in node.meta)
 
 
+def restrided(graph: fx.Graph) -> tuple[str, ...]:
+    """The weights that this pass stored anew: the graph has to be traced again."""
+    names: tuple[str, ...] = graph.output_node().meta.get(RESTRIDED, ())
+    return names
+
+
+def _restride(
+    graph: fx.Graph,
+    cuts: Sequence[Cut],
+    orders: Sequence[tuple[int, ...] | Missed],
+    weights: Mapping[fx.Node, Weight],
+    result: PassResult,
+) -> None:
+    """Store weights anew; what cannot be is left to be derived."""
+    names: dict[str, None] = {}
+    for cut, order in zip(cuts, orders, strict=True):
+        weight = weights[cut.sources[0]]
+        if isinstance(order, Missed) or weight.name in names or not result.take_fuel():
+            continue
+        try:
+            restride(weight.tensor, order, weight.name)
+        # A reader that does not end, or no memory to stage it: the weight is as it was.
+        except (WeightError, RuntimeError):
+            continue
+        text = f"{weight.name} is stored in the order {order}: {cut.steps} is a view of it"
+        result.applied(cut.node, text, bytes_saved=cut.source_bytes + cut.nbytes)
+        names[weight.name] = None
+    graph.output_node().meta[RESTRIDED] = tuple(names)
+
+
+def _aside(order: tuple[int, ...] | Missed) -> str:
+    """What the report says of a value that could have been, or could not be, had in place."""
+    if isinstance(order, Missed):
+        return f"; not in place: {order.why}" if order.why else ""
+    return f"; a weight stored in the order {order} would make it a view"
+
+
 def _unwritten(values: Values, written: frozenset[fx.Node]) -> dict[fx.Node, Any]:
     """The values that nothing written goes into; written weights are told of at the cut."""
     kept: dict[fx.Node, Any] = {}
@@ -109,6 +173,7 @@ def _derive(
     recipe: fx.GraphModule,
     weights: Mapping[fx.Node, Weight],
     result: PassResult,
+    aside: str,
 ) -> None:
     """Compute the value and let an input stand for it; a value that cannot be had is left."""
     positions = [weights[source].position for source in cut.sources]
@@ -131,7 +196,7 @@ def _derive(
     new.meta = {key: item for key, item in cut.node.meta.items() if key != "grapharg"}
     new.meta |= {KEY: derived, "tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
     names = ", ".join(weights[source].name for source in cut.sources)
-    text = f"{cut.steps} of {names} kept as {Layout.of(cut.val)}, {cut.nbytes:,} bytes"
+    text = f"{cut.steps} of {names} kept as {Layout.of(cut.val)}, {cut.nbytes:,} bytes{aside}"
     result.applied(new, text, bytes_saved=cut.source_bytes + cut.nbytes)
     cut.node.replace_all_uses_with(new)
     _erase(graph, cut)

@@ -8,9 +8,9 @@ import threading
 
 import pytest
 import torch
-from weight_updates import COUNTED, UNCOUNTED, Folds, Reads, by_copy, compiled, same
 from torch import nn
 from torch._dynamo.utils import counters
+from weight_updates import COUNTED, UNCOUNTED, Folds, Reads, by_copy, compiled, same
 
 from fixpass.testing import f32
 

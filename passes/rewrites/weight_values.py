@@ -5,7 +5,7 @@ writes, draws random numbers, depends on data or communicates. That is read off 
 really ran, not off names. Views are told from work, because a view costs nothing and stays.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -72,6 +72,19 @@ def values_of(graph: fx.Graph, weights: Mapping[fx.Node, Weight]) -> Values:
         elif found:
             values.refused[node] = found
     return values
+
+
+def works(nodes: Sequence[fx.Node], weights: Mapping[fx.Node, Tensor]) -> bool:
+    """Whether any of the nodes is work where the weights are these fake tensors."""
+    known = {
+        node: Value(node, val, False, frozenset(), frozenset()) for node, val in weights.items()
+    }
+    for node in nodes:
+        found = _evaluate(node, known)
+        if not isinstance(found, Value) or found.works:
+            return True
+        known[node] = found
+    return False
 
 
 def candidates_in(graph: fx.Graph, weights: Mapping[fx.Node, Weight]) -> bool:

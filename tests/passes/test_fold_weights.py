@@ -3,8 +3,8 @@
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from weight_updates import Folds, Reads, compiled, same
 from torch.nn.functional import dropout, linear
+from weight_updates import Folds, Reads, compiled, same
 
 from fixpass import Config, FixpassError, Report
 from fixpass.entry import enter

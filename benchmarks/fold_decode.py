@@ -20,7 +20,8 @@ from benchmarks.timing import calls_for, interleave
 ABOUT = (
     "Milliseconds of one call of a linear layer on one token whose weight is shuffled for a "
     "kernel, transposed, concatenated or cast in `forward`. Frozen is Inductor with "
-    "`freezing=True`, which is stale after an update; fixpass is not."
+    "`freezing=True`, which is stale after an update; fixpass is not. In the last rows nothing is "
+    "rearranged: what frozen gains there, in bf16, is oneDNN's own packing of weights."
 )
 AGAINST_INDUCTOR = 0.8
 AGAINST_FROZEN = 1.05
@@ -47,13 +48,17 @@ def cast(x: Tensor, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """How a weight (rows, hidden) is used, in how many parts along its rows, as which type."""
+    """How a weight (rows, hidden) is used, in how many parts along its rows, as which type.
+
+    checked: whether the bounds are for it; they are not where nothing is rearranged.
+    """
 
     name: str
     use: Callable[..., Tensor]
     parts: int = 1
     dtype: torch.dtype = torch.float32
     weight_dtype: torch.dtype | None = None
+    checked: bool = True
 
     def model(self, rows: int, hidden: int) -> nn.Module:
         dtype = self.weight_dtype or self.dtype
@@ -79,6 +84,8 @@ CASES = (
     Case("q, k and v concatenated", concatenated, parts=3),
     Case("shuffled, bf16", shuffled, dtype=torch.bfloat16),
     Case("cast from fp32 to bf16", cast, dtype=torch.bfloat16, weight_dtype=torch.float32),
+    Case("as it is", linear, checked=False),
+    Case("as it is, bf16", linear, dtype=torch.bfloat16, checked=False),
 )
 
 
@@ -111,6 +118,8 @@ def _measure(result: Result, case: Case, size: int, rounds: int) -> None:
     result.rows.append(
         {"weight": case.name, **row, "fixpass / inductor": plain, "fixpass / frozen": frozen}
     )
+    if not case.checked:
+        return
     result.checks += [
         Check(f"{case.name}: fixpass / inductor", plain.median, AGAINST_INDUCTOR),
         Check(f"{case.name}: fixpass / frozen", frozen.median, AGAINST_FROZEN),

@@ -32,6 +32,7 @@ from fixpass.runtime.weights.protect import fold_model, protect, unfold_model
 from fixpass.runtime.weights.rebind import Rebound, copy_or_rebind
 from fixpass.runtime.weights.reload import reload
 from fixpass.runtime.weights.saved_state import SavedState, resume
+from fixpass.runtime.weights.shuffle_op import shuffle_weight
 from fixpass.runtime.weights.table import forget
 from fixpass.runtime.weights.transaction import Update, UpdateReport, update
 from fixpass.runtime.weights.versions import version
@@ -85,6 +86,7 @@ __all__ = [
     "reading",
     "reload",
     "resume",
+    "shuffle_weight",
     "unfold",
     "unfold_model",
     "unpack",

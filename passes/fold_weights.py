@@ -9,6 +9,7 @@ In mode "inplace" a weight is stored in another order where that makes a view of
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -25,6 +26,7 @@ from fixpass.passes.rewrites.weight_writes import written_memory
 from fixpass.runtime.errors import WeightError
 from fixpass.runtime.weights.derived import Derived
 from fixpass.runtime.weights.restride import restride
+from fixpass.runtime.weights.shuffle_op import is_folded
 
 Mode = Literal["inplace", "derived", "off"]
 KEY = "fixpass_derived"
@@ -89,7 +91,12 @@ class FoldWeights(Pass):
         """For each cut the order that its weight could be stored in instead, or why not."""
         if self.mode != "inplace":
             return [NOT_OURS for _ in cuts]
-        return [order_for(cut, cuts, weights) for cut in cuts]
+        return [
+            Missed(f"only its module can show logical values: {_call(cut, weights)} folds it there")
+            if cut.layout
+            else order_for(cut, cuts, weights)
+            for cut in cuts
+        ]
 
     def _against(self, cut: Cut, weights: Mapping[fx.Node, Weight]) -> str:
         """Why the value is not to be kept, or ""."""
@@ -150,6 +157,11 @@ def _restride(
     graph.output_node().meta[RESTRIDED] = tuple(names)
 
 
+def _call(cut: Cut, weights: Mapping[fx.Node, Weight]) -> str:
+    name = weights[cut.sources[0]].name
+    return f"fixpass.weights.fold_model(model, {{{name!r}: {cut.layout!r}}})"
+
+
 def _aside(order: tuple[int, ...] | Missed) -> str:
     """What the report says of a value that could have been, or could not be, had in place."""
     if isinstance(order, Missed):
@@ -177,7 +189,9 @@ def _derive(
 ) -> None:
     """Compute the value and let an input stand for it; a value that cannot be had is left."""
     positions = [weights[source].position for source in cut.sources]
-    derived = Derived(cut.node.name, recipe, positions)
+    is_value = partial(is_folded, layout=cut.layout) if cut.layout else None
+    like = torch.empty_strided(cut.val.shape, cut.val.stride(), dtype=cut.val.dtype, device="meta")
+    derived = Derived(cut.node.name, recipe, positions, is_value, like)
     inputs = graph.find_nodes(op="placeholder")
     examples = [weights[node].tensor if node in weights else None for node in inputs]
     try:
@@ -186,7 +200,7 @@ def _derive(
     except (RuntimeError, NotImplementedError) as error:
         result.missed(cut.node, f"it could not be computed: {type(error).__name__}: {error}")
         return
-    if why := _unlike(value, cut.val, examples):
+    if why := _unlike(value, cut.val, [] if cut.layout else examples):
         result.missed(cut.node, why)
         return
     if not result.take_fuel():
@@ -196,7 +210,10 @@ def _derive(
     new.meta = {key: item for key, item in cut.node.meta.items() if key != "grapharg"}
     new.meta |= {KEY: derived, "tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
     names = ", ".join(weights[source].name for source in cut.sources)
-    text = f"{cut.steps} of {names} kept as {Layout.of(cut.val)}, {cut.nbytes:,} bytes{aside}"
+    if derived.nbytes:
+        text = f"{cut.steps} of {names} kept as {Layout.of(cut.val)}, {cut.nbytes:,} bytes{aside}"
+    else:
+        text = f"{names} is folded into {cut.layout} itself: nothing is kept beside it"
     result.applied(new, text, bytes_saved=cut.source_bytes + cut.nbytes)
     cut.node.replace_all_uses_with(new)
     _erase(graph, cut)

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fixpass.passes.rewrite import is_call
 from fixpass.passes.rewrites.weight_values import Value
+from fixpass.runtime.weights import shuffle_op
+
+_shuffle = torch.ops.fixpass.shuffle_weight
+# Importing it defines the op.
+assert shuffle_op
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,14 @@ class Cut:
     def source_bytes(self) -> int:
         fakes = (source.meta["example_value"] for source in self.sources)
         return sum(prod(fake.shape) * fake.element_size() for fake in fakes)
+
+    @property
+    def layout(self) -> str:
+        """The layout where the value is a weight in one, else ""."""
+        if not is_call(self.node, _shuffle, _shuffle.default) or self.node.kwargs:
+            return ""
+        weight, layout = self.node.args
+        return str(layout) if weight in self.sources else ""
 
     @property
     def steps(self) -> str:

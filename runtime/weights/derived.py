@@ -29,22 +29,34 @@ class Entry:
     sources: tuple[Source, ...]
     checks: tuple[tuple[int, Callable[[Tensor], bool]], ...]
     """For each source its position among the graph's arguments, and what is asked there."""
-    value: Tensor
+    value: Tensor | None
+    """None where the weight itself is the value."""
 
 
 class Derived:
     """What a recipe gives for some arguments of a compiled graph.
 
     recipe: gives a tensor that shares no memory with its arguments, of which it is a function.
-    positions: where in the graph's arguments those of the recipe are.
+    positions: where in the graph's arguments those of the recipe are. is_value: whether a weight,
+    the only argument, is what the recipe would make of it, as it lies; a write has to change that.
+    like: a tensor without data of the shape, strides and dtype that the graph was compiled for;
+    None takes those of the first value.
     """
 
-    def __init__(self, name: str, recipe: Recipe, positions: Sequence[int]) -> None:
+    def __init__(
+        self,
+        name: str,
+        recipe: Recipe,
+        positions: Sequence[int],
+        is_value: Callable[[Tensor], bool] | None = None,
+        like: Tensor | None = None,
+    ) -> None:
         self.name = name
         self.positions = tuple(positions)
         self.refreshed = 0
         self._recipe = recipe
-        self._like: Tensor | None = None
+        self._is_value = is_value
+        self._like = like
         self._entries: dict[int | tuple[int, ...], Entry] = {}
         self._lock = threading.Lock()
         drop_dead()
@@ -63,13 +75,17 @@ class Derived:
                 if not is_same(args[position]):
                     break
             else:
-                return entry.value
+                if entry.value is not None:
+                    return entry.value
+                weight: Tensor = args[positions[0]]
+                return weight.detach()
         return self._refresh([args[position] for position in positions])
 
     @property
     def nbytes(self) -> int:
         """Bytes that are held at present."""
-        return sum(entry.value.nbytes for entry in list(self._entries.values()))
+        values = [entry.value for entry in list(self._entries.values())]
+        return sum(value.nbytes for value in values if value is not None)
 
     def drop_dead(self) -> None:
         """Give back the values whose weights are gone."""
@@ -90,25 +106,37 @@ class Derived:
             entry = self._entries.get(key)
             pairs = list(zip(entry.sources, weights, strict=True)) if entry is not None else []
             if entry is not None and all(source.is_same(weight) for source, weight in pairs):
-                return entry.value
+                return weights[0].detach() if entry.value is None else entry.value
             # Looked at before they are read: what is written meanwhile is seen at the next call.
             sources = tuple(Source(weight) for weight in weights)
-            value = self._compute(weights)
-            if entry is not None and all(s.has_memory_of(weight) for s, weight in pairs):
+            own = not self._is_itself(weights)
+            value = self._compute(weights) if own else weights[0].detach()
+            old = entry.value if entry is not None else None
+            if own and old is not None and all(s.has_memory_of(weight) for s, weight in pairs):
                 with torch.no_grad(), torch.inference_mode(False):
-                    value = entry.value.copy_(value)
+                    value = old.copy_(value)
             checks = [source.is_same for source in sources]
             self._entries[key] = Entry(
-                sources, tuple(zip(self.positions, checks, strict=True)), value
+                sources,
+                tuple(zip(self.positions, checks, strict=True)),
+                value if own else None,
             )
             self.refreshed += 1
             drop_dead()
             return value
 
+    def _is_itself(self, weights: Sequence[Tensor]) -> bool:
+        """Whether the weight can stand for its value, with the strides that were compiled for."""
+        if self._is_value is None or not self._is_value(weights[0]):
+            return False
+        like, weight = self._like, weights[0]
+        return like is None or (weight.shape, weight.stride()) == (like.shape, like.stride())
+
     def _compute(self, weights: Sequence[Tensor]) -> Tensor:
         # The call may be in inference mode or under autocast, and a later one outside of it.
         with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
-            value = self._recipe(*(weight.detach() for weight in weights))
+            # The objects themselves: whether a weight is folded is known of those.
+            value = self._recipe(*weights)
             if self._like is None:
                 self._like = torch.empty_like(value, device="meta")
             return self._as_compiled(value)

@@ -15,8 +15,9 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._guards import CompileId
 
 from fixpass.config import Config
-from fixpass.passes.fold_weights import FoldWeights, folds_of, restrided
+from fixpass.passes.fold_weights import FoldWeights
 from fixpass.passes.report import Report
+from fixpass.passes.rewrites.weight_fold import folds_of, stored_anew
 from fixpass.passes.rewrites.weight_sources import weights_of
 from fixpass.passes.rewrites.weight_values import candidates_in
 from fixpass.plan import entry_pipeline
@@ -40,7 +41,7 @@ class Entry:
 
     def restart(self) -> None:
         """Have Dynamo trace once more where weights have other strides now than it saw."""
-        if names := restrided(self.gm.graph):
+        if names := stored_anew(self.gm.graph):
             raise TensorifyScalarRestartAnalysis(
                 restart_reason=f"fixpass stored weights in another order: {', '.join(names)}"
             )
@@ -83,8 +84,8 @@ def enter(
     report = pipeline.run(gm.graph, title)
     if report.of_kind("applied"):
         gm.recompile()
-    folds = folds_of(gm.graph)
-    values = [fold.value(example_inputs) for fold in folds]
+    found = folds_of(gm.graph)
+    folds, values = tuple(fold for fold, _ in found), [value for _, value in found]
     _introduce(gm.graph.find_nodes(op="placeholder")[len(example_inputs) :], values)
     return Entry(gm, [*example_inputs, *values], report, folds, own)
 

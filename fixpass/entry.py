@@ -22,6 +22,7 @@ from fixpass.passes.rewrites.weight_sources import weights_of
 from fixpass.passes.rewrites.weight_values import candidates_in
 from fixpass.plan import entry_pipeline
 from fixpass.runtime.weights.derived import Derived
+from fixpass.runtime.weights.gate import COMPILED
 
 SOURCE = "_dynamo_source"
 
@@ -31,6 +32,7 @@ class Entry:
     """A graph as the compiler gets it.
 
     folds: what gives the last of its inputs. own: the graph is a copy that Dynamo does not know.
+    reads_weights: no update of weights may commit during a call.
     """
 
     gm: fx.GraphModule
@@ -38,6 +40,7 @@ class Entry:
     report: Report
     folds: tuple[Derived, ...] = ()
     own: bool = False
+    reads_weights: bool = False
 
     def restart(self) -> None:
         """Have Dynamo trace once more where weights have other strides now than it saw."""
@@ -53,12 +56,13 @@ class Entry:
             # here keeps weak references to parameters, with which `swap_tensors` refuses them.
             for node in self.gm.graph.nodes:
                 node.meta.clear()
-        if not self.folds:
+        if not self.reads_weights:
             return compiled
-        values = [fold.value for fold in self.folds]
+        values, gate = [fold.value for fold in self.folds], COMPILED.reading()
 
         def call(*args: Any) -> Any:
-            return compiled(*args, *[value(args) for value in values])
+            with gate:
+                return compiled(*args, *[value(args) for value in values])
 
         return call
 
@@ -78,7 +82,8 @@ def enter(
     pipeline = entry_pipeline(config, touch=touch and _is_first(gm))
     folding = any(isinstance(step, FoldWeights) and step.mode != "off" for step in pipeline.passes)
     # A graph that may get new inputs has to be a copy.
-    own = folding and candidates_in(gm.graph, weights_of(gm.graph))
+    weights = weights_of(gm.graph)
+    own = folding and candidates_in(gm.graph, weights)
     if own:
         gm = _copy(gm)
     report = pipeline.run(gm.graph, title)
@@ -87,7 +92,7 @@ def enter(
     found = folds_of(gm.graph)
     folds, values = tuple(fold for fold, _ in found), [value for _, value in found]
     _introduce(gm.graph.find_nodes(op="placeholder")[len(example_inputs) :], values)
-    return Entry(gm, [*example_inputs, *values], report, folds, own)
+    return Entry(gm, [*example_inputs, *values], report, folds, own, bool(weights))
 
 
 def _is_first(gm: fx.GraphModule) -> bool:

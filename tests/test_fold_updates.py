@@ -12,6 +12,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 from weight_updates import COUNTED, UNCOUNTED, Folds, Reads, by_copy, compiled, same
 
+from fixpass import weights
+from fixpass.runtime.errors import UpdateError
 from fixpass.testing import f32
 
 
@@ -189,3 +191,68 @@ def test_a_second_process_with_other_weights_folds_its_own_on_a_warm_cache(tmp_p
 
     assert run("1") == [128.0, 256.0, 0, 1]
     assert run("3") == [384.0, 768.0, 1, 1]
+
+
+class Waiting(nn.Module):
+    """Reads a weight before and after an operation that waits."""
+
+    def __init__(self, wait):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(128, 64))
+        self.wait = wait
+
+    def forward(self, x):
+        first = x @ self.weight.t().contiguous()
+        return first, torch.ops.fold_updates_test.wait(x) @ self.weight.t()
+
+
+@pytest.fixture
+def waiting():
+    """A module whose compiled call waits, after `entered`, for `released`."""
+    entered, released = threading.Event(), threading.Event()
+    library = torch.library.Library("fold_updates_test", "FRAGMENT")
+    library.define("wait(Tensor x) -> Tensor")
+
+    def wait(x):
+        entered.set()
+        assert released.wait(30)
+        return x.clone()
+
+    library.impl("wait", wait, "CompositeExplicitAutograd")
+    torch.library.register_fake("fold_updates_test::wait", torch.empty_like, lib=library)
+    yield Waiting(wait), entered, released
+    released.set()
+    library._destroy()
+
+
+def test_an_update_waits_for_a_compiled_call_and_no_call_sees_half_of_it(waiting):
+    module, entered, released = waiting
+    x, outs = torch.ones(1, 64), []
+    with torch.no_grad():
+        run = compiled(module)
+        released.set()
+        run(x)
+    entered.clear()
+    released.clear()
+
+    def call():
+        with torch.no_grad():
+            outs.append(run(x))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    assert entered.wait(30)
+    with (
+        pytest.raises(UpdateError, match=r"calls of the model did not end within 0\.2 s"),
+        weights.update(module, timeout=0.2) as update,
+    ):
+        update.load("weight", torch.full((128, 64), 2.0))
+    assert module.weight[0, 0] == 1.0
+    timer = threading.Timer(0.2, released.set)
+    timer.start()
+    with weights.update(module) as update:
+        update.load("weight", torch.full((128, 64), 2.0))
+    thread.join(30)
+    call()
+    timer.join()
+    assert [tuple(out[0, 0].item() for out in pair) for pair in outs] == [(64, 64), (128, 128)]

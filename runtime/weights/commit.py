@@ -189,7 +189,8 @@ class Commit:
             "all weights of the model"
         )
         for gate in (*gates, gate_of(self.model)):
-            gate.poisoned = text
+            if not gate.covers_all:
+                gate.poisoned = text
 
 
 def check_finite(values: Iterable[tuple[str, Tensor]]) -> None:

@@ -189,8 +189,7 @@ class Commit:
             "all weights of the model"
         )
         for gate in (*gates, gate_of(self.model)):
-            if not gate.covers_all:
-                gate.poisoned = text
+            gate.poisoned = text
 
 
 def check_finite(values: Iterable[tuple[str, Tensor]]) -> None:

@@ -32,12 +32,10 @@ class Gate:
     covers: gives the parameters as they are now. version: of their weights; 0 before any update.
     poisoned: why the weights are a mixture that no call may use; empty where they are whole.
     updating: whether an update is open, which says nothing of whether calls are held back.
-    covers_all: every update closes it, of whichever model; then it is never poisoned.
     """
 
-    def __init__(self, covers: Covers = tuple, *, covers_all: bool = False) -> None:
+    def __init__(self, covers: Covers = tuple) -> None:
         self.covers = covers
-        self.covers_all = covers_all
         self.version = 0
         self.poisoned = ""
         self.updating = False
@@ -148,14 +146,12 @@ def over(tensors: Iterable[Tensor]) -> tuple[Gate, ...]:
     """All gates that cover one of these tensors, of models, of parts and of compiled graphs."""
     wanted = {id(tensor) for tensor in tensors}
     return tuple(
-        gate
-        for gate in list(_GATES)
-        if gate.covers_all or any(id(tensor) in wanted for tensor in gate.covers())
+        gate for gate in list(_GATES) if any(id(tensor) in wanted for tensor in gate.covers())
     )
 
 
-COMPILED = Gate(covers_all=True)
-"""The gate of all compiled graphs that read weights.
+COMPILED = Gate()
+"""The gate of all compiled graphs that read weights: every update closes it, of whichever model.
 
 A graph gets its weights anew at each call, and no weak reference may stand for them, with which
 `swap_tensors` would refuse them: so none knows of which update it has to keep clear.
@@ -164,11 +160,14 @@ A graph gets its weights anew at each call, and no weak reference may stand for 
 
 @contextmanager
 def closed(gates: Collection[Gate], timeout: float | None = None) -> Iterator[None]:
-    """A context in which no other thread reads any of these gates; see `Gate.writing`."""
+    """A context in which no other thread reads any of these gates, or is in a compiled graph.
+
+    See `Gate.writing`.
+    """
     me = threading.get_ident()
     with _state:
-        mine = [gate for gate in gates if gate._writer == me]
-    rest = [gate for gate in gates if gate not in mine]
+        mine = [gate for gate in {*gates, COMPILED} if gate._writer == me]
+    rest = [gate for gate in {*gates, COMPILED} if gate not in mine]
     _close(rest, me, timeout)
     try:
         yield

@@ -14,6 +14,10 @@ from fixpass.runtime.weights.layouts import Layout, Stride
 from fixpass.runtime.weights.table import forget, record_of
 
 
+_PATIENCE = 30.0
+"""Seconds that calls under way are waited for."""
+
+
 def restride(param: Tensor, order: tuple[int, ...], name: str) -> None:
     """Store `param` with its dimensions in `order`, outermost first.
 
@@ -21,7 +25,7 @@ def restride(param: Tensor, order: tuple[int, ...], name: str) -> None:
     lay out, and UpdateError from inside a call that reads it.
     """
     layout = Layout(f"stored {order}", (Stride(tuple(range(len(order))), order),))
-    with closed(over((param,))):
+    with closed(over((param,)), timeout=_PATIENCE):
         fold(param, layout, name)
         forget(param)
 

@@ -13,7 +13,6 @@ from fixpass.runtime.weights.gate import closed, over
 from fixpass.runtime.weights.layouts import Layout, Stride
 from fixpass.runtime.weights.table import forget, record_of
 
-
 _PATIENCE = 30.0
 """Seconds that calls under way are waited for."""
 

@@ -59,6 +59,10 @@ class FoldWeights(Pass):
         for cut in cuts_in(kept):
             if reads := [source for source in cut.sources if source in written]:
                 result.missed(cut.node, f"the graph writes into {weights[reads[0]].name}")
+            elif cut.is_returned:
+                result.missed(
+                    cut.node, "the graph returns it, and whoever gets it may write into it"
+                )
             elif why := self._against(cut, weights):
                 result.missed(cut.node, why)
             else:

@@ -40,11 +40,13 @@ class Reads(nn.Module):
         self.of_buffer = of_buffer
 
     def forward(self, x):
-        return x, self.how(self.scale if self.of_buffer else self.weight)
+        return x, self.how(self.scale if self.of_buffer else self.weight) * 2
 
 
-def compiled(module, **more):
-    return torch.compile(module, backend="fixpass", options=EAGER, fullgraph=True, **more)
+def compiled(module, *, dynamic=None, **options):
+    return torch.compile(
+        module, backend="fixpass", options=EAGER | options, fullgraph=True, dynamic=dynamic
+    )
 
 
 @torch.no_grad()

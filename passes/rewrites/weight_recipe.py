@@ -41,6 +41,14 @@ class Cut:
         return sum(prod(fake.shape) * fake.element_size() for fake in fakes)
 
     @property
+    def is_returned(self) -> bool:
+        """Whether the graph returns it, itself or a view of it: told by Dynamo's fake tensors."""
+        mine = _storage(self.node)
+        returned: list[fx.Node] = []
+        fx.node.map_arg(self.node.graph.output_node().args, returned.append)
+        return mine is None or any(_storage(node) == mine for node in returned)
+
+    @property
     def layout(self) -> str:
         """The layout where the value is a weight in one, else ""."""
         if not is_call(self.node, _shuffle, _shuffle.default) or self.node.kwargs:
@@ -90,6 +98,14 @@ def _cut(node: fx.Node, value: Value, values: Mapping[fx.Node, Value]) -> Cut:
             stack += item.all_input_nodes
     sources = sorted(value.sources)
     return Cut(node, value.val, tuple(sources), tuple(sorted(needed)))
+
+
+def _storage(node: fx.Node) -> int | None:
+    """The storage of the fake tensor that Dynamo recorded."""
+    val = node.meta.get("example_value")
+    if not isinstance(val, Tensor) or val.layout != torch.strided:
+        return None
+    return val.untyped_storage()._cdata
 
 
 def _name(node: fx.Node) -> str:

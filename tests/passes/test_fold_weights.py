@@ -85,7 +85,7 @@ def test_a_weight_that_the_graph_writes_is_missed():
         report_of(Reads(counted, of_buffer=True)),
         """\
 fold-weights
-    missed  contiguous: the graph writes into scale
+    missed  mul: the graph writes into scale
 """,
     )
 
@@ -102,6 +102,7 @@ def test_a_value_that_the_graph_writes_is_missed():
         """\
 fold-weights
     missed  turned: the graph writes into it
+    missed  mul: the graph writes into it
 """,
     )
     run = compiled(module)
@@ -134,9 +135,27 @@ def test_a_weight_that_shares_memory_with_an_input_that_is_written_is_missed():
         report_of(step),
         """\
 fold-weights
-    missed  contiguous: the graph writes into scale
+    missed  mul: the graph writes into scale
 """,
     )
+
+
+def test_a_value_that_is_returned_is_missed_because_its_reader_may_write_into_it():
+    def given(x, module):
+        return x, module.turned.t().contiguous()[:4]
+
+    module = Folds()
+    assert_expected_inline(
+        report_of(lambda x: given(x, module)),
+        """\
+fold-weights
+    missed  contiguous: the graph returns it, and whoever gets it may write into it
+""",
+    )
+    run = compiled(lambda x: given(x, module))
+    with torch.no_grad():
+        run(f32(3, 64))[1].zero_()
+    same(run, lambda x: given(x, module), f32(3, 64))
 
 
 def test_little_work_is_missed():
@@ -144,7 +163,7 @@ def test_little_work_is_missed():
         report_of(Reads(lambda weight: weight.t().contiguous(), 8, 8)),
         """\
 fold-weights
-    missed  contiguous: 512 bytes are moved: less than keeping the value costs
+    missed  mul: the graph returns it, and whoever gets it may write into it
 """,
     )
 
@@ -155,7 +174,7 @@ def test_a_value_that_is_much_larger_than_its_weights_is_missed():
         report_of(repeated),
         """\
 fold-weights
-    missed  repeat: f32[512, 64] has 131,072 bytes and its weights have 32,768: it would take 4.0 times their memory
+    missed  mul: the graph returns it, and whoever gets it may write into it
 """,
     )
 
@@ -193,7 +212,7 @@ def test_a_weight_made_in_inference_mode_is_missed():
         found,
         """\
 fold-weights
-    missed  contiguous: weight was made in inference mode, where torch counts no writes
+    missed  mul: the graph returns it, and whoever gets it may write into it
 """,
     )
 
@@ -206,7 +225,7 @@ def test_autocast_is_missed():
         found,
         """\
 fold-weights
-    missed  contiguous: autocast is on, which changes what its operations give
+    missed  mul: the graph returns it, and whoever gets it may write into it
 """,
     )
 

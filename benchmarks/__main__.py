@@ -11,7 +11,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compile_time, load, matching, norms, run_time, strided_norm
+from benchmarks import (
+    compile_time,
+    fold,
+    load,
+    matching,
+    norms,
+    reload,
+    run_time,
+    strided_norm,
+)
 from benchmarks.results import Result
 
 BENCHMARKS: dict[str, Callable[[bool], Result]] = {
@@ -20,6 +29,8 @@ BENCHMARKS: dict[str, Callable[[bool], Result]] = {
     "run-time": run_time.run,
     "strided-norm": strided_norm.run,
     "load": load.run,
+    "fold": fold.run,
+    "reload": reload.run,
 }
 RESULTS = Path(__file__).parent / "results"
 

@@ -11,7 +11,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compile_time, fold_decode, load, matching, norms, run_time, strided_norm
+from benchmarks import (
+    compile_time,
+    fold,
+    fold_decode,
+    load,
+    matching,
+    norms,
+    reload,
+    run_time,
+    strided_norm,
+)
 from benchmarks.results import Result
 
 BENCHMARKS: dict[str, Callable[[bool], Result]] = {
@@ -20,7 +30,9 @@ BENCHMARKS: dict[str, Callable[[bool], Result]] = {
     "run-time": run_time.run,
     "strided-norm": strided_norm.run,
     "load": load.run,
+    "fold": fold.run,
     "fold-decode": fold_decode.run,
+    "reload": reload.run,
 }
 RESULTS = Path(__file__).parent / "results"
 

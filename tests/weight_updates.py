@@ -40,7 +40,7 @@ class Reads(nn.Module):
         self.of_buffer = of_buffer
 
     def forward(self, x):
-        return x, self.how(self.scale if self.of_buffer else self.weight) * 2
+        return self.how(self.scale if self.of_buffer else self.weight) * x.mean()
 
 
 def compiled(module, *, dynamic=None, **options):

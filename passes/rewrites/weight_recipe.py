@@ -105,7 +105,7 @@ def _storage(node: fx.Node) -> int | None:
     val = node.meta.get("example_value")
     if not isinstance(val, Tensor) or val.layout != torch.strided:
         return None
-    return val.untyped_storage()._cdata
+    return int(val.untyped_storage()._cdata)
 
 
 def _name(node: fx.Node) -> str:

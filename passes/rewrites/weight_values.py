@@ -58,10 +58,9 @@ def values_of(graph: fx.Graph, weights: Mapping[fx.Node, Weight]) -> Values:
     """All values of `graph` that depend on `weights` alone, without the weights themselves."""
     values = Values({}, {})
     known: dict[fx.Node, Value] = {}
-    for node, weight in weights.items():
+    for node in weights:
         own = frozenset((node,))
-        known[node] = Value(node, node.meta.get("example_value"), False, own, own)
-        assert weight.node is node
+        known[node] = Value(node, _fresh(node.meta.get("example_value")), False, own, own)
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method") or not _reads_only(node, known):
             continue
@@ -138,11 +137,11 @@ def _evaluate(node: fx.Node, known: Mapping[fx.Node, Value]) -> Value | str:
     try:
         with guards_suppressed(fakes), torch.no_grad(), recorder:
             val = _call(node, args, kwargs)
+    except _ImpureError as error:
+        return str(error)
     # Whatever cannot be computed from weights on fake tensors is no rearrangement.
     except Exception as error:
         return f"it does not run on its own: {type(error).__name__}"
-    if recorder.why:
-        return recorder.why
     if not all(_is_plain(leaf) for leaf in pytree.tree_leaves(val)):
         return "its result is no plain tensor"
     works = recorder.works or any(_passes_on(node, i) for i in inputs)
@@ -176,12 +175,23 @@ def _is_plain(leaf: object) -> bool:
     return leaf is None or isinstance(leaf, (int, float, bool, torch.Size, torch.dtype))
 
 
+def _fresh(val: Any) -> Any:
+    """A fake tensor like one of Dynamo's, which goes on to use its own: nothing may touch that."""
+    if not isinstance(val, FakeTensor) or val.layout != torch.strided:
+        return val
+    with guards_suppressed(val):
+        return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
+
+
+class _ImpureError(Exception):
+    """A call made an op that is no function of its inputs; it was not run."""
+
+
 class _Recorder(TorchDispatchMode):
-    """Sees the ATen ops that a call makes: why they are no function, and whether any is work."""
+    """Stops a call at the first ATen op that is no function, and sees whether any is work."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.why = ""
         self.works = False
 
     def __torch_dispatch__(
@@ -189,7 +199,8 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         # `prim` asks for a device or a layout: it is no operation on values.
         if func.namespace != "prim":
-            self.why = self.why or _impurity(func)
+            if why := _impurity(func):
+                raise _ImpureError(why)
             self.works = self.works or not _is_view(func)
         return func(*args, **(kwargs or {}))
 

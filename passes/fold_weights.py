@@ -39,7 +39,7 @@ class FoldWeights(Pass):
     mode: Mode = "derived"
     touch: bool = False
     """Whether weights may be changed, in mode "inplace"; else it says what could be."""
-    least_bytes: int = 32 << 10
+    least_bytes: int = 256 << 10
     """What must be read and written for a value before keeping it pays for asking at each call."""
     growth: float = 2.0
     """How many times the bytes of its weights a value may have at most."""
@@ -79,7 +79,7 @@ class FoldWeights(Pass):
         for cut, order, recipe in zip(cuts, orders, [build(cut) for cut in cuts], strict=True):
             derive(graph, cut, recipe, weights, result, _aside(order))
         for node, value in values.found.items():
-            if node not in kept and value.works and not value.sources & written:
+            if node not in kept and value.works and value.sources - written:
                 result.missed(node, "the graph writes into it")
 
     def _orders(self, cuts: Sequence[Cut], weights: Mapping[fx.Node, Weight]) -> list[Order]:
@@ -98,9 +98,8 @@ class FoldWeights(Pass):
         for source in cut.sources:
             if weights[source].why:
                 return f"{weights[source].name} {weights[source].why}"
-        moved = cut.source_bytes + cut.nbytes
-        if moved < self.least_bytes:
-            return f"{moved:,} bytes are moved: less than keeping the value costs"
+        if cut.moved < self.least_bytes:
+            return f"{cut.moved:,} bytes are moved: less than keeping the value costs"
         if cut.nbytes > self.growth * cut.source_bytes:
             return (
                 f"{Layout.of(cut.val)} has {cut.nbytes:,} bytes and its weights have "

@@ -11,7 +11,7 @@ from weight_updates import COUNTED, UNCOUNTED, compiled
 
 from fixpass.testing import f32
 
-SIZE = 96  # square, so that all steps fit together, and large enough to be worth keeping
+SIZE = 192  # square, so that all steps fit together, and large enough to be worth keeping
 
 PURE = (
     lambda a, b: a.t(),
@@ -24,7 +24,9 @@ PURE = (
         else a.reshape(SIZE, SIZE)
     ),
     lambda a, b: (
-        a.view(6, 16, 12, 8).permute(0, 2, 1, 3).reshape(SIZE, SIZE) if a.is_contiguous() else a + 1
+        a.view(12, 16, 24, 8).permute(0, 2, 1, 3).reshape(SIZE, SIZE)
+        if a.is_contiguous()
+        else a + 1
     ),
     lambda a, b: a.bfloat16().float(),
     lambda a, b: a + b,

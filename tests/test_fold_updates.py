@@ -154,7 +154,7 @@ import fixpass
 class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.full((64, 128), float(sys.argv[1])))
+        self.weight = torch.nn.Parameter(torch.full((512, 128), float(sys.argv[1])))
 
     def forward(self, x):
         return x @ self.weight.t().contiguous()
@@ -198,7 +198,7 @@ class Waiting(nn.Module):
 
     def __init__(self, wait):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(128, 64))
+        self.weight = nn.Parameter(torch.ones(512, 64))
         self.wait = wait
 
     def forward(self, x):
@@ -246,12 +246,12 @@ def test_an_update_waits_for_a_compiled_call_and_no_call_sees_half_of_it(waiting
         pytest.raises(UpdateError, match=r"calls of the model did not end within 0\.2 s"),
         weights.update(module, timeout=0.2) as update,
     ):
-        update.load("weight", torch.full((128, 64), 2.0))
+        update.load("weight", torch.full((512, 64), 2.0))
     assert module.weight[0, 0] == 1.0
     timer = threading.Timer(0.2, released.set)
     timer.start()
     with weights.update(module) as update:
-        update.load("weight", torch.full((128, 64), 2.0))
+        update.load("weight", torch.full((512, 64), 2.0))
     thread.join(30)
     call()
     timer.join()

@@ -17,14 +17,14 @@ class Folds(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.turned = nn.Parameter(f32(128, 64))
-        self.tiled = nn.Parameter(f32(128, 64))
-        self.gate = nn.Parameter(f32(64, 64))
-        self.up = nn.Parameter(f32(128, 64))
+        self.turned = nn.Parameter(f32(512, 64))
+        self.tiled = nn.Parameter(f32(512, 64))
+        self.gate = nn.Parameter(f32(256, 64))
+        self.up = nn.Parameter(f32(512, 64))
 
     def forward(self, x):
-        tiles = self.tiled.view(8, 16, 4, 16).permute(0, 2, 1, 3)
-        shuffled = tiles.contiguous().view(128, 64)
+        tiles = self.tiled.view(32, 16, 4, 16).permute(0, 2, 1, 3)
+        shuffled = tiles.contiguous().view(512, 64)
         joined = torch.cat([self.gate, self.up])
         return x @ self.turned.t().contiguous(), linear(x, shuffled), linear(x, joined)
 
@@ -35,8 +35,8 @@ class Reads(nn.Module):
     def __init__(self, how, *shape, of_buffer=False, dtype=torch.float32):
         super().__init__()
         self.how = how
-        self.weight = nn.Parameter(torch.randn(*(shape or (128, 64))).to(dtype))
-        self.register_buffer("scale", torch.randn(*(shape or (128, 64))))
+        self.weight = nn.Parameter(torch.randn(*(shape or (512, 64))).to(dtype))
+        self.register_buffer("scale", torch.randn(*(shape or (512, 64))))
         self.of_buffer = of_buffer
 
     def forward(self, x):

@@ -61,7 +61,7 @@ def store(
         except (WeightError, torch.OutOfMemoryError):
             continue
         text = f"{weight.name} is stored in the order {order}: {cut.steps} is a view of it"
-        result.applied(cut.node, text, bytes_saved=cut.source_bytes + cut.nbytes)
+        result.applied(cut.node, text, bytes_saved=cut.moved)
         names[weight.name] = None
     graph.output_node().meta[STORED] = tuple(names)
 
@@ -105,7 +105,7 @@ def derive(
         text = f"{cut.steps} of {names} kept as {Layout.of(cut.val)}, {cut.nbytes:,} bytes{aside}"
     else:
         text = f"{names} is folded into {cut.layout} itself: nothing is kept beside it"
-    result.applied(new, text, bytes_saved=cut.source_bytes + cut.nbytes)
+    result.applied(new, text, bytes_saved=cut.moved)
     cut.node.replace_all_uses_with(new)
     _erase(graph, cut)
 

@@ -23,12 +23,16 @@ assert shuffle_op
 
 @dataclass(frozen=True)
 class Cut:
-    """A computed value that leaves the graph. sources: the weights it reads, in graph order."""
+    """A computed value that leaves the graph.
+
+    sources: the weights it reads, in graph order. moved: bytes read and written to compute it.
+    """
 
     node: fx.Node
     val: Tensor
     sources: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
+    moved: int
 
     @property
     def nbytes(self) -> int:
@@ -97,7 +101,8 @@ def _cut(node: fx.Node, value: Value, values: Mapping[fx.Node, Value]) -> Cut:
             needed.add(item)
             stack += item.all_input_nodes
     sources = sorted(value.sources)
-    return Cut(node, value.val, tuple(sources), tuple(sorted(needed)))
+    moved = sum(values[item].moved for item in needed)
+    return Cut(node, value.val, tuple(sources), tuple(sorted(needed)), moved)
 
 
 def _storage(node: fx.Node) -> int | None:

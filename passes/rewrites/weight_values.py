@@ -21,6 +21,12 @@ from fixpass.passes.rewrites.weight_sources import Weight
 
 # Constants that a rearrangement may need, such as an index.
 FACTORIES = (torch.arange, torch.zeros, torch.ones, torch.full, torch.eye)
+_GATHERS = (
+    torch.ops.aten.embedding.default,
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_select.default,
+    torch.ops.aten.gather.default,
+)
 # Namespaces whose ops are what their schemas say. Ops of other libraries may keep state, and
 # collectives have to run on every rank alike.
 _KNOWN = ("aten", "prims", "fixpass", "quantized_decomposed")
@@ -32,7 +38,8 @@ class Value:
 
     val: what the node gives on fake tensors. works: whether it was computed, and is no view.
     sources: the weights that it depends on. memory: the nodes whose memory it may be a view of.
-    version: how often its memory had been written when it was made.
+    version: how often its memory had been written when it was made. moved: bytes that its own
+    operations read and write.
     """
 
     node: fx.Node
@@ -41,6 +48,7 @@ class Value:
     sources: frozenset[fx.Node]
     memory: frozenset[fx.Node]
     version: int = 0
+    moved: int = 0
 
 
 @dataclass(frozen=True)
@@ -153,6 +161,7 @@ def _evaluate(node: fx.Node, known: Mapping[fx.Node, Value]) -> Value | str:
         frozenset().union(*(i.sources for i in inputs)),
         frozenset().union(*memory) if memory else frozenset((node,)),
         val._version if isinstance(val, Tensor) and not val.is_inference() else 0,
+        recorder.moved,
     )
 
 
@@ -193,16 +202,21 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.works = False
+        self.moved = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         # `prim` asks for a device or a layout: it is no operation on values.
-        if func.namespace != "prim":
-            if why := _impurity(func):
-                raise _ImpureError(why)
-            self.works = self.works or not _is_view(func)
-        return func(*args, **(kwargs or {}))
+        if func.namespace != "prim" and (why := _impurity(func)):
+            raise _ImpureError(why)
+        result = func(*args, **(kwargs or {}))
+        if func.namespace != "prim" and not _is_view(func):
+            self.works = True
+            # Of a table of which some rows are taken, no more than those are read.
+            read = _nbytes(result) if func in _GATHERS else _nbytes((args, kwargs))
+            self.moved += read + _nbytes(result)
+        return result
 
 
 def _impurity(op: torch._ops.OpOverload) -> str:
@@ -216,6 +230,11 @@ def _impurity(op: torch._ops.OpOverload) -> str:
     if torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags:
         return f"{name} depends on the values, not only on the shapes"
     return ""
+
+
+def _nbytes(values: Any) -> int:
+    leaves = pytree.tree_leaves(values)
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def _is_view(op: torch._ops.OpOverload) -> bool:

@@ -37,9 +37,9 @@ def test_a_concatenated_weight_is_an_input_of_its_own():
     assert_expected_inline(
         text(trace(joined, f32(3, 64), Folds()).graph),
         """\
-graph(module_gate: f32[64, 64], module_up: f32[128, 64], x: f32[3, 64], folded_cat: f32[192, 64])
-    permute = permute(folded_cat, [1, 0])  f32[64, 192][1, 64]
-    mm = mm(x, permute)                    f32[3, 192]
+graph(module_gate: f32[256, 64], module_up: f32[512, 64], x: f32[3, 64], folded_cat: f32[768, 64])
+    permute = permute(folded_cat, [1, 0])  f32[64, 768][1, 64]
+    mm = mm(x, permute)                    f32[3, 768]
     return mm
 """,
     )
@@ -47,17 +47,18 @@ graph(module_gate: f32[64, 64], module_up: f32[128, 64], x: f32[3, 64], folded_c
 
 def test_views_of_weights_stay_in_the_graph_and_so_do_views_of_what_was_folded():
     def views(x, module):
-        return x @ module.turned.t(), x.bfloat16() @ module.turned.bfloat16().t()
+        joined = torch.cat([module.gate, module.up]).bfloat16()
+        return x @ module.turned.t(), x.bfloat16() @ joined.t()
 
     assert_expected_inline(
         text(trace(views, f32(3, 64), Folds()).graph),
         """\
-graph(module_turned: f32[128, 64], x: f32[3, 64], folded_bfloat16_1: bf16[128, 64])
-    permute = permute(module_turned, [1, 0])              f32[64, 128][1, 64]
-    mm = mm(x, permute)                                   f32[3, 128]
+graph(module_gate: f32[256, 64], module_up: f32[512, 64], module_turned: f32[512, 64], x: f32[3, 64], folded_joined: bf16[768, 64])
+    permute = permute(module_turned, [1, 0])              f32[64, 512][1, 64]
+    mm = mm(x, permute)                                   f32[3, 512]
     convert_element_type = convert_element_type(x, bf16)  bf16[3, 64]
-    permute_1 = permute(folded_bfloat16_1, [1, 0])        bf16[64, 128][1, 64]
-    mm_1 = mm(convert_element_type, permute_1)            bf16[3, 128]
+    permute_1 = permute(folded_joined, [1, 0])            bf16[64, 768][1, 64]
+    mm_1 = mm(convert_element_type, permute_1)            bf16[3, 768]
     return mm, mm_1
 """,
     )
@@ -68,10 +69,10 @@ def test_the_report_says_what_was_done_to_which_weights():
         report_of(Folds()),
         """\
 fold-weights
-    applied folded_contiguous: view, permute, contiguous of tiled kept as f32[8, 4, 16, 16], 32,768 bytes
-    applied folded_joined: cat of gate, up kept as f32[192, 64], 49,152 bytes
-    applied folded_contiguous_1: t, contiguous of turned kept as f32[64, 128], 32,768 bytes
-bytes saved: 229,376
+    applied folded_contiguous: view, permute, contiguous of tiled kept as f32[32, 4, 16, 16], 131,072 bytes
+    applied folded_joined: cat of gate, up kept as f32[768, 64], 196,608 bytes
+    applied folded_contiguous_1: t, contiguous of turned kept as f32[64, 512], 131,072 bytes
+bytes saved: 917,504
 """,
     )
 
@@ -173,7 +174,7 @@ def test_a_value_that_is_much_larger_than_its_weights_is_missed():
         report_of(repeated),
         """\
 fold-weights
-    missed  repeat: f32[512, 64] has 131,072 bytes and its weights have 32,768: it would take 4.0 times their memory
+    missed  repeat: f32[2048, 64] has 524,288 bytes and its weights have 131,072: it would take 4.0 times their memory
 """,
     )
 

@@ -48,14 +48,14 @@ def test_a_transposed_weight_is_stored_so_that_its_transpose_is_a_view():
         """\
 fold-weights
     applied contiguous_1: turned is stored in the order (1, 0): t, contiguous is a view of it
-bytes saved: 65,536
+bytes saved: 262,144
 fold-weights
-    applied folded_contiguous: view, permute, contiguous of tiled kept as f32[8, 4, 16, 16], 32,768 bytes; not in place: no order of its dimensions makes it a view
-    applied folded_joined: cat of gate, up kept as f32[192, 64], 49,152 bytes; not in place: it has several weights
-bytes saved: 163,840
+    applied folded_contiguous: view, permute, contiguous of tiled kept as f32[32, 4, 16, 16], 131,072 bytes; not in place: no order of its dimensions makes it a view
+    applied folded_joined: cat of gate, up kept as f32[768, 64], 196,608 bytes; not in place: it has several weights
+bytes saved: 655,360
 """,
     )
-    assert module.turned.stride() == (1, 128)
+    assert module.turned.stride() == (1, 512)
 
 
 def test_the_parameter_stays_the_object_that_it_was_at_the_address_that_it_had():
@@ -69,17 +69,17 @@ def test_the_parameter_stays_the_object_that_it_was_at_the_address_that_it_had()
     assert weight.loader is str
     torch.testing.assert_close(weight.detach(), values, rtol=0, atol=0)
     torch.testing.assert_close(module.state_dict()["weight"], values, rtol=0, atol=0)
-    assert weight.stride() == (1, 128)
+    assert weight.stride() == (1, 512)
 
 
 def test_a_stack_of_experts_is_turned_within_each_expert():
-    module = Reads(lambda weight: weight.transpose(1, 2).contiguous(), 4, 64, 32)
+    module = Reads(lambda weight: weight.transpose(1, 2).contiguous(), 8, 128, 64)
     assert_expected_inline(
         reports_of(module),
         """\
 fold-weights
     applied contiguous: weight is stored in the order (0, 2, 1): transpose, contiguous is a view of it
-bytes saved: 65,536
+bytes saved: 524,288
 
 """,
     )
@@ -96,15 +96,15 @@ def test_a_weight_that_is_read_as_it_is_too_is_not_touched():
         reports_of(tied),
         """\
 fold-weights
-    applied folded_contiguous: t, contiguous of turned kept as f32[64, 128], 32,768 bytes; not in place: turned is read as it is, too, by rows
-bytes saved: 65,536
+    applied folded_contiguous: t, contiguous of turned kept as f32[64, 512], 131,072 bytes; not in place: turned is read as it is, too, by rows
+bytes saved: 262,144
 """,
     )
     assert module.turned.is_contiguous()
 
 
 def test_a_weight_whose_memory_others_see_is_not_touched():
-    whole = torch.randn(2, 128, 64)
+    whole = torch.randn(2, 512, 64)
     part, held, folder = Reads(turned), Reads(turned), Reads(turned)
     part.weight = nn.Parameter(whole[0])
     state = held.state_dict()
@@ -113,14 +113,14 @@ def test_a_weight_whose_memory_others_see_is_not_touched():
         reports_of(part) + reports_of(held) + reports_of(folder),
         """\
 fold-weights
-    applied folded_contiguous: t, contiguous of weight kept as f32[64, 128], 32,768 bytes; not in place: weight: it is a part of a larger storage
-bytes saved: 65,536
+    applied folded_contiguous: t, contiguous of weight kept as f32[64, 512], 131,072 bytes; not in place: weight: it is a part of a larger storage
+bytes saved: 262,144
 fold-weights
-    applied folded_contiguous: t, contiguous of weight kept as f32[64, 128], 32,768 bytes; not in place: weight: another tensor shares its memory
-bytes saved: 65,536
+    applied folded_contiguous: t, contiguous of weight kept as f32[64, 512], 131,072 bytes; not in place: weight: another tensor shares its memory
+bytes saved: 262,144
 fold-weights
-    applied folded_contiguous: t, contiguous of weight kept as f32[64, 128], 32,768 bytes; not in place: weight: other processes share its memory
-bytes saved: 65,536
+    applied folded_contiguous: t, contiguous of weight kept as f32[64, 512], 131,072 bytes; not in place: weight: other processes share its memory
+bytes saved: 262,144
 """,
     )
     assert part.weight.is_contiguous()
@@ -135,8 +135,8 @@ def test_explain_touches_no_weight_and_says_what_could_be():
         str(Report(found.of_pass("fold-weights"))),
         """\
 fold-weights
-    applied folded_contiguous: t, contiguous of weight kept as f32[64, 128], 32,768 bytes; a weight stored in the order (1, 0) would make it a view
-bytes saved: 65,536
+    applied folded_contiguous: t, contiguous of weight kept as f32[64, 512], 131,072 bytes; a weight stored in the order (1, 0) would make it a view
+bytes saved: 262,144
 """,
     )
     assert module.weight.is_contiguous()
@@ -167,7 +167,7 @@ def test_weights_that_are_replaced_again_and_again_by_row_major_ones_compile_onc
     same(run, module, x)
     compiles = counters["stats"]["unique_graphs"]
     for _ in range(12):
-        module.weight.data = torch.randn(128, 64)
+        module.weight.data = torch.randn(512, 64)
         same(run, module, x)
     assert counters["stats"]["unique_graphs"] == compiles + 1
 
@@ -196,7 +196,7 @@ def test_through_inductor_with_dynamic_sizes():
     class Turned(nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight = nn.Parameter(torch.randn(128, 64))
+            self.weight = nn.Parameter(torch.randn(512, 64))
             self.other = nn.Linear(64, 128)
 
         def forward(self, x):
@@ -207,4 +207,4 @@ def test_through_inductor_with_dynamic_sizes():
     run = torch.compile(module, backend="fixpass", options={"fold": "inplace"}, dynamic=True)
     for rows in (2, 5):
         same(run, module, f32(rows, 64))
-    assert module.weight.stride() == (1, 128)
+    assert module.weight.stride() == (1, 512)

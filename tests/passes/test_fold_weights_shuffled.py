@@ -18,7 +18,7 @@ class Shuffled(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(128, 64))
+        self.weight = nn.Parameter(torch.randn(512, 64))
 
     def forward(self, x):
         return linear(x, weights.shuffle_weight(self.weight, "aiter_16x16"))
@@ -41,8 +41,8 @@ def test_a_shuffled_weight_is_kept_beside_the_weight():
         report_of(Shuffled(), "derived"),
         """\
 fold-weights
-    applied folded_result: fixpass.shuffle_weight of weight kept as f32[128, 64], 32,768 bytes
-bytes saved: 65,536
+    applied folded_result: fixpass.shuffle_weight of weight kept as f32[512, 64], 131,072 bytes
+bytes saved: 262,144
 """,
     )
 
@@ -52,8 +52,8 @@ def test_in_place_the_report_names_the_call_that_folds_the_weight_itself():
         report_of(Shuffled(), "inplace"),
         """\
 fold-weights
-    applied folded_result: fixpass.shuffle_weight of weight kept as f32[128, 64], 32,768 bytes; not in place: only its module can show logical values: fixpass.weights.fold_model(model, {'weight': 'aiter_16x16'}) folds it there
-bytes saved: 65,536
+    applied folded_result: fixpass.shuffle_weight of weight kept as f32[512, 64], 131,072 bytes; not in place: only its module can show logical values: fixpass.weights.fold_model(model, {'weight': 'aiter_16x16'}) folds it there
+bytes saved: 262,144
 """,
     )
 
@@ -66,7 +66,7 @@ def test_of_a_folded_weight_nothing_is_kept():
         """\
 fold-weights
     applied folded_result: weight is folded into aiter_16x16 itself: nothing is kept beside it
-bytes saved: 65,536
+bytes saved: 262,144
 """,
     )
 
@@ -107,7 +107,7 @@ def test_updates_of_a_folded_weight_are_those_of_its_logical_values():
     run = compiled(module)
     plain = Shuffled()
     for step in range(3):
-        values = torch.randn(128, 64)
+        values = torch.randn(512, 64)
         if step == 0:
             module.load_state_dict({"weight": values})
         elif step == 1:

@@ -178,10 +178,15 @@ class Commit:
         self.manifest.check(now, moved=moved)
         bump(self.model, self.options.version)
         if self.options.scope == "model":
-            mine = {id(tensor) for tensor in tensors_of(self.model)}
-            for gate in over(tensors_of(self.model)):
-                if all(id(tensor) in mine for tensor in gate.covers()):
-                    gate.poisoned = ""
+            self._heal()
+
+    def _heal(self) -> None:
+        """All weights were written: gates that cover nothing else are whole again."""
+        poisoned = [gate for gate in over(tensors_of(self.model)) if gate.poisoned]
+        mine = {id(tensor) for tensor in tensors_of(self.model)} if poisoned else set()
+        for gate in poisoned:
+            if mine.issuperset(id(tensor) for tensor in gate.covers()):
+                gate.poisoned = ""
 
     def _poison(self, gates: Iterable[Gate], error: BaseException) -> None:
         text = (

@@ -30,7 +30,8 @@ from fixpass.runtime.weights.places import Places
 class Prepared:
     """Copies to make, loads that parameters' own loaders do, and the report of it all.
 
-    written: names of parameters. covered: of those not written whole, bytes written and all bytes.
+    copies: as if no parameter were folded; `places.putting` makes them true. written: names of
+    parameters. covered: of those not written whole, bytes written and all bytes.
     """
 
     copies: list[Copy]
@@ -76,8 +77,7 @@ class Collected:
         gone = {missing.name for missing in untouched}
         written = (*plan.loaded, *(m.name for m in partial if m.name not in gone))
         written = (*written, *(name for name in covered if name not in plan.loaded))
-        copies = places.putting(plan.copies)
-        return Prepared(copies, plan.own, plan.report(), written, covered, places)
+        return Prepared(plan.copies, plan.own, plan.report(), written, covered, places)
 
     def _add_parts(self, plan: Plan, places: Places, cast: bool) -> dict[str, tuple[int, int]]:
         covered = {}

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -59,7 +59,7 @@ class Commit:
         prepared = self.prepare(places(self.live))
         if self.options.mode == "double":
             return self._double(prepared)
-        work = [*prepared.copies, *self._own(prepared)]
+        work = prepared.places.putting([*prepared.copies, *self._own(prepared)])
         if self.options.finite and self.options.mode == "staged":
             check_finite((c.stored.name, p) for c in work for p in values_of(c.stored))
         gates = over(self.live[name].tensor for name in prepared.written)
@@ -114,8 +114,9 @@ class Commit:
     def _double(self, prepared: Prepared) -> tuple[Prepared, float]:
         written = [self.live[name].tensor for name in prepared.written]
         double = Double(self.model, written)
-        prepared = self.prepare(places(self.live, double.back))
-        work = [*prepared.copies, *self._own(prepared)]
+        copies = [*prepared.copies, *self._own(prepared)]
+        moved = [replace(copy, target=double.on_back(copy.target)) for copy in copies]
+        work = places(self.live, double.back).putting(moved)
         double.keep_the_rest(0 if prepared.covered or prepared.own else _bytes(written))
         self._write(work)
         if self.options.finite:
@@ -136,12 +137,11 @@ class Commit:
 
     def _own(self, prepared: Prepared) -> list[Copy]:
         """What loaders of parameters' own made of their tensors, on stand-ins, as copies."""
-        made = [
+        return [
             copy
             for load in prepared.own
             for copy in _run_own(load, self.live[load.target.name], self.options.threads)
         ]
-        return prepared.places.putting(made)
 
     @contextmanager
     def _closed(self, gates: tuple[Gate, ...]) -> Iterator[float]:

@@ -6,6 +6,7 @@ through `.data` or numpy, of which torch tells nobody: see writes.
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -42,7 +43,7 @@ def changes(param: Tensor) -> Changes:
     """
     local = param._local_tensor if isinstance(param, DTensor) else param
     count = -1 if local.is_inference() else local._version
-    return count, local.data_ptr()
+    return count, local.data_ptr() if local.layout == torch.strided else 0
 
 
 def all_changes(params: Iterable[Tensor]) -> tuple[Changes, ...]:

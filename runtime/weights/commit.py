@@ -10,7 +10,7 @@ Calls go on until the last moment; addresses change.
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -74,7 +74,7 @@ class Commit:
     def tensors(self) -> dict[str, Tensor]:
         return {name: target.tensor for name, target in self.live.items()}
 
-    def _staged(self, gates: Iterable[Gate], work: list[Copy]) -> None:
+    def _staged(self, gates: Collection[Gate], work: list[Copy]) -> None:
         interrupt = None
         try:
             self._write(work)
@@ -87,7 +87,7 @@ class Commit:
                 self._poison(gates, again)
                 raise
         try:
-            self._finish()
+            self._finish(gates)
         except BaseException as error:
             self._poison(gates, error)
             raise
@@ -95,7 +95,7 @@ class Commit:
             interrupt.add_note("the update was finished first: its weights are in place")
             raise interrupt
 
-    def _journal(self, gates: Iterable[Gate], work: list[Copy], names: Sequence[str]) -> None:
+    def _journal(self, gates: Collection[Gate], work: list[Copy], names: Sequence[str]) -> None:
         written = [self.live[name].tensor for name in names]
         journal = Journal()
         try:
@@ -105,7 +105,7 @@ class Commit:
                 self._write(work)
                 if self.options.finite:
                     check_finite(zip(names, written, strict=True))
-                self._finish()
+                self._finish(gates)
         except BaseException as error:
             if not journal.restored:
                 self._poison(gates, error)
@@ -120,13 +120,13 @@ class Commit:
         double.keep_the_rest(0 if prepared.covered or prepared.own else _bytes(written))
         self._write(work)
         if self.options.finite:
-            backs = [double.back[id(param)] for param in written]
-            check_finite(zip(prepared.written, backs, strict=True))
+            back = double.back
+            check_finite((name, back[id(self.live[name].tensor)]) for name in prepared.written)
         gates = over(written)
         with self._closed(gates) as began:
             double.flip()
             try:
-                self._finish(moved=True)
+                self._finish(gates, moved=True)
             except BaseException:
                 double.flip()
                 raise
@@ -177,21 +177,18 @@ class Commit:
                 SavedState(state, version, to, self.options.mode, os.getpid()),
             )
 
-    def _finish(self, *, moved: bool = False) -> None:
+    def _finish(self, gates: Collection[Gate], *, moved: bool = False) -> None:
         """Check that nothing but values changed, and give them their version."""
         now = {name: target.tensor for name, target in targets(self.model).items()}
         self.manifest.check(now, moved=moved)
-        bump(self.model, self.options.version)
-        if self.options.scope == "model":
-            self._heal()
-
-    def _heal(self) -> None:
-        """All weights were written: gates that cover nothing else are whole again."""
-        poisoned = [gate for gate in over(tensors_of(self.model)) if gate.poisoned]
-        mine = {id(tensor) for tensor in tensors_of(self.model)} if poisoned else set()
-        for gate in poisoned:
-            if mine.issuperset(id(tensor) for tensor in gate.covers()):
-                gate.poisoned = ""
+        poisoned = [gate for gate in gates if gate.poisoned]
+        if poisoned and self.options.scope == "model":
+            mine = {id(tensor) for tensor in tensors_of(self.model)}
+            for gate in poisoned:
+                # Whoever covers more may still have a mixture.
+                if mine.issuperset(id(tensor) for tensor in gate.covers()):
+                    gate.poisoned = ""
+        bump(self.model, self.options.version, gates)
 
     def _poison(self, gates: Iterable[Gate], error: BaseException) -> None:
         text = (

@@ -256,3 +256,47 @@ def test_an_update_waits_for_a_compiled_call_and_no_call_sees_half_of_it(waiting
     call()
     timer.join()
     assert [tuple(out[0, 0].item() for out in pair) for pair in outs] == [(64, 64), (128, 128)]
+
+
+@pytest.mark.parametrize("fold", ["derived", "inplace"])
+@pytest.mark.parametrize("mode", ["staged", "journal", "double"])
+def test_updates_in_every_mode_are_seen_and_compile_nothing_again(mode, fold):
+    module, x = Folds(), f32(3, 64)
+    with torch.no_grad():
+        run = compiled(module, fold=fold)
+        same(run, module, x)
+        compiles = counters["stats"]["unique_graphs"]
+        for _ in range(3):
+            values = {name: torch.randn(p.shape) for name, p in module.named_parameters()}
+            with weights.update(module, mode) as update:
+                update.load_state_dict(values)
+            same(run, module, x)
+            weights.reload(module, {name: torch.randn(v.shape) for name, v in values.items()})
+            same(run, module, x)
+    assert counters["stats"]["unique_graphs"] == compiles
+
+
+def test_an_update_that_fails_leaves_the_old_values():
+    module, x = Folds(), f32(3, 64)
+
+    def dying():
+        yield "gate", torch.zeros(256, 64)
+        raise RuntimeError("the source died")
+
+    with torch.no_grad():
+        run = compiled(module)
+        wanted = run(x)
+        with pytest.raises(RuntimeError, match="the source died"):
+            weights.reload(module, dying())
+        torch.testing.assert_close(run(x), wanted, rtol=0, atol=0)
+
+
+def test_a_weight_of_another_shape_compiles_again_and_is_right():
+    module, x = Reads(lambda weight: weight.t().contiguous()), f32(3, 64)
+    with torch.no_grad():
+        run = compiled(module)
+        same(run, module, x)
+        module.weight.data = torch.randn(1024, 64)
+        same(run, module, x)
+        module.weight = nn.Parameter(torch.randn(512, 64).bfloat16())
+        same(run, module, x)

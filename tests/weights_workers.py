@@ -97,6 +97,23 @@ def update_sharded(mode, way):
     return wrong, same, version(model)
 
 
+def write_plainly():
+    """What becomes of a copy into a sharded parameter, and of a write into a gathered one."""
+    model, said = sharded(), ""
+    try:
+        with torch.no_grad():
+            model[0].up.weight.copy_(torch.ones(32, 16))
+    except RuntimeError as error:
+        said = str(error)
+    model.unshard()
+    model[0].unshard()
+    with torch.no_grad():
+        model[0].up.weight.fill_(7.0)
+    model[0].reshard()
+    lost = not bool((model[0].up.weight.full_tensor() == 7.0).any())
+    return said, "lost" if lost else "kept"
+
+
 def refuse_sharded():
     """What a sharded model says to a fold and to a second set of memory."""
     from fixpass.runtime.weights.fold import fold

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping as Named
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from fixpass.runtime.checkpoint.place import Placed, check_dtype
 from fixpass.runtime.checkpoint.plan import NOTHING_STORED, Plan, make_plan, placed_copies
 from fixpass.runtime.checkpoint.read import Copy
 from fixpass.runtime.checkpoint.report import LoadReport, some
-from fixpass.runtime.checkpoint.stored import MemoryPiece, Stored, describe
+from fixpass.runtime.checkpoint.stored import FilePiece, MemoryPiece, Stored, describe
 from fixpass.runtime.errors import CheckpointError, UpdateError
 from fixpass.runtime.weights.options import Scope
 from fixpass.runtime.weights.places import Places
@@ -30,7 +31,8 @@ from fixpass.runtime.weights.places import Places
 class Prepared:
     """Copies to make, loads that parameters' own loaders do, and the report of it all.
 
-    written: names of parameters. covered: of those not written whole, bytes written and all bytes.
+    copies: as if no parameter were folded; `places.putting` makes them true. written: names of
+    parameters. covered: of those not written whole, bytes written and all bytes.
     """
 
     copies: list[Copy]
@@ -76,8 +78,7 @@ class Collected:
         gone = {missing.name for missing in untouched}
         written = (*plan.loaded, *(m.name for m in partial if m.name not in gone))
         written = (*written, *(name for name in covered if name not in plan.loaded))
-        copies = places.putting(plan.copies)
-        return Prepared(copies, plan.own, plan.report(), written, covered, places)
+        return Prepared(plan.copies, plan.own, plan.report(), written, covered, places)
 
     def _add_parts(self, plan: Plan, places: Places, cast: bool) -> dict[str, tuple[int, int]]:
         covered = {}
@@ -114,8 +115,26 @@ def in_staging(stored: Stored, threads: int) -> Stored:
             if isinstance(piece, MemoryPiece)
         ]
         return replace(stored, pieces=tuple(kept))
-    piece = MemoryPiece(in_memory(stored, threads), Box.whole(stored.shape))
-    return replace(stored, pieces=(piece,))
+    try:
+        values = in_memory(stored, threads)
+    except CheckpointError as error:
+        error.add_note(f"while {stored} was read; the weights are as before")
+        raise
+    return replace(stored, pieces=(MemoryPiece(values, Box.whole(stored.shape)),))
+
+
+def cut_off(copies: Sequence[Copy]) -> str:
+    """The tensors whose files are shorter now than they were, in words; empty where none is."""
+    sizes: dict[Path, int] = {}
+    found = []
+    for copy in copies:
+        if isinstance(piece := copy.piece, FilePiece):
+            if piece.path not in sizes:
+                sizes[piece.path] = piece.path.stat().st_size if piece.path.exists() else 0
+            end = piece.offset + piece.box.numel * copy.stored.dtype.itemsize
+            if end > sizes[piece.path]:
+                found.append(str(copy.stored))
+    return f"not in the file any more: {some(found)}" if found else ""
 
 
 def _placed(stored: Stored, start: Shape, whole: Shape, name: str) -> Placed:

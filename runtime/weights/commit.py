@@ -10,9 +10,9 @@ Calls go on until the last moment; addresses change.
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,7 +29,7 @@ from fixpass.runtime.checkpoint.read import Copy, copies, read
 from fixpass.runtime.checkpoint.stored import MemoryPiece, Stored
 from fixpass.runtime.checkpoint.targets import Target, targets
 from fixpass.runtime.errors import CheckpointError, UpdateError, VersionError
-from fixpass.runtime.weights.collected import Prepared, values_of
+from fixpass.runtime.weights.collected import Prepared, cut_off, values_of
 from fixpass.runtime.weights.double import Double
 from fixpass.runtime.weights.fold import logical
 from fixpass.runtime.weights.gate import Gate, closed, gate_of, over, tensors_of
@@ -59,7 +59,7 @@ class Commit:
         prepared = self.prepare(places(self.live))
         if self.options.mode == "double":
             return self._double(prepared)
-        work = [*prepared.copies, *self._own(prepared)]
+        work = prepared.places.putting([*prepared.copies, *self._own(prepared)])
         if self.options.finite and self.options.mode == "staged":
             check_finite((c.stored.name, p) for c in work for p in values_of(c.stored))
         gates = over(self.live[name].tensor for name in prepared.written)
@@ -74,7 +74,7 @@ class Commit:
     def tensors(self) -> dict[str, Tensor]:
         return {name: target.tensor for name, target in self.live.items()}
 
-    def _staged(self, gates: Iterable[Gate], work: list[Copy]) -> None:
+    def _staged(self, gates: Collection[Gate], work: list[Copy]) -> None:
         interrupt = None
         try:
             self._write(work)
@@ -87,7 +87,7 @@ class Commit:
                 self._poison(gates, again)
                 raise
         try:
-            self._finish()
+            self._finish(gates)
         except BaseException as error:
             self._poison(gates, error)
             raise
@@ -95,7 +95,7 @@ class Commit:
             interrupt.add_note("the update was finished first: its weights are in place")
             raise interrupt
 
-    def _journal(self, gates: Iterable[Gate], work: list[Copy], names: Sequence[str]) -> None:
+    def _journal(self, gates: Collection[Gate], work: list[Copy], names: Sequence[str]) -> None:
         written = [self.live[name].tensor for name in names]
         journal = Journal()
         try:
@@ -105,7 +105,7 @@ class Commit:
                 self._write(work)
                 if self.options.finite:
                     check_finite(zip(names, written, strict=True))
-                self._finish()
+                self._finish(gates)
         except BaseException as error:
             if not journal.restored:
                 self._poison(gates, error)
@@ -114,34 +114,39 @@ class Commit:
     def _double(self, prepared: Prepared) -> tuple[Prepared, float]:
         written = [self.live[name].tensor for name in prepared.written]
         double = Double(self.model, written)
-        prepared = self.prepare(places(self.live, double.back))
-        work = [*prepared.copies, *self._own(prepared)]
+        copies = [*prepared.copies, *self._own(prepared)]
+        moved = [replace(copy, target=double.on_back(copy.target)) for copy in copies]
+        work = places(self.live, double.back).putting(moved)
         double.keep_the_rest(0 if prepared.covered or prepared.own else _bytes(written))
         self._write(work)
         if self.options.finite:
-            backs = [double.back[id(param)] for param in written]
-            check_finite(zip(prepared.written, backs, strict=True))
+            back = double.back
+            check_finite((name, back[id(self.live[name].tensor)]) for name in prepared.written)
         gates = over(written)
         with self._closed(gates) as began:
             double.flip()
             try:
-                self._finish(moved=True)
+                self._finish(gates, moved=True)
             except BaseException:
                 double.flip()
                 raise
         return prepared, time.perf_counter() - began
 
     def _write(self, work: list[Copy]) -> None:
-        read(work, threads=self.options.threads, advance=self.options.advance)
+        try:
+            read(work, threads=self.options.threads, advance=self.options.advance)
+        except CheckpointError as error:
+            if cut := cut_off(work):
+                error.add_note(f"{cut}; the weights are as before")
+            raise
 
     def _own(self, prepared: Prepared) -> list[Copy]:
         """What loaders of parameters' own made of their tensors, on stand-ins, as copies."""
-        made = [
+        return [
             copy
             for load in prepared.own
             for copy in _run_own(load, self.live[load.target.name], self.options.threads)
         ]
-        return prepared.places.putting(made)
 
     @contextmanager
     def _closed(self, gates: tuple[Gate, ...]) -> Iterator[float]:
@@ -172,16 +177,18 @@ class Commit:
                 SavedState(state, version, to, self.options.mode, os.getpid()),
             )
 
-    def _finish(self, *, moved: bool = False) -> None:
+    def _finish(self, gates: Collection[Gate], *, moved: bool = False) -> None:
         """Check that nothing but values changed, and give them their version."""
         now = {name: target.tensor for name, target in targets(self.model).items()}
         self.manifest.check(now, moved=moved)
-        bump(self.model, self.options.version)
-        if self.options.scope == "model":
+        poisoned = [gate for gate in gates if gate.poisoned]
+        if poisoned and self.options.scope == "model":
             mine = {id(tensor) for tensor in tensors_of(self.model)}
-            for gate in over(tensors_of(self.model)):
-                if all(id(tensor) in mine for tensor in gate.covers()):
+            for gate in poisoned:
+                # Whoever covers more may still have a mixture.
+                if mine.issuperset(id(tensor) for tensor in gate.covers()):
                     gate.poisoned = ""
+        bump(self.model, self.options.version, gates)
 
     def _poison(self, gates: Iterable[Gate], error: BaseException) -> None:
         text = (

@@ -45,7 +45,7 @@ class Double:
     @property
     def back(self) -> dict[int, Tensor]:
         """For the id of each tensor, what it will be."""
-        return {id(tensor): self._on_back(tensor) for tensor in self._moved}
+        return {id(tensor): self.on_back(tensor) for tensor in self._moved}
 
     def keep_the_rest(self, covered: int) -> None:
         """Copy the old bytes where fewer than all of the memory, `covered` bytes, are written."""
@@ -56,7 +56,7 @@ class Double:
     def flip(self) -> None:
         """Put the other memory in place; again, the first. The caller has closed the gate."""
         packs = {id(p.pack): p.pack for t in self._moved if (p := packed(t)) is not None}
-        after = [(tensor, self._on_back(tensor)) for tensor in (*self._moved, *packs.values())]
+        after = [(tensor, self.on_back(tensor)) for tensor in (*self._moved, *packs.values())]
         before = [(tensor, tensor.detach()) for tensor, _ in after]
         try:
             _point(after)
@@ -68,7 +68,8 @@ class Double:
         self._back = {back.data_ptr(): live for live, back in pairs}
         _SPARE[self._model] = list(self._back.values())
 
-    def _on_back(self, tensor: Tensor) -> Tensor:
+    def on_back(self, tensor: Tensor) -> Tensor:
+        """The same part of the other memory."""
         back = self._back[tensor.untyped_storage().data_ptr()]
         view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         return view.set_(
@@ -93,6 +94,11 @@ def _fresh(live: Tensor, spare: list[Tensor]) -> Tensor:
 
 def _check(tensor: Tensor) -> None:
     what = f"a parameter of {tuple(tensor.shape)} "
+    if tensor.is_inference():
+        raise UpdateError(
+            what + "was made in inference mode, and its memory cannot be exchanged: use "
+            "mode='staged' or 'journal'"
+        )
     if isinstance(tensor, DTensor):
         raise UpdateError(what + "is a DTensor, whose memory FSDP2 holds too: not mode='double'")
     if tensor.device.type == "cpu" and tensor.untyped_storage().is_shared():

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from fixpass.runtime.errors import LayoutError
 from fixpass.runtime.weights.alias import packed
 from fixpass.runtime.weights.inplace import permute_in_place
-from fixpass.runtime.weights.layouts import Derived, Layout, Pad, named
+from fixpass.runtime.weights.layouts import Alias, Derived, Layout, Pad, named
 from fixpass.runtime.weights.plan import Plan, dense, resolve
 from fixpass.runtime.weights.region import Region, read, write
 from fixpass.runtime.weights.table import Folded, forget, memory_of, record, record_of
@@ -106,6 +106,8 @@ def check_foldable(param: Tensor, layout: Layout, name: str) -> None:
         raise LayoutError(what + f"it is {param.layout}. to_dense() first")
     if packed(param) is not None:
         raise LayoutError(what + "it is part of a pack. fixpass.weights.unpack it first")
+    if any(isinstance(fold, Alias) for fold in layout.folds):
+        raise LayoutError(what + "it is of several parameters. fixpass.weights.pack takes them")
     if any(isinstance(fold, Derived) for fold in layout.folds):
         raise LayoutError(what + "the layout loses values, and the parameter is their source")
 

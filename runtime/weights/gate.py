@@ -137,16 +137,19 @@ def reading(module: nn.Module) -> AbstractContextManager[int]:
 
 
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers of a module."""
-    yield from module.parameters()
-    yield from module.buffers()
+    """Parameters and buffers of a module; one that is tied, more than once."""
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            yield from (tensor for tensor in held.values() if tensor is not None)
 
 
 def over(tensors: Iterable[Tensor]) -> tuple[Gate, ...]:
     """All gates that cover one of these tensors, of models, of parts and of compiled graphs."""
     wanted = {id(tensor) for tensor in tensors}
     return tuple(
-        gate for gate in list(_GATES) if any(id(tensor) in wanted for tensor in gate.covers())
+        gate
+        for gate in list(_GATES)
+        if not wanted.isdisjoint(id(tensor) for tensor in gate.covers())
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from fixpass.runtime.errors import UpdateError
 
@@ -30,6 +31,7 @@ class Identity:
     @staticmethod
     def of(param: Tensor) -> "Identity":
         local = _local(param)
+        strided = local.layout == torch.strided
         return Identity(
             param,
             type(param),
@@ -37,32 +39,33 @@ class Identity:
             param.requires_grad,
             local.dtype,
             tuple(local.shape),
-            tuple(local.stride()),
-            local.data_ptr(),
+            local.stride() if strided else (),
+            local.data_ptr() if strided else 0,
         )
 
     def violations(self, param: Tensor | None, *, moved: bool = False) -> list[str]:
         """What is different now; with `moved` the address may be another."""
         if param is not self.param:
             return ["another object is in its place"]
-        local, found = _local(param), []
+        now, found = Identity.of(param), []
         if type(param) is not self.kind:
             found.append(f"its class was {self.kind.__name__} and is {type(param).__name__}")
-        for key in sorted({*self.attributes, *vars(param)}):
-            if key not in vars(param):
+        for key in sorted({*self.attributes, *now.attributes}):
+            if key not in now.attributes:
                 found.append(f"attribute {key!r} is gone")
             elif key not in self.attributes:
                 found.append(f"attribute {key!r} is new")
-            elif vars(param)[key] is not self.attributes[key]:
+            elif now.attributes[key] is not self.attributes[key]:
                 found.append(f"attribute {key!r} is another object")
-        pairs = (
-            ("requires_grad", self.requires_grad, param.requires_grad),
-            ("dtype", self.dtype, local.dtype),
-            ("shape", self.shape, tuple(local.shape)),
-            ("stride", self.stride, tuple(local.stride())),
-            ("address", self.pointer if not moved else 0, local.data_ptr() if not moved else 0),
-        )
-        found += [f"{what} was {was} and is {now}" for what, was, now in pairs if was != now]
+        pairs = [
+            ("requires_grad", self.requires_grad, now.requires_grad),
+            ("dtype", self.dtype, now.dtype),
+            ("shape", self.shape, now.shape),
+            ("stride", self.stride, now.stride),
+        ]
+        if not moved:
+            pairs.append(("address", self.pointer, now.pointer))
+        found += [f"{what} was {was} and is {then}" for what, was, then in pairs if was != then]
         return found
 
 
@@ -89,6 +92,4 @@ class Manifest:
 
 def _local(param: Tensor) -> Tensor:
     """The memory of this rank: of a DTensor, its local part."""
-    from torch.distributed.tensor import DTensor
-
     return param._local_tensor if isinstance(param, DTensor) else param

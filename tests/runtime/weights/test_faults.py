@@ -161,6 +161,12 @@ def test_a_sharded_model_is_updated_from_whole_tensors_and_from_shards(two, mode
         assert number == 2
 
 
+def test_plain_writes_into_a_sharded_model_are_refused_or_lost(two):
+    for copied, written in two.run(workers.write_plainly):
+        assert "mixed torch.Tensor and DTensor" in copied
+        assert written == "lost"
+
+
 def test_a_sharded_model_refuses_folds_and_a_second_set_of_memory(two):
     for folded, doubled in two.run(workers.refuse_sharded):
         assert (

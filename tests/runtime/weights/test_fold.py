@@ -209,7 +209,7 @@ def test_parameters_without_memory_of_their_own_are_refused():
 
 
 def test_a_layout_of_several_parameters_is_no_fold_of_one():
-    refused("made of several tensors", parameter(2, 2), "qkv_pack")
+    refused("is of several parameters. fixpass.weights.pack", parameter(2, 2), "qkv_pack")
 
 
 def test_data_replaced_behind_a_fold_is_noticed_before_bytes_are_turned_back():

@@ -12,9 +12,8 @@ from fixpass.runtime.errors import CheckpointError, FixpassError, UpdateError, V
 from fixpass.runtime.weights.alias import pack
 from fixpass.runtime.weights.fold import layout_of
 from fixpass.runtime.weights.gate import gate_of
-from fixpass.runtime.weights.protect import fold_model
 from fixpass.runtime.weights.transaction import update
-from fixpass.runtime.weights.versions import version
+from fixpass.runtime.weights.versions import changes, version
 
 
 @pytest.fixture(params=MODES)
@@ -162,38 +161,6 @@ def test_the_senders_buffer_may_be_used_again_in_mode_staged():
     assert torch.equal(model.weight, torch.ones(4, 4))
 
 
-class Rows(nn.Module):
-    """A parameter with a loader of an engine: narrows its own rows out of the stored tensor."""
-
-    def __init__(self, rank=1):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(32, 64), requires_grad=False)
-        self.weight.output_dim = 0
-        self.weight.weight_loader = self.weight_loader
-        self.rank = rank
-
-    def weight_loader(self, param, loaded):
-        part = loaded.narrow(param.output_dim, 32 * self.rank, 32)
-        assert param.shape == part.shape
-        param.data.copy_(part)
-
-
-def test_a_loader_of_a_parameters_own_is_used_and_may_fail(mode):
-    model, whole = Rows(), torch.randn(64, 64)
-    fold_model(model, {"weight": "aiter_16x16"})
-    for _ in range(2):
-        with update(model, mode) as tx:
-            tx.load("weight", whole)
-        assert torch.equal(model.weight, aiter(whole[32:]))
-    model.rank = 7
-    with (
-        pytest.raises(CheckpointError, match="weight_loader of 'weight' did not take"),
-        update(model, mode) as tx,
-    ):
-        tx.load("weight", whole)
-    assert torch.equal(model.weight, aiter(whole[32:]))
-
-
 def test_calls_are_held_back_and_see_one_version(mode):
     model, seen = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)), []
     stop = threading.Event()
@@ -283,7 +250,10 @@ def test_layouts_outlive_updates(mode):
     assert layout_of(model.shuffled.weight).name == "aiter_16x16"
 
 
-def test_memory_that_others_share_is_not_doubled():
-    model = nn.Linear(2, 2).share_memory()
-    with pytest.raises(UpdateError, match="shared memory"), update(model, "double") as tx:
-        tx.load_state_dict(model.state_dict())
+def test_every_write_of_an_update_changes_the_key_of_its_parameter(mode):
+    model = model_of()
+    before = {name: changes(param) for name, param in model.named_parameters()}
+    with update(model, mode) as tx:
+        tx.load_state_dict(values(1))
+    after = {name: changes(param) for name, param in model.named_parameters()}
+    assert [name for name in before if before[name] == after[name]] == []

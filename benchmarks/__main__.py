@@ -22,6 +22,9 @@ from benchmarks import (
     run_time,
     strided_norm,
     vllm_serving,
+    fold,
+    fold_decode,
+    reload,
 )
 from benchmarks.results import Result
 
@@ -36,6 +39,9 @@ BENCHMARKS: dict[str, Callable[[bool], Result]] = {
     "vllm-serving": vllm_serving.run,
     "vllm-start": vllm_serving.run_starts,
     "guards": guards.run,
+    "fold": fold.run,
+    "fold-decode": fold_decode.run,
+    "reload": reload.run,
 }
 # What needs more than `make` installs runs only where it is named.
 BY_NAME = frozenset({"vllm-serving", "vllm-start"})

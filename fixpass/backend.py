@@ -19,11 +19,11 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from fixpass.capture import compile_graphs
 from fixpass.config import Config
+from fixpass.entry import enter
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.report import Report
 from fixpass.plan import (
     check_torch,
-    entry_pipeline,
     graph_pipeline,
     present_target,
     register_lowerings,
@@ -54,17 +54,17 @@ def fixpass(
     config = Config.resolve(options)
     patches = dict(list_mode_options(mode, dynamic)) if mode else {}
     specialize_eps(gm.graph)
-    report = entry_pipeline(config).run(gm.graph)
-    if report.of_kind("applied"):
-        gm.recompile()
-    record(report)
+    entry = enter(gm, example_inputs, config, touch=True)
+    record(entry.report)
+    entry.restart()
     pipeline = graph_pipeline(config, present_target(example_inputs, config))
     if config.lower == "eager":
-        return compile_graphs(gm, example_inputs, lambda g, stage: run_on(pipeline, g, stage))
+        run = compile_graphs(entry.gm, entry.inputs, lambda g, stage: run_on(pipeline, g, stage))
+        return entry.bind(run)
     patches |= {**dict(config.inductor), HOOK: GraphPass(pipeline, _user_hooks(config))}
     register_lowerings()
-    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
-    return compiled  # type: ignore[no-any-return]
+    compiled: Any = compile_fx(entry.gm, entry.inputs, config_patches=patches)
+    return entry.bind(compiled)
 
 
 class GraphPass(CustomGraphPass):

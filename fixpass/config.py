@@ -11,6 +11,7 @@ from typing import Any
 
 from fixpass.lowering.contracts import kernel_names
 from fixpass.passes.base import Pass
+from fixpass.passes.fold_weights import Mode
 from fixpass.runtime.errors import ConfigError
 from fixpass.runtime.symmetric_memory.policy import Policy
 
@@ -39,6 +40,9 @@ class Config:
     """Seconds that a rank waits for the others in an all-reduce before it raises."""
     guards: bool = True
     """Lay operands out for opaque norm kernels that engines call outside compiled graphs."""
+    fold: Mode = "derived"
+    """Weight-only subgraphs: "derived" keeps their values beside the weights, "inplace" changes the
+    weights themselves where that is safe, "off" leaves them in the graph."""
     inductor: tuple[tuple[str, Any], ...] = ()
     """Options for Inductor itself, as `torch.compile` takes them."""
 
@@ -69,6 +73,7 @@ _VARIABLES: dict[str, Callable[[str, str], Any]] = {
     "symmetric_memory": lambda name, text: _boolean(name, text),
     "symmetric_timeout": lambda name, text: _seconds(name, text),
     "guards": lambda name, text: _boolean(name, text),
+    "fold": lambda name, text: text,
 }
 
 
@@ -87,6 +92,8 @@ def _check(name: str, value: Any) -> Any:
         raise ConfigError(f"option {name!r} is True or False, not {value!r}")
     if name == "lower" and value not in ("inductor", "eager"):
         raise ConfigError(f'option "lower" is "inductor" or "eager", not {value!r}')
+    if name == "fold" and value not in ("inplace", "derived", "off"):
+        raise ConfigError(f'option "fold" is "inplace", "derived" or "off", not {value!r}')
     if name == "fuel" and not (value is None or (type(value) is int and value >= 0)):
         raise ConfigError(f'option "fuel" is a number of changes or None, not {value!r}')
     if name == "symmetric_memory" and not isinstance(value, (bool, Policy)):

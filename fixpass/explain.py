@@ -13,11 +13,12 @@ from torch import fx
 
 from fixpass.capture import compile_graphs, copy_graph
 from fixpass.config import Config
+from fixpass.entry import enter
 from fixpass.lowering.target import Target, target_named
 from fixpass.passes.base import Remark
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.report import Report
-from fixpass.plan import check_torch, entry_pipeline, graph_pipeline, preferred, present_target
+from fixpass.plan import check_torch, graph_pipeline, preferred, present_target
 from fixpass.retarget import claim_device
 from fixpass.specialize import specialize_eps
 
@@ -42,11 +43,10 @@ def explain(
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         specialize_eps(gm.graph)
         chosen = asked or present_target(example_inputs, config)
-        reports.append(entry_pipeline(config).run(gm.graph, f"target {chosen.name}"))
-        gm.recompile()
-        return _compile(
-            gm, example_inputs, graph_pipeline(config, chosen, meet=False), chosen, reports
-        )
+        entry = enter(gm, example_inputs, config, f"target {chosen.name}")
+        reports.append(entry.report)
+        pipeline = graph_pipeline(config, chosen, meet=False)
+        return entry.bind(_compile(entry.gm, entry.inputs, pipeline, chosen, reports))
 
     with torch._dynamo.config.patch(recompile_limit=64):
         torch.compile(model, backend=backend)(*args, **kwargs)

@@ -46,9 +46,13 @@ def installed_passes() -> tuple[Pass, ...]:
     return tuple(found)
 
 
-def entry_pipeline(config: Config) -> Pipeline:
-    """What runs on Dynamo's graph. It is not verified: no recorded value is functional there."""
-    return Pipeline(_enabled(entry_passes(), config), strict=config.strict, fuel=config.fuel)
+def entry_pipeline(config: Config, *, touch: bool = False) -> Pipeline:
+    """What runs on Dynamo's graph. It is not verified: no recorded value is functional there.
+
+    touch: weights may be changed, under fold="inplace".
+    """
+    steps = _enabled(entry_passes(config.fold, touch), config)
+    return Pipeline(steps, strict=config.strict, fuel=config.fuel)
 
 
 def graph_pipeline(config: Config, target: Target, *, meet: bool = True) -> Pipeline:

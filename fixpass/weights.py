@@ -1,4 +1,8 @@
-"""Checkpoints into models: `load`, the `Mapping` between their names, and the report of a load."""
+"""Checkpoints into models, folds of weights, and updates that are whole or not at all.
+
+`load` and `Mapping` bring a checkpoint into a model; `fold` and `fold_model` rearrange weights in
+place; `update` and `reload` give a live model other weights.
+"""
 
 from fixpass.runtime.checkpoint.loader import load
 from fixpass.runtime.checkpoint.mapping import (
@@ -19,6 +23,27 @@ from fixpass.runtime.checkpoint.presets import (
     QKV,
 )
 from fixpass.runtime.checkpoint.report import LoadReport
+from fixpass.runtime.weights.alias import pack, unpack
+from fixpass.runtime.weights.digest import digest
+from fixpass.runtime.weights.fold import fold, layout_of, logical, unfold
+from fixpass.runtime.weights.gate import reading
+from fixpass.runtime.weights.layouts import Alias, Bytes, Layout, Pad, Permute, Stride
+from fixpass.runtime.weights.protect import fold_model, protect, unfold_model
+from fixpass.runtime.weights.rebind import Rebound, copy_or_rebind
+from fixpass.runtime.weights.reload import reload
+from fixpass.runtime.weights.saved_state import SavedState, resume
+from fixpass.runtime.weights.shuffle_op import shuffle_weight
+from fixpass.runtime.weights.table import forget
+from fixpass.runtime.weights.transaction import Update, UpdateReport, update
+from fixpass.runtime.weights.versions import version
+from fixpass.runtime.weights.window import window
+from fixpass.runtime.weights.writes import (
+    UnseenWriteWarning,
+    Writes,
+    announce_loads,
+    watch,
+    writes,
+)
 
 __all__ = [
     "FUSED_EXPERTS",
@@ -27,13 +52,47 @@ __all__ = [
     "MIXTRAL_EXPERTS",
     "PLAIN_EXPERTS",
     "QKV",
+    "Alias",
+    "Bytes",
     "ExpertPart",
     "Experts",
+    "Layout",
     "LoadReport",
     "Mapping",
+    "Pad",
+    "Permute",
+    "Rebound",
     "Rename",
+    "SavedState",
     "Stacked",
     "Stage",
+    "Stride",
     "TensorParallel",
+    "UnseenWriteWarning",
+    "Update",
+    "UpdateReport",
+    "Writes",
+    "announce_loads",
+    "copy_or_rebind",
+    "digest",
+    "fold",
+    "fold_model",
+    "forget",
+    "layout_of",
     "load",
+    "logical",
+    "pack",
+    "protect",
+    "reading",
+    "reload",
+    "resume",
+    "shuffle_weight",
+    "unfold",
+    "unfold_model",
+    "unpack",
+    "update",
+    "version",
+    "watch",
+    "window",
+    "writes",
 ]

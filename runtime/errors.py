@@ -35,3 +35,23 @@ class ShardingError(FixpassError, ValueError):
 
 class EngineError(FixpassError, RuntimeError):
     """A serving engine is not one that fixpass can work in; the message says what was found."""
+
+
+class WeightError(FixpassError, ValueError):
+    """Something about a parameter is not as it must be; the message names the parameter."""
+
+
+class LayoutError(WeightError):
+    """A layout does not fit a parameter, or does not fit the layout that it has."""
+
+
+class UpdateError(WeightError):
+    """An update of weights was refused, or undone: the weights are those of before."""
+
+
+class VersionError(UpdateError):
+    """An update says that it changes another version than the one that is there."""
+
+
+class PoisonedError(FixpassError, RuntimeError):
+    """The weights are a mixture that could not be undone: only a full update makes them whole."""

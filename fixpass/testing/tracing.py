@@ -10,8 +10,8 @@ from torch import fx
 
 from fixpass.capture import compile_graphs, copy_graph
 from fixpass.config import Config
+from fixpass.entry import enter
 from fixpass.passes.printer import format_graph
-from fixpass.plan import entry_pipeline
 from fixpass.specialize import specialize_eps
 
 
@@ -31,16 +31,15 @@ def trace(
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         specialize_eps(gm.graph)
-        entry_pipeline(Config()).run(gm.graph)
-        gm.recompile()
-        names = [_short(node.name) for node in gm.graph.nodes if node.op == "placeholder"]
+        entry = enter(gm, example_inputs, Config())
+        names = [_short(node.name) for node in entry.gm.graph.find_nodes(op="placeholder")]
 
         def keep(graph: fx.Graph, stage: str) -> None:
             if stage != "backward":
                 _rename_inputs(graph, names)
                 found.append(fx.GraphModule(graph.owning_module or {}, copy_graph(graph)))
 
-        return compile_graphs(gm, example_inputs, keep)
+        return entry.bind(compile_graphs(entry.gm, entry.inputs, keep))
 
     torch._dynamo.reset()
     with contextlib.nullcontext() if training else torch.no_grad():

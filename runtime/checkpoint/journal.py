@@ -35,6 +35,7 @@ class Journal:
 
     def __init__(self) -> None:
         self._entries: list[_Entry] = []
+        self.restored = False
         self._file = tempfile.NamedTemporaryFile(prefix="fixpass-journal-")  # noqa: SIM115
 
     def keep(self, param: Tensor) -> None:
@@ -59,6 +60,7 @@ class Journal:
                 entry.param.data = entry.data
             entry.param.__dict__.clear()
             entry.param.__dict__.update(entry.attributes)
+        self.restored = True
 
     def __enter__(self) -> Self:
         return self

@@ -55,7 +55,7 @@ def run_own_loads(
             former = remembered(load.target.module, load.target.leaf) or note(param)
             stand_in = former.like(torch.zeros(param.shape, dtype=param.dtype, device=param.device))
         for item in load.routed:
-            _call(load, stand_in, item, _tensor(item.stored, threads))
+            call(load, stand_in, item, in_memory(item.stored, threads))
             advance(item.stored.num_bytes)
         if isinstance(param, DTensor):
             place = destination(param, load.target.name)
@@ -63,7 +63,8 @@ def run_own_loads(
                 place.tensor.copy_(place.box.of(stand_in.detach()))
 
 
-def _call(load: OwnLoads, param: Tensor, item: Routed, tensor: Tensor) -> None:
+def call(load: OwnLoads, param: Tensor, item: Routed, tensor: Tensor) -> None:
+    """Give one stored tensor to the loader; whatever it raises becomes a CheckpointError."""
     candidate = item.candidate
     try:
         if candidate.branch == "expert":
@@ -85,7 +86,7 @@ def _call(load: OwnLoads, param: Tensor, item: Routed, tensor: Tensor) -> None:
         ) from error
 
 
-def _tensor(stored: Stored, threads: int) -> Tensor:
+def in_memory(stored: Stored, threads: int) -> Tensor:
     """A stored tensor in memory of its own, which a loader may keep."""
     tensor = torch.empty(stored.shape, dtype=stored.dtype)
     read(list(copies(stored, Box.whole(stored.shape), tensor)), threads=threads)

@@ -24,6 +24,7 @@ from fixpass.runtime.errors import CheckpointError
 Missed = Literal["error", "ones", "zeros"]
 
 MOST_FAULTS = 10
+NOTHING_STORED = "nothing is stored for it"
 
 
 @dataclass
@@ -118,11 +119,12 @@ def _add_copies(plan: Plan, target: Target, routed: Sequence[Routed], mapping: M
         candidate = item.candidate
         plan.skipped.append(Skipped(item.stored.name, target.name, candidate.branch, why))
     for placed in placement.placed:
-        plan.copies.extend(_copies(placed, where, target.name))
+        plan.copies.extend(placed_copies(placed, where, target.name))
     return placement.missing
 
 
-def _copies(placed: Placed, where: Destination, name: str) -> list[Copy]:
+def placed_copies(placed: Placed, where: Destination, name: str) -> list[Copy]:
+    """What it takes to bring a placed tensor into the part of the parameter that is here."""
     part = placed.box.intersection(where.box)
     if part is None:
         return []
@@ -143,7 +145,7 @@ def _add_missing(plan: Plan, target: Target, missing: Missed) -> None:
     wish = getattr(target.tensor, "missing_param_init", missing)
     match wish:
         case "error":
-            plan.missing.append(Missing(target.name, "nothing is stored for it"))
+            plan.missing.append(Missing(target.name, NOTHING_STORED))
         case "ones" | "zeros":
             where = destination(target.tensor, repr(target.name))
             plan.fills.append((where, 1.0 if wish == "ones" else 0.0))

@@ -28,6 +28,7 @@ STAGING = 8 << 20
 
 Task = Callable[[], int]
 Advance = Callable[[int], object]
+Put = Callable[[Tensor, Tensor], None]
 
 # Bits are moved, not values: some dtypes have no copy kernel of their own.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -38,13 +39,15 @@ class Copy:
     """`source`, a box of `piece` in the piece's own coordinates, goes to all of `target`.
 
     `target` is a view of the memory to write, of the shape of `source` and of any strides, dtype
-    and device; values are cast where its dtype is not the stored one.
+    and device; values are cast where its dtype is not the stored one. `put` writes the values
+    (first) into the target (second) where that is more than a copy, as into a folded weight.
     """
 
     stored: Stored
     piece: FilePiece | MemoryPiece
     source: Box
     target: Tensor
+    put: Put | None = None
 
 
 def default_threads() -> int:
@@ -108,7 +111,7 @@ def _direct(copy: Copy, piece: FilePiece) -> Range | None:
     target, item = copy.target, copy.stored.dtype.itemsize
     if target.dtype != copy.stored.dtype or target.device.type != "cpu":
         return None
-    if not target.is_contiguous():
+    if copy.put is not None or not target.is_contiguous():
         return None
     if copy.source.shape == piece.box.shape:
         return Range(piece.offset, target.data_ptr(), copy.source.numel * item)
@@ -131,7 +134,7 @@ def _parts(copy: Copy, piece: FilePiece) -> Iterator[Copy]:
         return
     for half in copy.source.halves():
         view = half.relative(copy.source.start).of(copy.target)
-        yield from _parts(Copy(copy.stored, piece, half, view), piece)
+        yield from _parts(Copy(copy.stored, piece, half, view, copy.put), piece)
 
 
 class _Buffers(threading.local):
@@ -158,14 +161,14 @@ def _stage(copy: Copy, piece: FilePiece) -> int:
     for batch in vectored.batches(piece.path, [source]):
         vectored.read(batch)
     strides = dense_strides(piece.box.shape)
-    _copy(buffer.view(dtype).as_strided(copy.source.shape, strides), copy.target)
+    (copy.put or _copy)(buffer.view(dtype).as_strided(copy.source.shape, strides), copy.target)
     return copy.source.numel * dtype.itemsize
 
 
 def _copy_memory(copy: Copy) -> int:
     piece = copy.piece
     assert isinstance(piece, MemoryPiece)
-    _copy(copy.source.of(piece.tensor), copy.target)
+    (copy.put or _copy)(copy.source.of(piece.tensor), copy.target)
     return copy.source.numel * copy.stored.dtype.itemsize
 
 

@@ -1,0 +1,81 @@
+"""Which inputs of Dynamo's graph are weights: parameters and buffers, with the live tensors.
+
+A weight that cannot be folded says why. Plain tensors that a module keeps as attributes, and
+parameters of modules that the graph does not read, are no weights here.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.variables.builder import GraphArg
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter or buffer that the graph reads.
+
+    why: what stands against folding it, or "". opaque: what reads it cannot even be looked into.
+    """
+
+    node: fx.Node
+    position: int
+    tensor: Tensor
+    name: str
+    why: str = ""
+    opaque: bool = False
+
+
+def weights_of(graph: fx.Graph) -> dict[fx.Node, Weight]:
+    """The weights among the inputs of `graph`; `position` counts all inputs."""
+    found = {}
+    for position, node in enumerate(graph.find_nodes(op="placeholder")):
+        argument = node.meta.get("grapharg")
+        if not isinstance(argument, GraphArg) or not isinstance(argument.example, Tensor):
+            continue
+        # A property in some releases of torch, a method in others.
+        name: Any = argument.source.name if argument.source is not None else ""
+        path = name if isinstance(name, str) else name()
+        if isinstance(argument.example, nn.Parameter) or "._buffers[" in path:
+            opaque = _opaque(argument.example, node.meta.get("example_value"))
+            why = opaque or _obstacle(argument.example)
+            found[node] = Weight(
+                node, position, argument.example, _short(path), why, opaque=bool(opaque)
+            )
+    return found
+
+
+def _short(path: str) -> str:
+    """`layers.0.qkv.weight` for what Dynamo calls L['self']._modules['layers']._modules..."""
+    parts = re.findall(r"\['(\w+)'\]|\[(\d+)\]|\.(\w+)", path)
+    inner = ("_modules", "_parameters", "_buffers")
+    names = [a or b or c for a, b, c in parts[1:]] or [parts[0][0]] if parts else [path]
+    return ".".join(name for name in names if name not in inner)
+
+
+def _opaque(tensor: Tensor, fake: object) -> str:
+    if isinstance(tensor, FakeTensor) or not isinstance(fake, FakeTensor):
+        return "is not known as a real tensor"
+    if is_traceable_wrapper_subclass(tensor) or _has_own_dispatch(tensor):
+        return f"is a {type(tensor).__name__}: its parts may change behind it"
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return f"is {tensor.layout}"
+    if not all(isinstance(size, int) for size in (*fake.shape, *fake.stride())):
+        return "has a dynamic shape"
+    return ""
+
+
+def _obstacle(tensor: Tensor) -> str:
+    if tensor.device.type == "meta":
+        return "is on the meta device"
+    if tensor.is_inference():
+        return "was made in inference mode, where torch counts no writes"
+    return ""
+
+
+def _has_own_dispatch(tensor: Tensor) -> bool:
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__

@@ -1,0 +1,241 @@
+"""Which values of Dynamo's graph depend on weights alone, found by running them on fake tensors.
+
+A value belongs here when everything that computes it is a function of its inputs: nothing of it
+writes, draws random numbers, depends on data or communicates. That is read off the ATen ops that
+really ran, not off names. Views are told from work, because a view costs nothing and stays.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fixpass.passes.edit import guards_suppressed
+from fixpass.passes.rewrites.weight_sources import Weight
+
+# Constants that a rearrangement may need, such as an index.
+FACTORIES = (torch.arange, torch.zeros, torch.ones, torch.full, torch.eye)
+_GATHERS = (
+    torch.ops.aten.embedding.default,
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_select.default,
+    torch.ops.aten.gather.default,
+)
+# Namespaces whose ops are what their schemas say. Ops of other libraries may keep state, and
+# collectives have to run on every rank alike.
+_KNOWN = ("aten", "prims", "fixpass", "quantized_decomposed")
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value that depends on weights alone.
+
+    val: what the node gives on fake tensors. works: whether it was computed, and is no view.
+    sources: the weights that it depends on. memory: the nodes whose memory it may be a view of.
+    version: how often its memory had been written when it was made. moved: bytes that its own
+    operations read and write.
+    """
+
+    node: fx.Node
+    val: Any
+    works: bool
+    sources: frozenset[fx.Node]
+    memory: frozenset[fx.Node]
+    version: int = 0
+    moved: int = 0
+
+
+@dataclass(frozen=True)
+class Values:
+    """The values of a graph that depend on weights alone, in order; and what is not one, and why.
+
+    refused: nodes that read weights alone and still are no functions of them.
+    """
+
+    found: dict[fx.Node, Value]
+    refused: dict[fx.Node, str]
+
+
+def values_of(graph: fx.Graph, weights: Mapping[fx.Node, Weight]) -> Values:
+    """All values of `graph` that depend on `weights` alone, without the weights themselves."""
+    values = Values({}, {})
+    known: dict[fx.Node, Value] = {}
+    for node in weights:
+        own = frozenset((node,))
+        known[node] = Value(node, _fresh(node.meta.get("example_value")), False, own, own)
+    for node in graph.nodes:
+        if node.op not in ("call_function", "call_method") or not _reads_only(node, known):
+            continue
+        why = _untrusted(node) or _opaque_source(node, known, weights)
+        found = why or _evaluate(node, known)
+        if isinstance(found, Value):
+            values.found[node] = known[node] = found
+        elif found:
+            values.refused[node] = found
+    return values
+
+
+def works(nodes: Sequence[fx.Node], weights: Mapping[fx.Node, Tensor]) -> bool:
+    """Whether any of the nodes is work where the weights are these fake tensors."""
+    known = {
+        node: Value(node, val, False, frozenset(), frozenset()) for node, val in weights.items()
+    }
+    for node in nodes:
+        found = _evaluate(node, known)
+        if not isinstance(found, Value) or found.works:
+            return True
+        known[node] = found
+    return False
+
+
+def candidates_in(graph: fx.Graph, weights: Mapping[fx.Node, Weight]) -> bool:
+    """Whether any node reads weights alone: a cheap question that comes first."""
+    return any(
+        node.op in ("call_function", "call_method")
+        and node.all_input_nodes
+        and all(source in weights for source in node.all_input_nodes)
+        for node in graph.nodes
+    )
+
+
+def _reads_only(node: fx.Node, known: Mapping[fx.Node, Value]) -> bool:
+    if not node.all_input_nodes:
+        return node.target in FACTORIES
+    return all(source in known for source in node.all_input_nodes)
+
+
+def _untrusted(node: fx.Node) -> str:
+    """Why what the node calls is not even tried, or "": it may have effects that cannot be seen."""
+    target = node.target
+    if node.op == "call_method" or isinstance(
+        target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+    ):
+        return ""
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return f"{target.name()} calls a graph of its own"
+    module = getattr(target, "__module__", None) or "builtins"
+    if module.partition(".")[0] in ("torch", "_operator", "builtins"):
+        return ""
+    return f"{getattr(target, '__qualname__', target)} is a function that torch does not look into"
+
+
+def _opaque_source(
+    node: fx.Node, known: Mapping[fx.Node, Value], weights: Mapping[fx.Node, Weight]
+) -> str:
+    for source in node.all_input_nodes:
+        for weight in known[source].sources:
+            if weights[weight].opaque:
+                return f"{weights[weight].name} {weights[weight].why}"
+    return ""
+
+
+def _evaluate(node: fx.Node, known: Mapping[fx.Node, Value]) -> Value | str:
+    inputs = [known[source] for source in node.all_input_nodes]
+    args, kwargs = pytree.tree_map_only(
+        fx.Node, lambda source: known[source].val, (node.args, node.kwargs)
+    )
+    fakes = [i.val for i in inputs] or [v.val for v in known.values()]
+    recorder = _Recorder()
+    try:
+        with guards_suppressed(fakes), torch.no_grad(), recorder:
+            val = _call(node, args, kwargs)
+    except _ImpureError as error:
+        return str(error)
+    # Whatever cannot be computed from weights on fake tensors is no rearrangement.
+    except Exception as error:
+        return f"it does not run on its own: {type(error).__name__}"
+    if not all(_is_plain(leaf) for leaf in pytree.tree_leaves(val)):
+        return "its result is no plain tensor"
+    works = recorder.works or any(_passes_on(node, i) for i in inputs)
+    memory = [i.memory for i in inputs if not works]
+    return Value(
+        node,
+        val,
+        works,
+        frozenset().union(*(i.sources for i in inputs)),
+        frozenset().union(*memory) if memory else frozenset((node,)),
+        val._version if isinstance(val, Tensor) and not val.is_inference() else 0,
+        recorder.moved,
+    )
+
+
+def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    target: Any = node.target
+    return target(*args, **kwargs)
+
+
+def _passes_on(node: fx.Node, value: Value) -> bool:
+    """Whether the node takes one tensor out of a tuple that was computed: that tensor is work."""
+    return node.target is getitem and value.works and not isinstance(value.val, Tensor)
+
+
+def _is_plain(leaf: object) -> bool:
+    if isinstance(leaf, Tensor):
+        sizes = (*leaf.shape, *leaf.stride()) if leaf.layout == torch.strided else (None,)
+        return isinstance(leaf, FakeTensor) and all(isinstance(size, int) for size in sizes)
+    return leaf is None or isinstance(leaf, (int, float, bool, torch.Size, torch.dtype))
+
+
+def _fresh(val: Any) -> Any:
+    """A fake tensor like one of Dynamo's, which goes on to use its own: nothing may touch that."""
+    if not isinstance(val, FakeTensor) or val.layout != torch.strided:
+        return val
+    with guards_suppressed(val):
+        return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
+
+
+class _ImpureError(Exception):
+    """A call made an op that is no function of its inputs; it was not run."""
+
+
+class _Recorder(TorchDispatchMode):
+    """Stops a call at the first ATen op that is no function, and sees whether any is work."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.works = False
+        self.moved = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        # `prim` asks for a device or a layout: it is no operation on values.
+        if func.namespace != "prim" and (why := _impurity(func)):
+            raise _ImpureError(why)
+        result = func(*args, **(kwargs or {}))
+        if func.namespace != "prim" and not _is_view(func):
+            self.works = True
+            # Of a table of which some rows are taken, no more than those are read.
+            read = _nbytes(result) if func in _GATHERS else _nbytes((args, kwargs))
+            self.moved += read + _nbytes(result)
+        return result
+
+
+def _impurity(op: torch._ops.OpOverload) -> str:
+    name = op.name()
+    if op.namespace not in _KNOWN:
+        return f"{name} is an op of another library, which may depend on more than its inputs"
+    if torch.Tag.nondeterministic_seeded in op.tags:
+        return f"{name} draws random numbers"
+    if op._schema.is_mutable:
+        return f"{name} writes into a tensor"
+    if torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags:
+        return f"{name} depends on the values, not only on the shapes"
+    return ""
+
+
+def _nbytes(values: Any) -> int:
+    leaves = pytree.tree_leaves(values)
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def _is_view(op: torch._ops.OpOverload) -> bool:
+    return op.is_view or op.name() == "aten::lift_fresh"

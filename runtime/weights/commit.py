@@ -1,0 +1,242 @@
+"""Three ways to write an update into live weights, and what undoes each of them.
+
+staged   all values are in memory of the update's own: 1 x its bytes. Nothing can go wrong but
+the machine; an interrupt in mid-commit is finished first, then raised.
+journal  values are read in the closed gate, and the old bytes are kept in a temporary file:
+8 MiB a thread of memory, 1 x on disk. Any exception brings the old bytes back.
+double   values go to a second set of memory, which is then put in place: 1 x its bytes, kept.
+Calls go on until the last moment; addresses change.
+"""
+
+import os
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fixpass.runtime.attributes import note, remembered
+from fixpass.runtime.checkpoint.box import Box
+from fixpass.runtime.checkpoint.destination import destination
+from fixpass.runtime.checkpoint.journal import Journal
+from fixpass.runtime.checkpoint.local import local_box
+from fixpass.runtime.checkpoint.own_loaders import OwnLoads, call, in_memory
+from fixpass.runtime.checkpoint.read import Copy, copies, read
+from fixpass.runtime.checkpoint.stored import MemoryPiece, Stored
+from fixpass.runtime.checkpoint.targets import Target, targets
+from fixpass.runtime.errors import CheckpointError, UpdateError, VersionError
+from fixpass.runtime.weights.collected import Prepared, cut_off, values_of
+from fixpass.runtime.weights.double import Double
+from fixpass.runtime.weights.fold import logical
+from fixpass.runtime.weights.gate import Gate, closed, gate_of, over, tensors_of
+from fixpass.runtime.weights.manifest import Manifest
+from fixpass.runtime.weights.options import Options
+from fixpass.runtime.weights.places import Places, places
+from fixpass.runtime.weights.saved_state import SavedState, write_state
+from fixpass.runtime.weights.versions import bump
+
+_PART = 1 << 20  # elements looked at for NaN at once
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What a commit needs. `prepare` checks the update against places and says what to write."""
+
+    model: nn.Module
+    live: Mapping[str, Target]
+    manifest: Manifest
+    base: int
+    prepare: Callable[[Places], Prepared]
+    options: Options
+
+    def run(self) -> tuple[Prepared, float]:
+        """Write the update; what was written, and the seconds for which calls were held back."""
+        self.manifest.check(self.tensors)
+        prepared = self.prepare(places(self.live))
+        if self.options.mode == "double":
+            return self._double(prepared)
+        work = prepared.places.putting([*prepared.copies, *self._own(prepared)])
+        if self.options.finite and self.options.mode == "staged":
+            check_finite((c.stored.name, p) for c in work for p in values_of(c.stored))
+        gates = over(self.live[name].tensor for name in prepared.written)
+        with self._closed(gates) as began:
+            if self.options.mode == "journal":
+                self._journal(gates, work, prepared.written)
+            else:
+                self._staged(gates, work)
+        return prepared, time.perf_counter() - began
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: target.tensor for name, target in self.live.items()}
+
+    def _staged(self, gates: Collection[Gate], work: list[Copy]) -> None:
+        interrupt = None
+        try:
+            self._write(work)
+        except BaseException as error:
+            interrupt = error
+            # The old bytes are gone and the new ones at hand: the only way to be whole is forward.
+            try:
+                self._write(work)
+            except BaseException as again:
+                self._poison(gates, again)
+                raise
+        try:
+            self._finish(gates)
+        except BaseException as error:
+            self._poison(gates, error)
+            raise
+        if interrupt is not None:
+            interrupt.add_note("the update was finished first: its weights are in place")
+            raise interrupt
+
+    def _journal(self, gates: Collection[Gate], work: list[Copy], names: Sequence[str]) -> None:
+        written = [self.live[name].tensor for name in names]
+        journal = Journal()
+        try:
+            with journal:
+                for param in written:
+                    journal.keep(param)
+                self._write(work)
+                if self.options.finite:
+                    check_finite(zip(names, written, strict=True))
+                self._finish(gates)
+        except BaseException as error:
+            if not journal.restored:
+                self._poison(gates, error)
+            raise
+
+    def _double(self, prepared: Prepared) -> tuple[Prepared, float]:
+        written = [self.live[name].tensor for name in prepared.written]
+        double = Double(self.model, written)
+        copies = [*prepared.copies, *self._own(prepared)]
+        moved = [replace(copy, target=double.on_back(copy.target)) for copy in copies]
+        work = places(self.live, double.back).putting(moved)
+        double.keep_the_rest(0 if prepared.covered or prepared.own else _bytes(written))
+        self._write(work)
+        if self.options.finite:
+            back = double.back
+            check_finite((name, back[id(self.live[name].tensor)]) for name in prepared.written)
+        gates = over(written)
+        with self._closed(gates) as began:
+            double.flip()
+            try:
+                self._finish(gates, moved=True)
+            except BaseException:
+                double.flip()
+                raise
+        return prepared, time.perf_counter() - began
+
+    def _write(self, work: list[Copy]) -> None:
+        try:
+            read(work, threads=self.options.threads, advance=self.options.advance)
+        except CheckpointError as error:
+            if cut := cut_off(work):
+                error.add_note(f"{cut}; the weights are as before")
+            raise
+
+    def _own(self, prepared: Prepared) -> list[Copy]:
+        """What loaders of parameters' own made of their tensors, on stand-ins, as copies."""
+        return [
+            copy
+            for load in prepared.own
+            for copy in _run_own(load, self.live[load.target.name], self.options.threads)
+        ]
+
+    @contextmanager
+    def _closed(self, gates: tuple[Gate, ...]) -> Iterator[float]:
+        """The closed gate, with the state file around it; the value is when it was closed."""
+        gate = gate_of(self.model)
+        with closed({*gates, gate}, self.options.timeout):
+            began = time.perf_counter()
+            before, to = gate.version, self.options.version or gate.version + 1
+            if before != self.base:
+                raise VersionError(
+                    f"the weights became version {before} while an update of version {self.base} "
+                    "was open: begin it again"
+                )
+            self._save("committing", before, to)
+            try:
+                yield began
+            except BaseException:
+                # Of weights that are whole after all, old or new, the file says so.
+                if not gate.poisoned:
+                    self._save("committed", gate.version, gate.version)
+                raise
+            self._save("committed", gate.version, gate.version)
+
+    def _save(self, state: Literal["committed", "committing"], version: int, to: int) -> None:
+        if self.options.state_file is not None:
+            write_state(
+                self.options.state_file,
+                SavedState(state, version, to, self.options.mode, os.getpid()),
+            )
+
+    def _finish(self, gates: Collection[Gate], *, moved: bool = False) -> None:
+        """Check that nothing but values changed, and give them their version."""
+        now = {name: target.tensor for name, target in targets(self.model).items()}
+        self.manifest.check(now, moved=moved)
+        poisoned = [gate for gate in gates if gate.poisoned]
+        if poisoned and self.options.scope == "model":
+            mine = {id(tensor) for tensor in tensors_of(self.model)}
+            for gate in poisoned:
+                # Whoever covers more may still have a mixture.
+                if mine.issuperset(id(tensor) for tensor in gate.covers()):
+                    gate.poisoned = ""
+        bump(self.model, self.options.version, gates)
+
+    def _poison(self, gates: Iterable[Gate], error: BaseException) -> None:
+        text = (
+            f"an update failed in mid-commit ({error!r}) and its weights are a mixture: update "
+            "all weights of the model"
+        )
+        for gate in (*gates, gate_of(self.model)):
+            gate.poisoned = text
+
+
+def check_finite(values: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise UpdateError for a tensor that holds a NaN or an infinity."""
+    for name, tensor in values:
+        local = local_box(tensor.detach())[0]
+        if not local.is_floating_point():
+            continue
+        flat = local.reshape(-1) if local.is_contiguous() else local
+        for part in flat.split(_PART) if flat.dim() else (flat,):
+            if not part.float().isfinite().all():
+                raise UpdateError(f"{name!r} would hold a NaN or an infinity: nothing was changed")
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in {id(t): t for t in tensors}.values())
+
+
+def _run_own(load: OwnLoads, live: Target, threads: int) -> Iterator[Copy]:
+    """Let a loader fill a plain parameter of the checkpoint's layout; then copy that.
+
+    It starts with the present values, of which a loader may leave some.
+    """
+    param = live.tensor
+    if isinstance(param, DTensor):
+        whole = torch.zeros(param.shape, dtype=param.dtype, device=param.device)
+    else:
+        whole = logical(param)
+    stand_in = (remembered(live.module, live.leaf) or note(param)).like(whole)
+    for item in load.routed:
+        call(load, stand_in, item, in_memory(item.stored, threads))
+    where = destination(load.target.tensor, repr(load.target.name))
+    values = stand_in.detach()
+    stored = Stored(
+        load.target.name,
+        values.dtype,
+        tuple(values.shape),
+        (MemoryPiece(values, Box.whole(tuple(values.shape))),),
+        "its weight_loader",
+    )
+    if tuple(values.shape) != where.whole or values.dtype != where.tensor.dtype:
+        raise CheckpointError(f"the weight_loader of {load.target.name!r} changed its layout")
+    yield from copies(stored, where.box, where.tensor)

@@ -1,0 +1,108 @@
+"""A second set of memory for an update: written while calls go on, then put in place at once.
+
+The old memory is kept for the next update, so it takes twice the bytes of what is updated, for
+good. Addresses change at each commit: not for captured graphs, and not for memory that is shared
+with other processes.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fixpass.runtime.errors import UpdateError
+from fixpass.runtime.weights.alias import packed
+from fixpass.runtime.weights.gate import tensors_of
+from fixpass.runtime.weights.table import record, record_of
+
+# Memory that was in use before the last update, by its size, for each model.
+_SPARE: WeakKeyDictionary[nn.Module, list[Tensor]] = WeakKeyDictionary()
+
+
+class Double:
+    """Other memory for some tensors of a model, and all tensors of the model that share it."""
+
+    def __init__(self, model: nn.Module, written: Iterable[Tensor]) -> None:
+        self._model = model
+        self._live: dict[int, Tensor] = {}
+        self._back: dict[int, Tensor] = {}
+        spare = _SPARE.pop(model, [])
+        for tensor in written:
+            _check(tensor)
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self._back:
+                live = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+                self._live[storage.data_ptr()] = live
+                self._back[storage.data_ptr()] = _fresh(live, spare)
+        moved = {
+            id(t): t for t in tensors_of(model) if t.untyped_storage().data_ptr() in self._back
+        }
+        self._moved = list(moved.values())
+
+    @property
+    def back(self) -> dict[int, Tensor]:
+        """For the id of each tensor, what it will be."""
+        return {id(tensor): self.on_back(tensor) for tensor in self._moved}
+
+    def keep_the_rest(self, covered: int) -> None:
+        """Copy the old bytes where fewer than all of the memory, `covered` bytes, are written."""
+        if covered < sum(live.nbytes for live in self._live.values()):
+            for pointer, live in self._live.items():
+                self._back[pointer].copy_(live)
+
+    def flip(self) -> None:
+        """Put the other memory in place; again, the first. The caller has closed the gate."""
+        packs = {id(p.pack): p.pack for t in self._moved if (p := packed(t)) is not None}
+        after = [(tensor, self.on_back(tensor)) for tensor in (*self._moved, *packs.values())]
+        before = [(tensor, tensor.detach()) for tensor, _ in after]
+        try:
+            _point(after)
+        except BaseException:
+            _point(before)
+            raise
+        pairs = [(live, self._back[pointer]) for pointer, live in self._live.items()]
+        self._live = {back.data_ptr(): back for _, back in pairs}
+        self._back = {back.data_ptr(): live for live, back in pairs}
+        _SPARE[self._model] = list(self._back.values())
+
+    def on_back(self, tensor: Tensor) -> Tensor:
+        """The same part of the other memory."""
+        back = self._back[tensor.untyped_storage().data_ptr()]
+        view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return view.set_(
+            back.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
+        )
+
+
+def _point(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for tensor, data in pairs:
+        tensor.data = data
+        torch.autograd.graph.increment_version(tensor)
+        if (found := record_of(tensor)) is not None:
+            record(tensor, replace(found, pointer=tensor.data_ptr()))
+
+
+def _fresh(live: Tensor, spare: list[Tensor]) -> Tensor:
+    for index, tensor in enumerate(spare):
+        if (tensor.nbytes, tensor.device) == (live.nbytes, live.device):
+            return spare.pop(index)
+    return torch.empty_like(live)
+
+
+def _check(tensor: Tensor) -> None:
+    what = f"a parameter of {tuple(tensor.shape)} "
+    if tensor.is_inference():
+        raise UpdateError(
+            what + "was made in inference mode, and its memory cannot be exchanged: use "
+            "mode='staged' or 'journal'"
+        )
+    if isinstance(tensor, DTensor):
+        raise UpdateError(what + "is a DTensor, whose memory FSDP2 holds too: not mode='double'")
+    if tensor.device.type == "cpu" and tensor.untyped_storage().is_shared():
+        raise UpdateError(
+            what + "is in shared memory or in a file, which others go on to read: use "
+            "mode='staged' or 'journal'"
+        )

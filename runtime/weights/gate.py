@@ -1,0 +1,206 @@
+"""The gate: calls of a model go through together, an update of its weights goes through alone.
+
+Reading costs about a microsecond and may be nested in a thread; writing waits for the calls that
+are under way and holds back new ones, so that no call sees half an update. It keeps out only who
+asks: a call that enters no gate is not held. Kernels that a device still runs are not waited for.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
+from weakref import WeakKeyDictionary, WeakSet, ref
+
+from torch import Tensor, nn
+
+from fixpass.runtime.errors import PoisonedError, UpdateError
+from fixpass.runtime.modules import unwrapped
+
+Covers = Callable[[], Iterable[Tensor]]
+
+# One lock for all gates: an update closes several in one step, and a call may be in several, one
+# inside the other. A lock for each could not do that without a deadlock.
+_state = threading.Condition(threading.Lock())
+# How many gates each thread is in, whichever they are.
+_inside: dict[int, int] = {}
+
+
+class Gate:
+    """A gate over parameters.
+
+    covers: gives the parameters as they are now. version: of their weights; 0 before any update.
+    poisoned: why the weights are a mixture that no call may use; empty where they are whole.
+    updating: whether an update is open, which says nothing of whether calls are held back.
+    """
+
+    def __init__(self, covers: Covers = tuple) -> None:
+        self.covers = covers
+        self.version = 0
+        self.poisoned = ""
+        self.updating = False
+        self._readers: dict[int, int] = {}
+        self._writer: int | None = None
+        self._waiting = 0
+        self._reading = _Reading(self)
+        _GATES.add(self)
+
+    def reading(self) -> AbstractContextManager[int]:
+        """A context for a call; its value is the version of the weights that the call sees.
+
+        Raises PoisonedError where an update failed and could not be undone.
+        """
+        return self._reading
+
+    def writing(self, timeout: float | None = None) -> AbstractContextManager[None]:
+        """A context in which no other thread reads.
+
+        timeout: in seconds; None waits as long as it takes. Raises UpdateError where it runs out,
+        and where the thread itself is in a call.
+        """
+        return closed((self,), timeout)
+
+    def _enter(self) -> int:
+        me = threading.get_ident()
+        with _state:
+            while self._keeps_out(me):
+                _state.wait()
+            if self.poisoned and self._writer is None:
+                raise PoisonedError(self.poisoned)
+            self._readers[me] = self._readers.get(me, 0) + 1
+            _inside[me] = _inside.get(me, 0) + 1
+            return self.version
+
+    def _keeps_out(self, me: int) -> bool:
+        if self._writer is not None:
+            return self._writer != me
+        # Who is in a gate already goes on: the update waits for it, so it must not wait in turn.
+        return self._waiting > 0 and me not in _inside
+
+    def _exit(self) -> None:
+        me = threading.get_ident()
+        with _state:
+            for held in (self._readers, _inside):
+                held[me] -= 1
+                if not held[me]:
+                    del held[me]
+            if self._waiting:
+                _state.notify_all()
+
+
+class _Reading(AbstractContextManager[int]):
+    """What Gate.reading gives, made once a gate: it holds nothing of its own."""
+
+    __slots__ = ("_gate",)
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    def __enter__(self) -> int:
+        return self._gate._enter()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._gate._exit()
+
+
+_GATES: WeakSet[Gate] = WeakSet()
+_OF_MODULES: WeakKeyDictionary[nn.Module, Gate] = WeakKeyDictionary()
+
+
+def gate_of(module: nn.Module) -> Gate:
+    """The gate of a model, the same for all of its wrappers; of a part of it, one of its own.
+
+    An update of a model closes the gates of its parts too, and that of a part those of the models
+    that have it: see `over`.
+    """
+    inside: nn.Module = unwrapped(module)
+    found = _OF_MODULES.get(inside)
+    if found is None:
+        weak = ref(inside)
+
+        def covers() -> Iterable[Tensor]:
+            alive = weak()
+            return () if alive is None else tensors_of(alive)
+
+        found = _OF_MODULES.setdefault(inside, Gate(covers))
+    return found
+
+
+def reading(module: nn.Module) -> AbstractContextManager[int]:
+    """A context for a call of a model, which no update interrupts; its value is the version."""
+    return gate_of(module).reading()
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers of a module; one that is tied, more than once."""
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            yield from (tensor for tensor in held.values() if tensor is not None)
+
+
+def over(tensors: Iterable[Tensor]) -> tuple[Gate, ...]:
+    """All gates that cover one of these tensors, of models, of parts and of compiled graphs."""
+    wanted = {id(tensor) for tensor in tensors}
+    return tuple(
+        gate
+        for gate in list(_GATES)
+        if not wanted.isdisjoint(id(tensor) for tensor in gate.covers())
+    )
+
+
+COMPILED = Gate()
+"""The gate of all compiled graphs that read weights: every update closes it, of whichever model.
+
+A graph gets its weights anew at each call, and no weak reference may stand for them, with which
+`swap_tensors` would refuse them: so none knows of which update it has to keep clear.
+"""
+
+
+@contextmanager
+def closed(gates: Collection[Gate], timeout: float | None = None) -> Iterator[None]:
+    """A context in which no other thread reads any of these gates, or is in a compiled graph.
+
+    See `Gate.writing`.
+    """
+    me = threading.get_ident()
+    with _state:
+        mine = [gate for gate in {*gates, COMPILED} if gate._writer == me]
+    rest = [gate for gate in {*gates, COMPILED} if gate not in mine]
+    _close(rest, me, timeout)
+    try:
+        yield
+    finally:
+        with _state:
+            for gate in rest:
+                gate._writer = None
+            _state.notify_all()
+
+
+def _close(gates: Sequence[Gate], me: int, timeout: float | None) -> None:
+    end = None if timeout is None else time.monotonic() + timeout
+    with _state:
+        if any(me in gate._readers for gate in gates):
+            raise UpdateError("weights cannot be updated inside a call of their own model")
+        for gate in gates:
+            gate._waiting += 1
+        try:
+            while any(gate._readers or gate._writer is not None for gate in gates):
+                left = None if end is None else end - time.monotonic()
+                if left is not None and left <= 0:
+                    count = sum(len(gate._readers) for gate in gates)
+                    raise UpdateError(
+                        f"{count} calls of the model did not end within {timeout} s: give a "
+                        "longer timeout, or look for a call that hangs"
+                    )
+                _state.wait(left)
+            for gate in gates:
+                gate._writer = me
+        finally:
+            for gate in gates:
+                gate._waiting -= 1
+            _state.notify_all()

@@ -1,0 +1,45 @@
+"""Which parameters are folded, and how: a side table by identity.
+
+The state stands beside the parameters, not on them: a tag would be lost with an attribute, copied
+to a tensor that is not folded, and guarded by Dynamo. Entries die with their parameter.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fixpass.runtime.weights.plan import Plan
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A parameter whose memory holds `plan`, in a storage that starts at `pointer`."""
+
+    plan: Plan
+    pointer: int
+    before: tuple[tuple[int, ...], tuple[int, ...]]
+    """Shape and strides that it had."""
+
+
+_FOLDED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def record_of(param: Tensor) -> Folded | None:
+    """How `param` is folded, or None."""
+    found: Folded | None = _FOLDED.get(param)
+    return found
+
+
+def record(param: Tensor, folded: Folded) -> None:
+    _FOLDED[param] = folded
+
+
+def forget(param: Tensor) -> None:
+    _FOLDED.pop(param, None)
+
+
+def memory_of(param: Tensor, plan: Plan) -> Tensor:
+    """The elements of a folded parameter as they lie in memory: 1-D and contiguous."""
+    data = param.detach()
+    return data.as_strided((plan.numel,), (1,), data.storage_offset())

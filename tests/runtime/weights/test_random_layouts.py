@@ -1,0 +1,94 @@
+"""Random layouts against a plain permute, and random writes through the window against a plain tensor."""
+
+import random
+from math import prod
+
+import pytest
+import torch
+from torch import nn
+
+from fixpass.runtime.weights.fold import fold, logical, unfold
+from fixpass.runtime.weights.layouts import Layout, Pad, Permute
+from fixpass.runtime.weights.plan import resolve
+from fixpass.runtime.weights.window import window
+
+
+def random_permute(choose):
+    """A shape, its splits into factors, and an order of all factors."""
+    rank = choose.randint(1, 3)
+    split = tuple(
+        tuple(choose.choice((1, 2, 3, 4)) for _ in range(choose.randint(1, 3))) for _ in range(rank)
+    )
+    shape = tuple(prod(factors) for factors in split)
+    order = list(range(sum(map(len, split))))
+    choose.shuffle(order)
+    return shape, split, tuple(order)
+
+
+def reference(values, split, order, batch):
+    factors = [factor for part in split for factor in part]
+    moved = [*range(len(batch)), *(len(batch) + axis for axis in order)]
+    return values.reshape(*batch, *factors).permute(moved).reshape(values.shape)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_random_layout_is_its_permute_and_has_its_inverse(seed):
+    choose = random.Random(seed)
+    shape, split, order = random_permute(choose)
+    batch = (choose.randint(1, 3),) if choose.random() < 0.5 else ()
+    layout = Layout(f"random {seed}", (Permute(split, order),))
+    values = torch.arange(float(prod(batch) * prod(shape))).view(*batch, *shape)
+    param = nn.Parameter(values.clone())
+    fold(param, layout)
+    assert torch.equal(param, reference(values, split, order, batch))
+    assert torch.equal(logical(param), values)
+    plan = resolve(layout, (*batch, *shape), 4)
+    moved = param.detach().view(-1, plan.block)
+    for mine, before in zip(moved, values.view(-1, plan.block), strict=True):
+        assert set(mine.tolist()) == set(before.tolist())
+    unfold(param)
+    assert torch.equal(param, values)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_writes_in_the_window_land_where_they_mean(seed):
+    choose = random.Random(1000 + seed)
+    shape, split, order = random_permute(choose)
+    folds = (Permute(split, order),)
+    if choose.random() < 0.3:
+        folds = (Pad(shape), *folds)
+        shape = tuple(choose.randint(1, size) for size in shape)
+    plain = torch.arange(float(prod(shape))).view(shape)
+    param = nn.Parameter(plain.clone())
+    fold(param, Layout(f"random {seed}", folds))
+    with window([param]):
+        for step in range(8):
+            mine, wanted = param.data, plain
+            for _ in range(choose.randint(0, 3)):
+                mine, wanted = random_view(choose, mine, wanted)
+            values = -torch.arange(float(wanted.numel())).view(wanted.shape) - 1000 * step
+            wanted.copy_(values)
+            mine.copy_(values)
+            assert torch.equal(param, plain)
+    assert torch.equal(logical(param), plain)
+
+
+def random_view(choose, mine, wanted):
+    if not wanted.dim():
+        return mine, wanted
+    dim = choose.randrange(wanted.dim())
+    start = choose.randrange(wanted.shape[dim])
+    length = choose.randint(1, wanted.shape[dim] - start)
+    step = choose.randint(1, 3)
+    index = (slice(None),) * dim + (slice(start, start + length, step),)
+    other = choose.randrange(wanted.dim())
+    views = (
+        lambda t: t.narrow(dim, start, length),
+        lambda t: t[index],
+        lambda t: t.select(dim, start),
+        lambda t: t.transpose(dim, other),
+        lambda t: t.unsqueeze(dim),
+        lambda t: t.chunk(2, dim)[0],
+    )
+    view = choose.choice(views)
+    return view(mine), view(wanted)

@@ -1,0 +1,302 @@
+"""Folded models at work: every update is seen at the next call, and nothing compiles again."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from weight_updates import COUNTED, UNCOUNTED, Folds, Reads, by_copy, compiled, same
+
+from fixpass import weights
+from fixpass.runtime.errors import UpdateError
+from fixpass.testing import f32
+
+
+@pytest.mark.parametrize(
+    "update", [*COUNTED.values(), *UNCOUNTED.values()], ids=[*COUNTED, *UNCOUNTED]
+)
+def test_a_call_after_an_update_sees_the_new_weights(update):
+    module, x = Folds(), f32(3, 64)
+    with torch.no_grad():
+        run = compiled(module)
+        for _ in range(3):
+            same(run, module, x)
+            update(module)
+            same(run, module, x)
+
+
+STALE = ("copy_", "an optimizer", "load_state_dict", "new data", ".data.copy_")
+
+
+@pytest.mark.inductor
+@torch.no_grad()
+def test_where_a_frozen_graph_is_stale_ours_is_right():
+    module, x = Folds(), f32(3, 64)
+    frozen = torch.compile(lambda x: module(x), backend="inductor")
+    ours = torch.compile(lambda x: module(x), backend="fixpass")
+    with torch._inductor.config.patch(freezing=True):
+        same(frozen, module, x)
+    same(ours, module, x)
+    for name in STALE:
+        {**COUNTED, **UNCOUNTED}[name](module)
+        with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+            same(frozen, module, x)
+        same(ours, module, x)
+
+
+def test_an_update_compiles_nothing_again():
+    module, x = Folds(), f32(3, 64)
+    with torch.no_grad():
+        run = compiled(module)
+        run(x)
+        compiles = counters["stats"]["unique_graphs"]
+        for update in COUNTED.values():
+            if "swap" not in update.__name__:  # it exchanges the attributes that guards look at
+                update(module)
+                same(run, module, x)
+    assert counters["stats"]["unique_graphs"] == compiles
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_values_are_those_of_eager_for_all_sizes(dynamic):
+    module = Folds()
+    with torch.no_grad():
+        run = compiled(module, dynamic=dynamic)
+        for rows in (3, 5, 1):
+            same(run, module, f32(rows, 64))
+
+
+def test_inference_mode_and_no_grad_share_no_tensor_that_the_other_cannot_use():
+    module, x = Folds().requires_grad_(False), f32(3, 64)
+    run = compiled(module)
+    with torch.inference_mode():
+        torch.testing.assert_close(run(x), module(x))
+        by_copy(module)
+        torch.testing.assert_close(run(x), module(x))
+    same(run, module, x)
+    torch.testing.assert_close(run(x), module(x))
+
+
+def test_modules_that_share_a_graph_have_values_of_their_own():
+    blocks = nn.ModuleList([Folds() for _ in range(4)])
+    x = f32(3, 64)
+    with torch.no_grad():
+        runs = [compiled(block) for block in blocks]
+        for _ in range(2):
+            for run, block in zip(runs, blocks, strict=True):
+                same(run, block, x)
+            by_copy(blocks)
+
+
+def test_a_graph_that_another_graph_updates_a_buffer_of_sees_the_update():
+    module = Reads(lambda weight: weight.t().contiguous(), of_buffer=True)
+
+    def step(x):
+        module.scale.mul_(2)
+        return x + 1
+
+    with torch.no_grad():
+        run, update = compiled(module), compiled(step)
+        for _ in range(3):
+            same(run, module, f32(3, 64))
+            update(f32(3))
+
+
+def test_calls_in_other_threads_see_an_update_that_came_before_them():
+    module, x = Folds(), f32(3, 64)
+    failures = []
+    with torch.no_grad():
+        run = compiled(module)
+        run(x)
+
+    def call():
+        try:
+            same(run, module, x)
+        except AssertionError as error:
+            failures.append(error)
+
+    for _ in range(5):
+        by_copy(module)
+        threads = [threading.Thread(target=call) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    assert not failures
+
+
+def test_the_parameters_and_the_state_dict_are_untouched():
+    module = Folds()
+    before = {name: (p, p.data_ptr(), p.stride()) for name, p in module.named_parameters()}
+    values = {name: value.clone() for name, value in module.state_dict().items()}
+    with torch.no_grad():
+        compiled(module)(f32(3, 64))
+    for name, parameter in module.named_parameters():
+        assert before[name] == (parameter, parameter.data_ptr(), parameter.stride())
+    torch.testing.assert_close(dict(module.state_dict()), values, rtol=0, atol=0)
+
+
+SCRIPT = """
+import json
+import sys
+
+import torch
+from torch._dynamo.utils import counters
+
+import fixpass
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((512, 128), float(sys.argv[1])))
+
+    def forward(self, x):
+        return x @ self.weight.t().contiguous()
+
+
+model = Model()
+run = torch.compile(model, backend="fixpass")
+with torch.no_grad():
+    first = run(torch.ones(1, 128))[0, 0].item()
+    model.weight.mul_(2)
+    second = run(torch.ones(1, 128))[0, 0].item()
+    hits = counters["aot_autograd"]["autograd_cache_hit"]
+    print(json.dumps([first, second, hits, len(fixpass.last_reports())]))
+"""
+
+
+@pytest.mark.inductor
+def test_a_second_process_with_other_weights_folds_its_own_on_a_warm_cache(tmp_path):
+    script = tmp_path / "folded.py"
+    script.write_text(SCRIPT)
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "FIXPASS_VERIFY": "0"}
+
+    def run(value):
+        done = subprocess.run(
+            [sys.executable, "-P", str(script), value],
+            env=os.environ | cache,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    assert run("1") == [128.0, 256.0, 0, 1]
+    assert run("3") == [384.0, 768.0, 1, 1]
+
+
+class Waiting(nn.Module):
+    """Reads a weight before and after an operation that waits."""
+
+    def __init__(self, wait):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(512, 64))
+        self.wait = wait
+
+    def forward(self, x):
+        first = x @ self.weight.t().contiguous()
+        return first, torch.ops.fold_updates_test.wait(x) @ self.weight.t()
+
+
+@pytest.fixture
+def waiting():
+    """A module whose compiled call waits, after `entered`, for `released`."""
+    entered, released = threading.Event(), threading.Event()
+    library = torch.library.Library("fold_updates_test", "FRAGMENT")
+    library.define("wait(Tensor x) -> Tensor")
+
+    def wait(x):
+        entered.set()
+        assert released.wait(30)
+        return x.clone()
+
+    library.impl("wait", wait, "CompositeExplicitAutograd")
+    torch.library.register_fake("fold_updates_test::wait", torch.empty_like, lib=library)
+    yield Waiting(wait), entered, released
+    released.set()
+    library._destroy()
+
+
+def test_an_update_waits_for_a_compiled_call_and_no_call_sees_half_of_it(waiting):
+    module, entered, released = waiting
+    x, outs = torch.ones(1, 64), []
+    with torch.no_grad():
+        run = compiled(module)
+        released.set()
+        run(x)
+    entered.clear()
+    released.clear()
+
+    def call():
+        with torch.no_grad():
+            outs.append(run(x))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    assert entered.wait(30)
+    with (
+        pytest.raises(UpdateError, match=r"calls of the model did not end within 0\.2 s"),
+        weights.update(module, timeout=0.2) as update,
+    ):
+        update.load("weight", torch.full((512, 64), 2.0))
+    assert module.weight[0, 0] == 1.0
+    timer = threading.Timer(0.2, released.set)
+    timer.start()
+    with weights.update(module) as update:
+        update.load("weight", torch.full((512, 64), 2.0))
+    thread.join(30)
+    call()
+    timer.join()
+    assert [tuple(out[0, 0].item() for out in pair) for pair in outs] == [(64, 64), (128, 128)]
+
+
+@pytest.mark.parametrize("fold", ["derived", "inplace"])
+@pytest.mark.parametrize("mode", ["staged", "journal", "double"])
+def test_updates_in_every_mode_are_seen_and_compile_nothing_again(mode, fold):
+    module, x = Folds(), f32(3, 64)
+    with torch.no_grad():
+        run = compiled(module, fold=fold)
+        same(run, module, x)
+        compiles = counters["stats"]["unique_graphs"]
+        for _ in range(3):
+            values = {name: torch.randn(p.shape) for name, p in module.named_parameters()}
+            with weights.update(module, mode) as update:
+                update.load_state_dict(values)
+            same(run, module, x)
+            weights.reload(module, {name: torch.randn(v.shape) for name, v in values.items()})
+            same(run, module, x)
+    assert counters["stats"]["unique_graphs"] == compiles
+
+
+def test_an_update_that_fails_leaves_the_old_values():
+    module, x = Folds(), f32(3, 64)
+
+    def dying():
+        yield "gate", torch.zeros(256, 64)
+        raise RuntimeError("the source died")
+
+    with torch.no_grad():
+        run = compiled(module)
+        wanted = run(x)
+        with pytest.raises(RuntimeError, match="the source died"):
+            weights.reload(module, dying())
+        torch.testing.assert_close(run(x), wanted, rtol=0, atol=0)
+
+
+def test_a_weight_of_another_shape_compiles_again_and_is_right():
+    module, x = Reads(lambda weight: weight.t().contiguous()), f32(3, 64)
+    with torch.no_grad():
+        run = compiled(module)
+        same(run, module, x)
+        module.weight.data = torch.randn(1024, 64)
+        same(run, module, x)
+        module.weight = nn.Parameter(torch.randn(512, 64).bfloat16())
+        same(run, module, x)

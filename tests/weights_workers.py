@@ -1,0 +1,139 @@
+"""What other processes do in the tests of updates: ranks of a group, and a process that is killed."""
+
+import os
+import signal
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from fixpass.runtime.checkpoint import read
+from fixpass.runtime.weights.transaction import update
+from fixpass.runtime.weights.versions import version
+
+
+def file_model(path):
+    """A model whose weights lie in a file that outlives the process."""
+    model = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(8)))
+    size = 8 * 256 * 4
+    storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=size)
+    for index, layer in enumerate(model):
+        data = torch.empty(0).set_(storage, index * 256, (16, 16), (16, 1))
+        layer.weight = nn.Parameter(data, requires_grad=False)
+    return model
+
+
+def full(value):
+    return {f"{index}.weight": torch.full((16, 16), float(value)) for index in range(8)}
+
+
+def die_in_mid_commit(weights, state, mode):
+    """Update to version 1, begin to write version 2, and be killed after half of the layers."""
+    model = file_model(weights)
+    with update(model, mode, state_file=state) as tx:
+        tx.load_state_dict(full(1))
+    done, copy = [], read._copy
+
+    def dying(source, target):
+        if len(done) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done.append(target)
+        copy(source, target)
+
+    read._copy = dying
+    with update(model, mode, state_file=state, threads=1) as tx:
+        tx.load_state_dict(full(2))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+
+def sharded():
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Block())
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def update_sharded(mode, way):
+    """Update a model that FSDP2 sharded, just after a forward, when its weights are gathered."""
+    model, torch_state = sharded(), {}
+    for number in (1, 2):
+        model(torch.ones(2, 16))
+        torch.manual_seed(number)
+        torch_state = {name: torch.randn(param.shape) for name, param in model.named_parameters()}
+        ids = {name: id(param) for name, param in model.named_parameters()}
+        given = torch_state
+        if way == "sharded":
+            given = {
+                name: torch.distributed.tensor.distribute_tensor(
+                    torch_state[name], param.device_mesh, param.placements
+                )
+                for name, param in model.named_parameters()
+            }
+        with update(model, mode) as tx:
+            tx.load_state_dict(given)
+        assert ids == {name: id(param) for name, param in model.named_parameters()}
+    wrong = [
+        name
+        for name, param in model.named_parameters()
+        if not torch.equal(param.full_tensor(), torch_state[name])
+    ]
+    plain = nn.Sequential(Block(), Block())
+    plain.load_state_dict(torch_state)
+    same = torch.equal(model(torch.ones(2, 16)), plain(torch.ones(2, 16)))
+    return wrong, same, version(model)
+
+
+def write_plainly():
+    """What becomes of a copy into a sharded parameter, and of a write into a gathered one."""
+    model, said = sharded(), ""
+    try:
+        with torch.no_grad():
+            model[0].up.weight.copy_(torch.ones(32, 16))
+    except RuntimeError as error:
+        said = str(error)
+    model.unshard()
+    model[0].unshard()
+    with torch.no_grad():
+        model[0].up.weight.fill_(7.0)
+    model[0].reshard()
+    lost = not bool((model[0].up.weight.full_tensor() == 7.0).any())
+    return said, "lost" if lost else "kept"
+
+
+def refuse_sharded():
+    """What a sharded model says to a fold and to a second set of memory."""
+    from fixpass.runtime.weights.fold import fold
+
+    model, said = sharded(), []
+    for work in (
+        lambda: fold(model[0].up.weight, "aiter_16x16", "up"),
+        lambda: _double(model),
+    ):
+        try:
+            work()
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def _double(model):
+    with update(model, "double") as tx:
+        tx.load_state_dict({n: torch.ones(p.shape) for n, p in model.named_parameters()})
+
+
+if __name__ == "__main__":
+    die_in_mid_commit(*sys.argv[1:])

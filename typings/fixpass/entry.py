@@ -1,0 +1,1 @@
+../../fixpass/entry.py

@@ -77,11 +77,12 @@ def unfold(param: Tensor, name: str = "the parameter") -> bool:
     return True
 
 
-def logical(param: Tensor) -> Tensor:
+def logical(param: Tensor, name: str = "the parameter") -> Tensor:
     """A dense copy of the values in the checkpoint's layout, folded or not."""
     found = record_of(param)
     if found is None:
         return param.detach().clone(memory_format=torch.contiguous_format)
+    check_memory(param, found, name)
     return read(memory_of(param, found.plan), found.plan, Region.of(found.plan))
 
 
@@ -119,9 +120,9 @@ def check_memory(param: Tensor, found: Folded, name: str) -> None:
     if same and room >= found.plan.numel:
         return
     raise LayoutError(
-        f"{name} was folded into {found.plan.layout}, and its .data was replaced since, by a "
-        f"tensor of shape {tuple(param.shape)}: replace it in fixpass.weights.window, or call "
-        "fixpass.weights.forget and fold again"
+        f"{name} was folded into {found.plan.layout}, and its .data was replaced since, by "
+        f"{param.dtype} {tuple(param.shape)}: unfold it before it is moved or cast, replace it in "
+        "fixpass.weights.window, or call fixpass.weights.forget and fold again"
     )
 
 

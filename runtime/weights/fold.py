@@ -52,7 +52,8 @@ def fold(param: Tensor, layout: str | Layout, name: str = "the parameter") -> bo
         if plan.padded != plan.logical:
             param.data = _padded(param.detach(), plan)
         else:
-            permute_in_place(memory_of(param, plan), plan.sizes, plan.order)
+            for step in _steps(plan, param.element_size()):
+                permute_in_place(memory_of(param, plan), step.sizes, step.order)
             show(param, plan.shown, plan.strides)
     torch.autograd.graph.increment_version(param)
     record(param, Folded(plan, param.data_ptr(), before))
@@ -70,7 +71,8 @@ def unfold(param: Tensor, name: str = "the parameter") -> bool:
         if plan.padded != plan.logical:
             param.data = logical(param)
         else:
-            permute_in_place(memory_of(param, plan), plan.sizes, plan.order, inverse=True)
+            for step in reversed(_steps(plan, param.element_size())):
+                permute_in_place(memory_of(param, plan), step.sizes, step.order, inverse=True)
             show(param, *found.before)
     torch.autograd.graph.increment_version(param)
     forget(param)
@@ -124,6 +126,14 @@ def check_memory(param: Tensor, found: Folded, name: str) -> None:
         f"{param.dtype} {tuple(param.shape)}: unfold it before it is moved or cast, replace it in "
         "fixpass.weights.window, or call fixpass.weights.forget and fold again"
     )
+
+
+def _steps(plan: Plan, itemsize: int) -> list[Plan]:
+    """A plan of each fold by itself: two simple permutes in place beat one that is neither."""
+    folds = [fold for fold in plan.layout.folds if not isinstance(fold, Pad)]
+    if len(folds) == 1:
+        return [plan]
+    return [resolve(Layout(plan.layout.name, (fold,)), plan.padded, itemsize) for fold in folds]
 
 
 def _padded(data: Tensor, plan: Plan) -> Tensor:

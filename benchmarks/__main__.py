@@ -14,17 +14,17 @@ import torch
 from benchmarks import (
     all_reduce,
     compile_time,
+    fold,
+    fold_decode,
     guards,
     load,
     matching,
     norms,
+    reload,
     row_parallel,
     run_time,
     strided_norm,
     vllm_serving,
-    fold,
-    fold_decode,
-    reload,
 )
 from benchmarks.results import Result
 

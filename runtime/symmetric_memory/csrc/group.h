@@ -154,6 +154,7 @@ class Group {
     for (size_t rank = 0; rank < sources.size(); ++rank) {
       sources[rank] = reinterpret_cast<const T*>(bases_[rank] + slot);
     }
+    sources[rank_] = in;  // in this core's cache, where its slot is not
     sum_ranks(sources.data(), num_ranks(), 0, numel, out);
   }
 

@@ -1,8 +1,8 @@
 """What a guard costs an eager call of a norm kernel whose contract holds.
 
 The kernels do nothing, so that only the guard is measured: the difference between a guarded call
-and a bare one, taken side by side. The rows of a hook have the two calls that SGLang's registry puts
-around a kernel as well. What a copy costs is in strided_norm.
+and a bare one, taken side by side. The rows of a hook have the two calls that SGLang's registry
+puts around a kernel as well. What a copy costs is in strided_norm.
 """
 
 from collections.abc import Callable

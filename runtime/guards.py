@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from fixpass.runtime import ops
 from fixpass.runtime.errors import KernelError
@@ -93,16 +93,17 @@ def guard(kernel: Callable[..., Any], call: NormCall, plan: Planner) -> Callable
     @wraps(kernel)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         # Dynamo sees the kernel itself, for the passes to find.
-        if is_compiling():
+        if is_dynamo_compiling():
             return kernel(*args, **kwargs)
         if kwargs:
             args, kwargs = _positional(call, args, kwargs)
         try:
             key = read(args)
-        except (AttributeError, IndexError):
-            # An operand is missing or no tensor: the kernel says so in its own words.
+            found = plans.get(key, MISSING)
+        except (AttributeError, IndexError, TypeError):
+            # An operand is missing or no tensor, which the kernel says in its own words; or a size
+            # is symbolic, and nothing is known.
             return kernel(*args, **kwargs)
-        found = plans.get(key, MISSING)
         if found is NOTHING:
             return kernel(*args, **kwargs)
         if found is MISSING:

@@ -9,7 +9,6 @@ import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -67,11 +66,14 @@ def norm_hooks(module: str, flag: str) -> tuple[Hook, ...]:
 
 
 def guarding(op: str) -> Callable[..., Any]:
-    """An AROUND hook that calls the kernel under its guard."""
-    made = cache(lambda kernel: guard(kernel, op))
+    """An AROUND hook, of one kernel, that calls it under its guard."""
+    guarded: Callable[..., Any] | None = None
 
     def hook(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return made(kernel)(*args, **kwargs)
+        nonlocal guarded
+        if guarded is None:
+            guarded = guard(kernel, op)
+        return guarded(*args, **kwargs)
 
     return hook
 

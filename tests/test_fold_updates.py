@@ -1,5 +1,6 @@
 """Folded models at work: every update is seen at the next call, and nothing compiles again."""
 
+import gc
 import threading
 
 import pytest
@@ -9,7 +10,17 @@ from torch._dynamo.utils import counters
 from weight_updates import COUNTED, UNCOUNTED, Folds, Reads, by_copy, compiled, same
 
 from fixpass import weights
+from fixpass.runtime.weights import derived
+from fixpass.runtime.weights.derived import drop_dead
 from fixpass.testing import f32
+
+
+def held():
+    """Bytes of all values that are kept."""
+    gc.collect()
+    drop_dead()
+    entries = [entry for store in list(derived._ALL) for entry in list(store.entries.values())]
+    return sum(entry.value.nbytes for entry in entries if entry.value is not None)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +75,19 @@ def test_values_are_those_of_eager_for_all_sizes(dynamic):
         run = compiled(module, dynamic=dynamic)
         for rows in (3, 5, 1):
             same(run, module, f32(rows, 64))
+
+
+def test_all_graphs_of_a_model_hold_one_value_of_a_weight():
+    module = Folds()
+    before, compiles = held(), counters["stats"]["unique_graphs"]
+    with torch.no_grad():
+        run = compiled(module, dynamic=False)
+        same(run, module, f32(3, 64))
+        once = held() - before
+        for rows in (4, 5, 6):
+            same(run, module, f32(rows, 64))
+    assert counters["stats"]["unique_graphs"] == compiles + 4
+    assert held() - before == once > 0
 
 
 def test_inference_mode_and_no_grad_share_no_tensor_that_the_other_cannot_use():

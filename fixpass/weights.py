@@ -26,7 +26,7 @@ from fixpass.runtime.checkpoint.report import LoadReport
 from fixpass.runtime.weights.alias import pack, unpack
 from fixpass.runtime.weights.digest import digest
 from fixpass.runtime.weights.fold import fold, layout_of, logical, unfold
-from fixpass.runtime.weights.gate import reading
+from fixpass.runtime.weights.gate import reading, writing
 from fixpass.runtime.weights.layouts import Alias, Bytes, Layout, Pad, Permute, Stride
 from fixpass.runtime.weights.protect import fold_model, protect, unfold_model
 from fixpass.runtime.weights.rebind import Rebound, copy_or_rebind
@@ -95,4 +95,5 @@ __all__ = [
     "watch",
     "window",
     "writes",
+    "writing",
 ]

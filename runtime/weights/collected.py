@@ -6,20 +6,21 @@ here, before anything is written.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from collections.abc import Mapping as Named
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fixpass.runtime.checkpoint.box import Box, Shape
 from fixpass.runtime.checkpoint.destination import destination
 from fixpass.runtime.checkpoint.mapping import Mapping
-from fixpass.runtime.checkpoint.own_loaders import OwnLoads, in_memory
+from fixpass.runtime.checkpoint.own_loaders import OwnLoads
 from fixpass.runtime.checkpoint.place import Placed, check_dtype
 from fixpass.runtime.checkpoint.plan import NOTHING_STORED, Plan, make_plan, placed_copies
-from fixpass.runtime.checkpoint.read import Copy
+from fixpass.runtime.checkpoint.read import Advance, Copy, copies, read
 from fixpass.runtime.checkpoint.report import LoadReport, some
 from fixpass.runtime.checkpoint.stored import FilePiece, MemoryPiece, Stored, describe
 from fixpass.runtime.errors import CheckpointError, UpdateError
@@ -106,28 +107,39 @@ class Collected:
         return covered
 
 
-def in_staging(stored: Stored, threads: int) -> Stored:
-    """The tensor with its values in memory that is the update's own."""
-    if all(isinstance(piece, MemoryPiece) for piece in stored.pieces):
-        kept = [
-            MemoryPiece(piece.tensor.clone(), piece.box)
-            for piece in stored.pieces
-            if isinstance(piece, MemoryPiece)
-        ]
-        return replace(stored, pieces=tuple(kept))
+def in_staging(tensors: Iterable[Stored], threads: int) -> list[Stored]:
+    """The tensors with their values in memory that is the update's own."""
+    kept: list[Stored] = []
+    work: list[Copy] = []
+    for stored in tensors:
+        pieces = [piece for piece in stored.pieces if isinstance(piece, MemoryPiece)]
+        if len(pieces) == len(stored.pieces):
+            pieces = [MemoryPiece(piece.tensor.clone(), piece.box) for piece in pieces]
+        else:
+            values, whole = torch.empty(stored.shape, dtype=stored.dtype), Box.whole(stored.shape)
+            work.extend(copies(stored, whole, values))
+            pieces = [MemoryPiece(values, whole)]
+        kept.append(replace(stored, pieces=tuple(pieces)))
+    if work:
+        read_files(work, threads)
+    return kept
+
+
+def read_files(work: Sequence[Copy], threads: int, advance: Advance = lambda count: None) -> None:
+    """`read`, whose errors name the tensors of a file that became shorter."""
     try:
-        values = in_memory(stored, threads)
+        read(work, threads=threads, advance=advance)
     except CheckpointError as error:
-        error.add_note(f"while {stored} was read; the weights are as before")
+        if cut := _cut_off(work):
+            error.add_note(f"{cut}; the weights are as before")
         raise
-    return replace(stored, pieces=(MemoryPiece(values, Box.whole(stored.shape)),))
 
 
-def cut_off(copies: Sequence[Copy]) -> str:
+def _cut_off(work: Sequence[Copy]) -> str:
     """The tensors whose files are shorter now than they were, in words; empty where none is."""
     sizes: dict[Path, int] = {}
     found = []
-    for copy in copies:
+    for copy in work:
         if isinstance(piece := copy.piece, FilePiece):
             if piece.path not in sizes:
                 sizes[piece.path] = piece.path.stat().st_size if piece.path.exists() else 0

@@ -25,11 +25,11 @@ from fixpass.runtime.checkpoint.destination import destination
 from fixpass.runtime.checkpoint.journal import Journal
 from fixpass.runtime.checkpoint.local import local_box
 from fixpass.runtime.checkpoint.own_loaders import OwnLoads, call, in_memory
-from fixpass.runtime.checkpoint.read import Copy, copies, read
+from fixpass.runtime.checkpoint.read import Copy, copies
 from fixpass.runtime.checkpoint.stored import MemoryPiece, Stored
 from fixpass.runtime.checkpoint.targets import Target, targets
 from fixpass.runtime.errors import CheckpointError, UpdateError, VersionError
-from fixpass.runtime.weights.collected import Prepared, cut_off, values_of
+from fixpass.runtime.weights.collected import Prepared, read_files, values_of
 from fixpass.runtime.weights.double import Double
 from fixpass.runtime.weights.fold import logical
 from fixpass.runtime.weights.gate import Gate, closed, gate_of, over, tensors_of
@@ -133,12 +133,7 @@ class Commit:
         return prepared, time.perf_counter() - began
 
     def _write(self, work: list[Copy]) -> None:
-        try:
-            read(work, threads=self.options.threads, advance=self.options.advance)
-        except CheckpointError as error:
-            if cut := cut_off(work):
-                error.add_note(f"{cut}; the weights are as before")
-            raise
+        read_files(work, self.options.threads, self.options.advance)
 
     def _own(self, prepared: Prepared) -> list[Copy]:
         """What loaders of parameters' own made of their tensors, on stand-ins, as copies."""

@@ -52,7 +52,8 @@ def fold(param: Tensor, layout: str | Layout, name: str = "the parameter") -> bo
         if plan.padded != plan.logical:
             param.data = _padded(param.detach(), plan)
         else:
-            permute_in_place(memory_of(param, plan), plan.sizes, plan.order)
+            for step in _steps(plan, param.element_size()):
+                permute_in_place(memory_of(param, plan), step.sizes, step.order)
             show(param, plan.shown, plan.strides)
     torch.autograd.graph.increment_version(param)
     record(param, Folded(plan, param.data_ptr(), before))
@@ -70,18 +71,20 @@ def unfold(param: Tensor, name: str = "the parameter") -> bool:
         if plan.padded != plan.logical:
             param.data = logical(param)
         else:
-            permute_in_place(memory_of(param, plan), plan.sizes, plan.order, inverse=True)
+            for step in reversed(_steps(plan, param.element_size())):
+                permute_in_place(memory_of(param, plan), step.sizes, step.order, inverse=True)
             show(param, *found.before)
     torch.autograd.graph.increment_version(param)
     forget(param)
     return True
 
 
-def logical(param: Tensor) -> Tensor:
+def logical(param: Tensor, name: str = "the parameter") -> Tensor:
     """A dense copy of the values in the checkpoint's layout, folded or not."""
     found = record_of(param)
     if found is None:
         return param.detach().clone(memory_format=torch.contiguous_format)
+    check_memory(param, found, name)
     return read(memory_of(param, found.plan), found.plan, Region.of(found.plan))
 
 
@@ -119,10 +122,18 @@ def check_memory(param: Tensor, found: Folded, name: str) -> None:
     if same and room >= found.plan.numel:
         return
     raise LayoutError(
-        f"{name} was folded into {found.plan.layout}, and its .data was replaced since, by a "
-        f"tensor of shape {tuple(param.shape)}: replace it in fixpass.weights.window, or call "
-        "fixpass.weights.forget and fold again"
+        f"{name} was folded into {found.plan.layout}, and its .data was replaced since, by "
+        f"{param.dtype} {tuple(param.shape)}: unfold it before it is moved or cast, replace it in "
+        "fixpass.weights.window, or call fixpass.weights.forget and fold again"
     )
+
+
+def _steps(plan: Plan, itemsize: int) -> list[Plan]:
+    """A plan of each fold by itself: two simple permutes in place beat one that is neither."""
+    folds = [fold for fold in plan.layout.folds if not isinstance(fold, Pad)]
+    if len(folds) == 1:
+        return [plan]
+    return [resolve(Layout(plan.layout.name, (fold,)), plan.padded, itemsize) for fold in folds]
 
 
 def _padded(data: Tensor, plan: Plan) -> Tensor:

@@ -136,6 +136,14 @@ def reading(module: nn.Module) -> AbstractContextManager[int]:
     return gate_of(module).reading()
 
 
+def writing(module: nn.Module, timeout: float | None = None) -> AbstractContextManager[None]:
+    """A context in which no call of a model, or of what shares its weights, goes on elsewhere.
+
+    For loads that are not an update. timeout: in seconds; UpdateError where it runs out.
+    """
+    return closed({gate_of(module), *over(tensors_of(module))}, timeout)
+
+
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers of a module; one that is tied, more than once."""
     for part in module.modules():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fixpass.runtime.checkpoint.targets import targets
 from fixpass.runtime.errors import LayoutError
-from fixpass.runtime.weights.fold import fold, logical, unfold
+from fixpass.runtime.weights.fold import check_memory, fold, logical, unfold
 from fixpass.runtime.weights.layouts import Layout
 from fixpass.runtime.weights.region import Region, write
 from fixpass.runtime.weights.table import memory_of, record_of
@@ -72,7 +72,9 @@ def _folded(module: nn.Module) -> dict[str, Tensor]:
 def _show_logical(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     for name, param in _folded(module).items():
         if prefix + name in state:
-            state[prefix + name] = param.detach().clone() if is_open(param) else logical(param)
+            state[prefix + name] = (
+                param.detach().clone() if is_open(param) else logical(param, repr(prefix + name))
+            )
 
 
 def _take_logical(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -83,6 +85,7 @@ def _take_logical(module: nn.Module, state: dict[str, Any], prefix: str, *rest: 
         if value is param:
             continue
         if tuple(value.shape) == found.plan.logical:
+            check_memory(param, found, repr(prefix + name))
             with torch.no_grad():
                 write(memory_of(param, found.plan), found.plan, Region.of(found.plan), value)
             torch.autograd.graph.increment_version(param)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fixpass.runtime.checkpoint import memory
 from fixpass.runtime.checkpoint.mapping import Mapping
 from fixpass.runtime.checkpoint.report import LoadReport
-from fixpass.runtime.checkpoint.stored import Checkpoint
+from fixpass.runtime.checkpoint.stored import Checkpoint, Stored
 from fixpass.runtime.checkpoint.targets import reshard, targets
 from fixpass.runtime.errors import PoisonedError, UpdateError, VersionError
 from fixpass.runtime.weights.alias import bring_back, moved_away
@@ -82,7 +82,7 @@ class Update:
         """
         stored = memory.from_state_dict({name: tensor})[name]
         if self._options.mode == "staged":
-            stored = in_staging(stored, self._options.threads)
+            (stored,) = in_staging([stored], self._options.threads)
         if start is None:
             self._collected.add(stored)
         else:
@@ -115,9 +115,10 @@ class Update:
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Take the tensors of a checkpoint; in mode "staged" their bytes are read now."""
-        for stored in checkpoint.values():
-            if self._options.mode == "staged":
-                stored = in_staging(stored, self._options.threads)
+        found: Iterable[Stored] = checkpoint.values()
+        if self._options.mode == "staged":
+            found = in_staging(found, self._options.threads)
+        for stored in found:
             self._collected.add(stored)
 
     def validate(self) -> LoadReport:

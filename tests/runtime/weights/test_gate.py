@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fixpass.runtime.errors import PoisonedError, UpdateError, VersionError
-from fixpass.runtime.weights.gate import Gate, closed, gate_of, over
+from fixpass.runtime.weights.gate import Gate, closed, gate_of, over, reading, writing
 from fixpass.runtime.weights.versions import bump, changes, version
 
 
@@ -185,3 +185,16 @@ def test_a_key_of_a_tensor_of_inference_mode_is_of_its_memory():
     with torch.inference_mode():
         tensor = torch.zeros(4)
     assert changes(tensor) == (-1, tensor.data_ptr())
+
+
+def test_a_load_that_is_no_update_can_hold_back_calls_of_the_model_and_its_parts():
+    model = nn.Sequential(nn.Linear(2, 2))
+    with reading(model[0]):
+        pass
+    with writing(model):
+        reader = Reader(gate_of(model[0]))
+        assert not reader.entered.wait(0.02)
+    assert reader.entered.wait(5)
+    reader.finish()
+    with reading(model), pytest.raises(UpdateError, match="inside a call"), writing(model):
+        pass

@@ -13,6 +13,7 @@ from torch import nn
 from fixpass.runtime.errors import LayoutError
 from fixpass.runtime.weights.fold import layout_of, unfold
 from fixpass.runtime.weights.protect import fold_model, unfold_model
+from fixpass.runtime.weights.reload import reload
 from fixpass.runtime.weights.window import window
 
 
@@ -128,3 +129,26 @@ def test_an_unfolded_parameter_loads_as_ever(folded):
     source = model_of()
     folded.load_state_dict(source.state_dict())
     assert torch.equal(folded[0].weight, source[0].weight)
+
+
+@pytest.mark.parametrize(
+    "change", [nn.Module.half, nn.Module.double, lambda m: m.to(torch.bfloat16)]
+)
+def test_a_folded_model_that_was_cast_is_refused_and_not_read_in_another_layout(folded, change):
+    change(folded)
+    wanted = {name: value.to(folded[0].weight.dtype) for name, value in folded.wanted.items()}
+    for work in (
+        folded.state_dict,
+        lambda: folded.load_state_dict(wanted),
+        lambda: reload(folded, wanted, progress=False),
+    ):
+        with pytest.raises(
+            LayoutError, match=r"'0.weight' was folded.* unfold it before it is moved or cast"
+        ):
+            work()
+
+
+def test_a_folded_parameter_is_not_swapped_for_another(folded):
+    with pytest.raises(RuntimeError, match="weakref"):
+        torch.utils.swap_tensors(folded[0].weight, nn.Parameter(torch.ones(32, 64)))
+    assert same(folded.state_dict(), folded.wanted)

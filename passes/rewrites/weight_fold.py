@@ -17,7 +17,7 @@ from fixpass.passes.rewrite import Missed
 from fixpass.passes.rewrites.weight_recipe import Cut
 from fixpass.passes.rewrites.weight_sources import Weight
 from fixpass.runtime.errors import WeightError
-from fixpass.runtime.weights.derived import Derived
+from fixpass.runtime.weights.derived import Derived, Recipe
 from fixpass.runtime.weights.restride import restride
 from fixpass.runtime.weights.shuffle_op import is_folded
 
@@ -76,9 +76,7 @@ def derive(
 ) -> None:
     """Compute the value and let an input stand for it; a value that cannot be had is left."""
     positions = [weights[source].position for source in cut.sources]
-    is_value = partial(is_folded, layout=cut.layout) if cut.layout else None
-    like = torch.empty_strided(cut.val.shape, cut.val.stride(), dtype=cut.val.dtype, device="meta")
-    derived = Derived(cut.node.name, recipe, positions, is_value, like)
+    derived = Derived(_named(cut, recipe), positions)
     inputs = graph.find_nodes(op="placeholder")
     examples = [weights[node].tensor if node in weights else None for node in inputs]
     try:
@@ -101,13 +99,23 @@ def derive(
         "tensor_dict": {"_dynamo_static_input_type": "unguarded"},
     }
     names = ", ".join(weights[source].name for source in cut.sources)
-    if derived.nbytes:
+    if not (cut.layout and is_folded(weights[cut.sources[0]].tensor, cut.layout)):
         text = f"{cut.steps} of {names} kept as {Layout.of(cut.val)}, {cut.nbytes:,} bytes{aside}"
     else:
         text = f"{names} is folded into {cut.layout} itself: nothing is kept beside it"
     result.applied(new, text, bytes_saved=cut.moved)
     cut.node.replace_all_uses_with(new)
     _erase(graph, cut)
+
+
+def _named(cut: Cut, compute: fx.GraphModule) -> Recipe:
+    """The recipe with what is known of its value; equal code on equal layouts computes the same."""
+    is_value = partial(is_folded, layout=cut.layout) if cut.layout else None
+    like = torch.empty_strided(cut.val.shape, cut.val.stride(), dtype=cut.val.dtype, device="meta")
+    fakes = [source.meta["example_value"] for source in cut.sources]
+    layouts = [f"{Layout.of(fake)} {fake.stride()} {fake.device}" for fake in (*fakes, cut.val)]
+    signature = "\n".join((compute.code, *layouts))
+    return Recipe(cut.node.name, compute, is_value, like, signature)
 
 
 def _erase(graph: fx.Graph, cut: Cut) -> None:

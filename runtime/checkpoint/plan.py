@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from fixpass.runtime.checkpoint.destination import Destination, destination
 from fixpass.runtime.checkpoint.mapping import Mapping
@@ -112,6 +113,9 @@ def _add(
 
 
 def _add_copies(plan: Plan, target: Target, routed: Sequence[Routed], mapping: Mapping) -> str:
+    if (plain := _plain_copy(target, routed, mapping)) is not None:
+        plan.copies.append(plain)
+        return ""
     where = destination(target.tensor, repr(target.name))
     placement = place(target.name, where.whole, routed, mapping.tensor_parallel)
     for item in placement.unplaced:
@@ -121,6 +125,24 @@ def _add_copies(plan: Plan, target: Target, routed: Sequence[Routed], mapping: M
     for placed in placement.placed:
         plan.copies.extend(placed_copies(placed, where, target.name))
     return placement.missing
+
+
+def _plain_copy(target: Target, routed: Sequence[Routed], mapping: Mapping) -> Copy | None:
+    """The copy of a tensor that is all of a parameter; None where there is more to it.
+
+    What is found below for this, the most common case, takes three times as long.
+    """
+    tensor, item = target.tensor, routed[0]
+    if len(routed) > 1 or item.candidate.branch != "default" or mapping.tensor_parallel:
+        return None
+    if isinstance(tensor, DTensor) or tensor.is_meta or tensor.layout != torch.strided:
+        return None
+    shape, pieces = item.stored.shape, item.stored.pieces
+    if tuple(tensor.shape) != shape or not tensor.is_contiguous() or not tensor.numel():
+        return None
+    if len(pieces) != 1 or pieces[0].box.shape != shape:
+        return None
+    return Copy(item.stored, pieces[0], pieces[0].box, tensor.detach())
 
 
 def placed_copies(placed: Placed, where: Destination, name: str) -> list[Copy]:

@@ -197,7 +197,7 @@ def test_through_inductor_with_dynamic_sizes():
         def __init__(self):
             super().__init__()
             self.weight = nn.Parameter(torch.randn(512, 64))
-            self.other = nn.Linear(64, 128)
+            self.other = nn.Linear(64, 512)
 
         def forward(self, x):
             return x @ self.weight.t().contiguous() + linear(x, self.other.weight)

@@ -1,0 +1,131 @@
+"""Folded graphs around their calls: in another process with a warm cache, and beside an update."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch import nn
+from weight_updates import compiled
+
+from fixpass import weights
+from fixpass.runtime.errors import UpdateError
+
+SCRIPT = """
+import json
+import sys
+
+import torch
+from torch._dynamo.utils import counters
+
+import fixpass
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((512, 128), float(sys.argv[1])))
+
+    def forward(self, x):
+        return x @ self.weight.t().contiguous()
+
+
+model = Model()
+run = torch.compile(model, backend="fixpass")
+with torch.no_grad():
+    first = run(torch.ones(1, 128))[0, 0].item()
+    model.weight.mul_(2)
+    second = run(torch.ones(1, 128))[0, 0].item()
+    hits = counters["aot_autograd"]["autograd_cache_hit"]
+    print(json.dumps([first, second, hits, len(fixpass.last_reports())]))
+"""
+
+
+@pytest.mark.inductor
+def test_a_second_process_with_other_weights_folds_its_own_on_a_warm_cache(tmp_path):
+    script = tmp_path / "folded.py"
+    script.write_text(SCRIPT)
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "FIXPASS_VERIFY": "0"}
+
+    def run(value):
+        done = subprocess.run(
+            [sys.executable, "-P", str(script), value],
+            env=os.environ | cache,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    assert run("1") == [128.0, 256.0, 0, 1]
+    assert run("3") == [384.0, 768.0, 1, 1]
+
+
+class Waiting(nn.Module):
+    """Reads a weight before and after an operation that waits."""
+
+    def __init__(self, wait):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(512, 64))
+        self.wait = wait
+
+    def forward(self, x):
+        first = x @ self.weight.t().contiguous()
+        return first, torch.ops.fold_updates_test.wait(x) @ self.weight.t()
+
+
+@pytest.fixture
+def waiting():
+    """A module whose compiled call waits, after `entered`, for `released`."""
+    entered, released = threading.Event(), threading.Event()
+    library = torch.library.Library("fold_updates_test", "FRAGMENT")
+    library.define("wait(Tensor x) -> Tensor")
+
+    def wait(x):
+        entered.set()
+        assert released.wait(30)
+        return x.clone()
+
+    library.impl("wait", wait, "CompositeExplicitAutograd")
+    torch.library.register_fake("fold_updates_test::wait", torch.empty_like, lib=library)
+    yield Waiting(wait), entered, released
+    released.set()
+    library._destroy()
+
+
+def test_an_update_waits_for_a_compiled_call_and_no_call_sees_half_of_it(waiting):
+    module, entered, released = waiting
+    x, outs = torch.ones(1, 64), []
+    with torch.no_grad():
+        run = compiled(module)
+        released.set()
+        run(x)
+    entered.clear()
+    released.clear()
+
+    def call():
+        with torch.no_grad():
+            outs.append(run(x))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    assert entered.wait(30)
+    with (
+        pytest.raises(UpdateError, match=r"calls of the model did not end within 0\.2 s"),
+        weights.update(module, timeout=0.2) as update,
+    ):
+        update.load("weight", torch.full((512, 64), 2.0))
+    assert module.weight[0, 0] == 1.0
+    timer = threading.Timer(0.2, released.set)
+    timer.start()
+    with weights.update(module) as update:
+        update.load("weight", torch.full((512, 64), 2.0))
+    thread.join(30)
+    call()
+    timer.join()
+    assert [tuple(out[0, 0].item() for out in pair) for pair in outs] == [(64, 64), (128, 128)]

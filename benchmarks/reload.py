@@ -83,7 +83,7 @@ WAYS: dict[str, Way] = {
 def _large(result: Result, folder: Path, quick: bool) -> None:
     model = build(quick)
     model.save_pretrained(folder, max_shard_size="2MB" if quick else "450MB")
-    samples, held = _timed(model, folder, 3 if quick else 11)
+    samples, held = _timed(model, folder, 3 if quick else 7)
     peaks = {name: _peak(name, folder, quick) for name in WAYS}
     for name, taken in samples.items():
         result.rows.append(
@@ -111,7 +111,7 @@ def _many(result: Result, folder: Path, quick: bool) -> None:
     for index in range(4):
         part = {name: state[name].clone() for name in names[index::4]}
         save_file(part, folder / f"model-{index}.safetensors")
-    samples, held = _timed(model, folder, 3 if quick else 11)
+    samples, held = _timed(model, folder, 3 if quick else 7)
     for name, taken in samples.items():
         each = spread(taken).scaled(1e6 / len(names))
         result.rows.append(

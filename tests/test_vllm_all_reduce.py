@@ -94,7 +94,10 @@ def test_an_all_reduce_of_a_group_without_symmetric_memory_stays(shm):
     )
     for place, reason in (
         (unknown, "group '3' has no symmetric memory: no room"),
-        (replace(shm.place, policy=Policy(enabled=False)), "symmetric memory is off"),
+        (
+            replace(shm.place, policy=Policy(enabled=False), describe=None),
+            "symmetric memory is off",
+        ),
     ):
         graph, reduce = shm_graph()
         (remark,) = run(replace(shm, place=place), graph).remarks

@@ -13,7 +13,7 @@ from torch import fx
 from vllm.distributed import parallel_state
 
 from fixpass.passes.base import Pass, PassResult
-from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
+from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory, nothing_known
 from fixpass.runtime.providers import op_exists, overload_of
 from fixpass.runtime.symmetric_memory.ordinary import SUMMED
 from fixpass.runtime.symmetric_memory.policy import decide
@@ -55,8 +55,9 @@ class FunctionalizeShmAllReduce(Pass):
         alias = next(_read_through_alias(node, x), None)
         if alias is not None:
             return f"{alias.name} shares the memory it writes to and is read behind it"
-        facts = self.place.describe(name, self.place.target.device_type)
-        decision = decide(facts, self.place.policy)
+        # Asking makes the group's memory: not where it is off.
+        asked = self.place.describe if self.place.policy.enabled else nothing_known
+        decision = decide(asked(name, self.place.target.device_type), self.place.policy)
         return "" if decision else decision.reason
 
 

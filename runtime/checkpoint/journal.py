@@ -62,6 +62,10 @@ class Journal:
             entry.param.__dict__.update(entry.attributes)
         self.restored = True
 
+    def close(self) -> None:
+        """Remove the file; again is once."""
+        self._file.close()
+
     def __enter__(self) -> Self:
         return self
 
@@ -75,4 +79,4 @@ class Journal:
             if kind is not None:
                 self.restore()
         finally:
-            self._file.close()
+            self.close()

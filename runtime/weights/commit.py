@@ -37,7 +37,7 @@ from fixpass.runtime.weights.manifest import Manifest
 from fixpass.runtime.weights.options import Options
 from fixpass.runtime.weights.places import Places, places
 from fixpass.runtime.weights.saved_state import SavedState, write_state
-from fixpass.runtime.weights.versions import bump
+from fixpass.runtime.weights.versions import all_changes, bump
 
 _PART = 1 << 20  # elements looked at for NaN at once
 
@@ -62,12 +62,12 @@ class Commit:
         work = prepared.places.putting([*prepared.copies, *self._own(prepared)])
         if self.options.finite and self.options.mode == "staged":
             check_finite((c.stored.name, p) for c in work for p in values_of(c.stored))
-        gates = over(self.live[name].tensor for name in prepared.written)
+        written = [self.live[name].tensor for name in prepared.written]
+        if self.options.mode == "journal":
+            return prepared, self._journal(work, prepared.written, written)
+        gates = over(written)
         with self._closed(gates) as began:
-            if self.options.mode == "journal":
-                self._journal(gates, work, prepared.written)
-            else:
-                self._staged(gates, work)
+            self._staged(gates, work)
         return prepared, time.perf_counter() - began
 
     @property
@@ -95,16 +95,33 @@ class Commit:
             interrupt.add_note("the update was finished first: its weights are in place")
             raise interrupt
 
-    def _journal(self, gates: Collection[Gate], work: list[Copy], names: Sequence[str]) -> None:
-        written = [self.live[name].tensor for name in names]
-        journal = Journal()
+    def _journal(self, work: list[Copy], names: Sequence[str], written: list[Tensor]) -> float:
+        gates, journal = over(written), Journal()
+        try:
+            # Calls go on while the old bytes are written down.
+            before = all_changes(written)
+            for param in written:
+                journal.keep(param)
+            with self._closed(gates) as began:
+                if all_changes(written) != before:
+                    raise UpdateError("weights were written while an update was open: begin again")
+                self._write_or_restore(gates, journal, work, zip(names, written, strict=True))
+            return time.perf_counter() - began
+        finally:
+            journal.close()
+
+    def _write_or_restore(
+        self,
+        gates: Collection[Gate],
+        journal: Journal,
+        work: list[Copy],
+        written: Iterable[tuple[str, Tensor]],
+    ) -> None:
         try:
             with journal:
-                for param in written:
-                    journal.keep(param)
                 self._write(work)
                 if self.options.finite:
-                    check_finite(zip(names, written, strict=True))
+                    check_finite(written)
                 self._finish(gates)
         except BaseException as error:
             if not journal.restored:

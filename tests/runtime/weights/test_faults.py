@@ -13,6 +13,7 @@ from ranks import Ranks
 from torch import nn
 
 from fixpass.runtime.checkpoint import read
+from fixpass.runtime.checkpoint.journal import Journal
 from fixpass.runtime.errors import PoisonedError, UpdateError
 from fixpass.runtime.weights.gate import gate_of
 from fixpass.runtime.weights.saved_state import read_state, resume
@@ -58,6 +59,23 @@ def test_a_journal_brings_the_old_weights_back(monkeypatch, error):
     assert version(model) == 0
     with gate_of(model).reading():
         pass
+
+
+def test_a_write_while_the_journal_is_kept_is_not_lost_in_a_rollback(monkeypatch):
+    model, keep = model_of(), Journal.keep
+
+    def keep_and_write(journal, param):
+        keep(journal, param)
+        with torch.no_grad():
+            model[0].weight.fill_(5.0)
+
+    monkeypatch.setattr(Journal, "keep", keep_and_write)
+    with (
+        pytest.raises(UpdateError, match="written while an update was open"),
+        update(model, "journal") as tx,
+    ):
+        tx.load_state_dict(workers.full(1))
+    assert bool((model[0].weight == 5.0).all())
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("the device is gone")])

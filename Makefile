@@ -20,7 +20,7 @@ TYPED := $(wildcard fixpass/*.py) fixpass/py.typed lowering passes runtime \
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-full accept lint format type check bench wheel typings doctor clean
+.PHONY: help demo test test-full engines accept lint format type check bench wheel typings doctor clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ test: $(STAMP) ## Run the tests; TESTS=path runs a part
 
 test-full: $(STAMP) ## Run every test: each model through Inductor, 20,000 random modules
 	FIXPASS_TEST_FULL=1 $(PYTEST) $(TESTS)
+
+engines: ## Run the tests in real serving engines; ENGINES=vllm runs one
+	tests/engines/run $(ENGINES)
 
 # expecttest rewrites the file a test stands in and counts the lines it moved, so all
 # tests of a file go to one worker.

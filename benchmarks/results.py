@@ -7,7 +7,7 @@ measured side by side. A bound that is missed is written down as missed; nothing
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
@@ -78,6 +78,8 @@ class Result:
     rows: list[Mapping[str, Any]] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     quick: bool = False
+    figure: Callable[[Path], None] | None = None
+    """Draws the result into a folder."""
 
     def text(self) -> str:
         """The result as Markdown."""
@@ -92,7 +94,7 @@ class Result:
         return "\n".join(lines) + "\n"
 
     def write(self, folder: Path) -> None:
-        """Write `name.json` and `name.md`."""
+        """Write `name.json`, `name.md`, and the figure where there is one."""
         folder.mkdir(parents=True, exist_ok=True)
         data = {
             "name": self.name,
@@ -104,6 +106,8 @@ class Result:
         }
         (folder / f"{self.name}.json").write_text(json.dumps(data, indent=2) + "\n")
         (folder / f"{self.name}.md").write_text(self.text())
+        if self.figure is not None:
+            self.figure(folder)
 
 
 def environment() -> dict[str, Any]:

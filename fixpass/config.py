@@ -38,6 +38,8 @@ class Config:
     """All-reduces in symmetric memory: on, off, or on under a policy of your own."""
     symmetric_timeout: float = 30.0
     """Seconds that a rank waits for the others in an all-reduce before it raises."""
+    guards: bool = True
+    """Lay operands out for opaque norm kernels that engines call outside compiled graphs."""
     fold: Mode | None = None
     """Weight-only subgraphs: "derived" keeps their values beside the weights, "inplace" changes the
     weights themselves where that is safe, "off" leaves them in the graph. None is "derived" for
@@ -71,6 +73,7 @@ _VARIABLES: dict[str, Callable[[str, str], Any]] = {
     "fuel": lambda name, text: _integer(name, text),
     "symmetric_memory": lambda name, text: _boolean(name, text),
     "symmetric_timeout": lambda name, text: _seconds(name, text),
+    "guards": lambda name, text: _boolean(name, text),
     "fold": lambda name, text: text,
 }
 
@@ -86,7 +89,7 @@ def _from_environment(environ: Mapping[str, str]) -> Config:
 
 def _check(name: str, value: Any) -> Any:
     """The value as Config keeps it; ConfigError when it is none of those allowed."""
-    if name in ("strict", "verify") and not isinstance(value, bool):
+    if name in ("strict", "verify", "guards") and not isinstance(value, bool):
         raise ConfigError(f"option {name!r} is True or False, not {value!r}")
     if name == "lower" and value not in ("inductor", "eager"):
         raise ConfigError(f'option "lower" is "inductor" or "eager", not {value!r}')
@@ -152,6 +155,17 @@ def _seconds(name: str, text: str) -> float:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_switched_on(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether `FIXPASS=1` asks for fixpass in the serving engines of this process."""
+    text = (os.environ if environ is None else environ).get("FIXPASS", "")
+    return bool(text) and _boolean("FIXPASS", text)
+
+
+def set_default(name: str, value: str) -> None:
+    """Set an engine's variable for this process and its children, where the user has not."""
+    os.environ.setdefault(name, value)
 
 
 def local_world_size(environ: Mapping[str, str] | None = None) -> str:

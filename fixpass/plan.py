@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from fixpass.config import Config, local_world_size
-from fixpass.lowering.target import CPU, Target, target_of
+from fixpass.lowering.target import Target, target_of
 from fixpass.passes import default_passes, entry_passes
 from fixpass.passes.base import Pass
 from fixpass.passes.fold_weights import FoldWeights
@@ -109,7 +109,12 @@ def present_target(example_inputs: Sequence[object], config: Config) -> Target:
     """The target of the device that the inputs are on, with the kernels that are installed."""
     devices = [x.device for x in example_inputs if isinstance(x, torch.Tensor)]
     accelerated = [device for device in devices if device.type != "cpu"]
-    target = preferred(target_of(accelerated[0]) if accelerated else CPU, config)
+    return target_here(accelerated[0] if accelerated else torch.device("cpu"), config)
+
+
+def target_here(device: torch.device, config: Config) -> Target:
+    """The target of a device that is present, with the kernels that are installed."""
+    target = preferred(target_of(device), config)
     installed = tuple(k for k in target.kernels if k == "inductor" or is_available(k))
     return replace(target, kernels=installed)
 

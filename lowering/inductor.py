@@ -13,9 +13,9 @@ import torch
 from torch._inductor import ir
 from torch._inductor.comm_lowering import can_realize_as_comm_buffer, realize_as_comm_buffer
 from torch._inductor.lowering import fallback_handler, register_lowering
-from torch._inductor.utils import is_symbolic
 from torch._inductor.virtualized import V
 from torch.distributed.distributed_c10d import GroupName
+from torch.fx.experimental.symbolic_shapes import free_symbols
 
 
 @cache
@@ -26,7 +26,7 @@ def register() -> None:
 
     @register_lowering(op, type_promotion_kind=None)
     def all_reduce(x: Any, reduce_op: str, group_name: str) -> Any:
-        if x.get_device().type == "cuda" and not is_symbolic(x.get_numel()):
+        if x.get_device().type == "cuda" and not free_symbols(x.get_numel()):
             x = ir.ExternKernel.require_contiguous(x)
             if can_realize_as_comm_buffer(x, ir.CommBufferType.SYMM_MEM):
                 realize_as_comm_buffer(x, ir.CommBufferType.SYMM_MEM, GroupName(group_name))

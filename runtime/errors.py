@@ -33,6 +33,10 @@ class ShardingError(FixpassError, ValueError):
     """Nothing of a model matched what was to be sharded; the message lists what there is."""
 
 
+class EngineError(FixpassError, RuntimeError):
+    """A serving engine is not one that fixpass can work in; the message says what was found."""
+
+
 class WeightError(FixpassError, ValueError):
     """Something about a parameter is not as it must be; the message names the parameter."""
 

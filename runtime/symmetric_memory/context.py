@@ -56,6 +56,16 @@ class SymmetricContext:
             return torch.ops.fixpass.all_reduce(x, "sum", name)  # type: ignore[no-any-return]
         return ordinary_all_reduce(x, "sum", name)
 
+    def all_reduce_(self, x: Tensor) -> Tensor:
+        """The same in place, as `torch.distributed.all_reduce`: nothing is allocated for a dense x.
+
+        Not for tensors that require gradients.
+        """
+        if self.symmetric:
+            return torch.ops.fixpass.all_reduce_(x, "sum", self.group.group_name)  # type: ignore[no-any-return]
+        dist.all_reduce(x, group=self.group)
+        return x
+
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """An uninitialised CPU tensor in the group's memory.
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from torch.utils import cpp_extension
 
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno")
@@ -30,6 +29,9 @@ def load() -> str:
 
 def _built() -> Path:
     """The path of the library, which is built where it is not there."""
+    # It imports setuptools, a third of a second that only those pay who have ranks.
+    from torch.utils import cpp_extension
+
     name = f"fixpass_symmetric_memory_{_version()}"
     folder = Path(cpp_extension._get_build_directory(name, verbose=False))
     library = folder / f"{name}{cpp_extension.LIB_EXT}"

@@ -22,6 +22,7 @@ from fixpass.runtime.symmetric_memory.packing import unpacked_call
 OURS = (*TAGS, torch.Tag.cudagraph_unsafe)
 SCHEMAS = {
     "all_reduce": "(Tensor input, str reduce_op, str group_name) -> Tensor",
+    "all_reduce_": "(Tensor(a!) x, str reduce_op, str group_name) -> Tensor(a!)",
     "matmul_all_reduce": (
         "(Tensor a, Tensor b, Tensor? bias, Scalar beta, Scalar alpha, str reduce_op, "
         "str group_name) -> Tensor"
@@ -39,6 +40,11 @@ def all_reduce(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
     if total is not None:
         return total
     return ordinary_all_reduce(x, reduce_op, group_name)
+
+
+def all_reduce_(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
+    """The same in place, for code that is not compiled."""
+    return x.copy_(torch.ops.fixpass.all_reduce(x, reduce_op, group_name))
 
 
 def matmul(a: Tensor, b: Tensor, bias: Tensor | None, beta: float, alpha: float) -> Tensor:
@@ -108,8 +114,9 @@ def _fake_call(
 
 def _define(library: Library) -> None:
     for name, schema in SCHEMAS.items():
-        library.define(name + schema, tags=OURS)
+        library.define(name + schema, tags=OURS if "!" not in schema else ())
     library.impl("all_reduce", all_reduce, "CompositeExplicitAutograd")
+    library.impl("all_reduce_", all_reduce_, "CompositeExplicitAutograd")
     library.impl("matmul_all_reduce", matmul_all_reduce, "CompositeExplicitAutograd")
     library.impl("call_all_reduce", call_all_reduce, "CompositeExplicitAutograd")
     library.impl("all_reduce", device.all_reduce, "CUDA")

@@ -39,6 +39,7 @@ struct alignas(128) Control {
   std::atomic<uint32_t> arrived;
   std::atomic<uint32_t> sleepers;
   std::atomic<uint32_t> state;  // kTakesPart, kLeft or kGaveUp
+  std::atomic<int32_t> core;    // where the rank ran when it arrived last
   alignas(128) Message messages[2];
 };
 
@@ -68,6 +69,7 @@ inline void futex(const std::atomic<uint32_t>* word, int op, uint32_t value, con
 
 // Count one more barrier for this rank and wake those that sleep on it.
 inline void arrive(Control* control) {
+  control->core.store(sched_getcpu(), std::memory_order_relaxed);
   control->arrived.fetch_add(1, std::memory_order_seq_cst);
   if (control->sleepers.load(std::memory_order_seq_cst) != 0) {
     futex(&control->arrived, FUTEX_WAKE, INT_MAX, nullptr);
@@ -92,9 +94,12 @@ struct Patience {
   int yields;
 };
 
-// Whether the rank arrived within the patience.
+// Whether the rank arrived within the patience. One that ran on this very core cannot arrive while
+// this rank spins on it.
 inline bool await_briefly(const Control* control, uint32_t count, Patience patience) {
-  for (int i = 0; i < patience.spins; ++i) {
+  if (has_reached(control, count)) return true;
+  const bool apart = control->core.load(std::memory_order_relaxed) != sched_getcpu();
+  for (int i = 0; apart && i < patience.spins; ++i) {
     if (has_reached(control, count)) return true;
     relax();
   }

@@ -22,6 +22,7 @@
 #include "control.h"
 #include "heap.h"
 #include "reduce.h"
+#include "stage.h"
 
 namespace fixpass {
 
@@ -145,7 +146,7 @@ class Group {
     if (static_cast<const void*>(in) == mine) {
       stats.resident_bytes += bytes;
     } else {
-      std::memcpy(mine, in, bytes);
+      copy_for_others(mine, reinterpret_cast<const char*>(in), bytes);
       stats.staged_bytes += bytes;
     }
     meet_with(message);
@@ -153,7 +154,8 @@ class Group {
     for (size_t rank = 0; rank < sources.size(); ++rank) {
       sources[rank] = reinterpret_cast<const T*>(bases_[rank] + slot);
     }
-    sum_ranks(sources.data(), num_ranks(), 0, numel, out, static_cast<T*>(nullptr));
+    sources[rank_] = in;  // in this core's cache, where its slot is not
+    sum_ranks(sources.data(), num_ranks(), 0, numel, out);
   }
 
   template <typename T>
@@ -175,7 +177,8 @@ class Group {
       const auto [begin, end] = chunk(rank_, count);
       T* result = result_of<T>(rank_);
       at::parallel_for(begin, end, kGrain, [&](int64_t from, int64_t to) {
-        sum_ranks(sources.data(), num_ranks(), from, to, result - begin, out + start);
+        sum_ranks(sources.data(), num_ranks(), from, to, out + start);
+        std::memcpy(result + (from - begin), out + start + from, (to - from) * sizeof(T));
       });
       meet();
       gather(out + start, count);

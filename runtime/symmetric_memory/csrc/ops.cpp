@@ -80,15 +80,15 @@ Tensor ordinary_all_reduce(const Tensor& input, c10::string_view op, c10::string
   return stack.back().toTensor();
 }
 
-// Summed in the group's memory, into a tensor of its own; undefined where the group cannot do that
-// and all ranks have seen so.
-Tensor reduce_with(Group& group, const Tensor& input, c10::string_view op) {
+// Summed in the group's memory, into `out` or else a tensor of its own; undefined where the group
+// cannot do that and all ranks have seen so.
+Tensor reduce_with(Group& group, const Tensor& input, c10::string_view op, Tensor out = {}) {
   const Message message = message_of(input, op);
   if (!message.sums || !Group::can_sum(input.scalar_type())) {
     group.compare(message);
     return {};
   }
-  Tensor out = at::empty(input.sizes(), input.options());
+  if (!out.defined()) out = at::empty(input.sizes(), input.options());
   group.all_reduce(input.const_data_ptr(), out.mutable_data_ptr(), message);
   return out;
 }
@@ -103,6 +103,19 @@ Tensor all_reduce(const Tensor& input, c10::string_view op, c10::string_view gro
     if (out.defined()) return out;
   }
   return ordinary_all_reduce(dense, op, group_name);
+}
+
+// The same in place: nothing is allocated where x is dense.
+Tensor& all_reduce_(Tensor& x, c10::string_view op, c10::string_view group_name) {
+  auto group = x.is_contiguous() ? ready_group(std::string(group_name)) : nullptr;
+  if (group) {
+    const Tensor out = translate_errors([&] {
+      auto lock = group->enter();
+      return reduce_with(*group, x, op, x);
+    });
+    if (out.defined()) return x;
+  }
+  return x.copy_(all_reduce(x, op, group_name));
 }
 
 // A tensor over a block of the group's heap, which gets it back when the tensor is gone.
@@ -148,9 +161,10 @@ Tensor matmul_all_reduce(const Tensor& a, const Tensor& b, const std::optional<T
     out = translate_errors([&] {
       auto lock = group->enter();
       product = allocate_message(group, sizes, a.options());
-      if (!product.defined()) product = at::empty(sizes, a.options());
+      const bool resident = product.defined();
+      if (!resident) product = at::empty(sizes, a.options());
       multiply_into(product, a, b, bias, beta, alpha);
-      return reduce_with(*group, product, op);
+      return reduce_with(*group, product, op, resident ? Tensor() : product);
     });
     if (out.defined()) return out;
     product = product.clone();  // out of the slot, which the next call writes
@@ -263,6 +277,7 @@ TORCH_LIBRARY(fixpass_symmetric_memory, m) {
 
 TORCH_LIBRARY_IMPL(fixpass, CPU, m) {
   m.impl("all_reduce", all_reduce);
+  m.impl("all_reduce_", all_reduce_);
   m.impl("matmul_all_reduce", matmul_all_reduce);
 }
 

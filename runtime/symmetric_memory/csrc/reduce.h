@@ -36,23 +36,47 @@ inline void round_to(float value, BFloat16& out) {
 inline float to_float(_Float16 x) { return static_cast<float>(x); }
 inline void round_to(float value, _Float16& out) { out = static_cast<_Float16>(value); }
 
+// out[i] = sum of in[rank][i] for a number of ranks that the compiler knows: one pass over the data,
+// the sum in a register. `in` may hold `out` itself.
+template <int kRanks, typename T>
+void sum_known_ranks(const T* const* in, size_t begin, size_t end, T* out) {
+  const T* source[kRanks];
+  for (int rank = 0; rank < kRanks; ++rank) source[rank] = in[rank];
+#pragma GCC ivdep
+  for (size_t i = begin; i < end; ++i) {
+    float total = to_float(source[0][i]);
+#pragma GCC unroll 8
+    for (int rank = 1; rank < kRanks; ++rank) total += to_float(source[rank][i]);
+    round_to(total, out[i]);
+  }
+}
+
 constexpr size_t kBlock = 512;
 
-// out[i] = sum over ranks of in[rank][i]; `copy` gets the same, where there is one.
+// The same for any number of ranks, through a block of sums.
 template <typename T>
-void sum_ranks(const T* const* in, int num_ranks, size_t begin, size_t end, T* out, T* copy) {
+void sum_many_ranks(const T* const* in, int num_ranks, size_t begin, size_t end, T* out) {
   float total[kBlock];
   for (size_t start = begin; start < end; start += kBlock) {
     const size_t count = end - start < kBlock ? end - start : kBlock;
-    const T* first = in[0] + start;
-    for (size_t i = 0; i < count; ++i) total[i] = to_float(first[i]);
+    for (size_t i = 0; i < count; ++i) total[i] = to_float(in[0][start + i]);
     for (int rank = 1; rank < num_ranks; ++rank) {
       const T* next = in[rank] + start;
       for (size_t i = 0; i < count; ++i) total[i] += to_float(next[i]);
     }
     T* __restrict__ target = out + start;
     for (size_t i = 0; i < count; ++i) round_to(total[i], target[i]);
-    if (copy != nullptr) std::memcpy(copy + start, target, count * sizeof(T));
+  }
+}
+
+template <typename T>
+void sum_ranks(const T* const* in, int num_ranks, size_t begin, size_t end, T* out) {
+  switch (num_ranks) {
+    case 2: return sum_known_ranks<2>(in, begin, end, out);
+    case 3: return sum_known_ranks<3>(in, begin, end, out);
+    case 4: return sum_known_ranks<4>(in, begin, end, out);
+    case 8: return sum_known_ranks<8>(in, begin, end, out);
+    default: return sum_many_ranks(in, num_ranks, begin, end, out);
   }
 }
 

@@ -1,4 +1,4 @@
-"""All-reduce on two and four real ranks: right to the bit, and in the memory that all share."""
+"""All-reduce on two, four and eight real ranks: right to the bit, and in the memory that all share."""
 
 import pytest
 import symmetric_faults as faults
@@ -37,7 +37,12 @@ def test_four_ranks_on_two_cores_get_it_too(four):
     assert four.run(workers.wrong_sums, SIZES) == [[], [], [], []]
 
 
-def test_the_fourth_rank_of_a_group_of_three_and_more_hundred_calls(four):
+def test_eight_ranks_on_two_cores_get_it_too():
+    with Ranks(8) as ranks:
+        assert ranks.run(workers.wrong_sums, [1, 65536, 131073, 262145]) == [[]] * 8
+
+
+def test_hundreds_of_calls_of_random_sizes_in_a_row(four):
     wrong = four.run(workers.random_calls, 300, 7)
     assert [count for count, _ in wrong] == [0, 0, 0, 0]
 
@@ -47,7 +52,7 @@ def test_small_messages_are_one_shot_and_large_ones_two_shot(two):
     two.run(workers.wrong_sums, [65536, 65537])
     after, _ = two.run(workers.stats)
     # float32 of 65,537 is over a slot; in 16 bits it is not.
-    assert (after.one_shot - before.one_shot, after.two_shot - before.two_shot) == (5, 1)
+    assert (after.one_shot - before.one_shot, after.two_shot - before.two_shot) == (10, 2)
 
 
 def test_nothing_is_left_in_shared_memory_while_the_group_lives(two):
@@ -56,11 +61,12 @@ def test_nothing_is_left_in_shared_memory_while_the_group_lives(two):
 
 
 def test_results_are_dense_whatever_the_strides_of_the_input(two):
-    (got, stride, scalar), other = two.run(workers.strided_sum)
+    (got, stride, scalar, in_place), other = two.run(workers.strided_sum)
     assert got.shape == (4, 3)
     assert stride == (3, 1)
     assert scalar.shape == ()
     assert scalar == 4
+    assert in_place
     assert torch.equal(got, other[0])
 
 

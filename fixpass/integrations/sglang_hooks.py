@@ -1,0 +1,129 @@
+"""Hooks in SGLang's registry: put in place, looked at afterwards, and taken back where in doubt.
+
+SGLang applies hooks after all plugins were called, and only logs what went wrong. So `install` goes
+around that one step: before it, a hook whose target is not there, or that another plugin hooks
+too, is taken back with a warning that names it; after it, each is looked for at its target. What a
+hook does is not decided here.
+"""
+
+import importlib
+import logging
+import multiprocessing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import FunctionType, ModuleType
+from typing import Any, Literal
+
+from fixpass.runtime.errors import EngineError
+
+SUPPORTED = (0, 5)
+log = logging.getLogger("fixpass")
+
+
+@dataclass(frozen=True)
+class Hook:
+    """What to hook, and how.
+
+    target: a dotted name. kind: one of SGLang's types of hooks. run: the hook. applies: whether
+    the module of the target uses it in this process; a target that is not used is not missed.
+    """
+
+    target: str
+    kind: Literal["AFTER", "AROUND"]
+    run: Callable[..., Any]
+    applies: Callable[[], bool] = lambda: True
+
+
+def check_version() -> None:
+    """Raise EngineError unless the installed SGLang is one that we know."""
+    engine = importlib.import_module("sglang")
+    found = tuple(int(part) for part in engine.__version__.split(".")[:2] if part.isdecimal())
+    if found != SUPPORTED:
+        raise EngineError(
+            f"fixpass works with SGLang {SUPPORTED[0]}.{SUPPORTED[1]}, and this is "
+            f"{engine.__version__}"
+        )
+
+
+def install(registry: Any, hook_type: Any, hooks: Sequence[Hook]) -> None:
+    """Register `hooks`, and look after them when the registry applies its hooks."""
+    for hook in hooks:
+        registry.register(hook.target, hook.run, getattr(hook_type, hook.kind))
+    held = registry.__dict__.get("apply_hooks")
+    apply = registry.apply_hooks
+
+    def apply_hooks() -> None:
+        if held is None:
+            del registry.apply_hooks
+        else:
+            registry.apply_hooks = held
+        kept = [hook for hook in hooks if _keeps(registry, hook)]
+        apply()
+        for hook in kept:
+            if not is_in_place(hook):
+                say_once(f"the hook of {hook.target} is not in place: SGLang runs without it")
+
+    registry.apply_hooks = staticmethod(apply_hooks)
+
+
+def _keeps(registry: Any, hook: Hook) -> bool:
+    """Whether a hook stays registered; else it is taken back, and a warning says why."""
+    why = _why_not(registry, hook)
+    if why is None:
+        return True
+    others = [entry for entry in registry._hooks[hook.target] if entry[1] is not hook.run]
+    registry._hooks[hook.target] = others
+    if not others:
+        del registry._hooks[hook.target]
+    if why:
+        say_once(f"{why}: SGLang runs without the hook of {hook.target}")
+    return False
+
+
+def _why_not(registry: Any, hook: Hook) -> str | None:
+    """Why a hook cannot stay; None where it can, and empty where it is merely not needed."""
+    try:
+        if not hook.applies():
+            return ""
+        resolved(hook.target)
+    except (ImportError, AttributeError, LookupError) as error:
+        return f"{hook.target} is not where it was ({error})"
+    others = [entry for entry in registry._hooks[hook.target] if entry[1] is not hook.run]
+    if others:
+        names = ", ".join(str(getattr(source, "plugin_name", "?")) for _, _, source in others)
+        return f"another plugin ({names}) hooks {hook.target} too"
+    if hook.target in registry._patched:
+        return f"{hook.target} was hooked before fixpass came"
+    return None
+
+
+def resolved(target: str) -> Any:
+    """The object of a dotted name; AttributeError or ImportError where there is none."""
+    first, *rest = target.split(".")
+    found: Any = importlib.import_module(first)
+    path = first
+    for name in rest:
+        path = f"{path}.{name}"
+        if isinstance(found, ModuleType) and name not in vars(found):
+            importlib.import_module(path)
+        found = getattr(found, name)
+    return found
+
+
+def is_in_place(hook: Hook) -> bool:
+    """Whether a call of the target comes through the hook."""
+    found = resolved(hook.target)
+    while isinstance(found, FunctionType):
+        cells = [cell.cell_contents for cell in found.__closure__ or ()]
+        if any(content is hook.run for content in cells):
+            return True
+        found = found.__dict__.get("__wrapped__")
+    return False
+
+
+@cache
+def say_once(text: str) -> None:
+    """Warn, once, and in the process that the user started: the others would only repeat it."""
+    if multiprocessing.parent_process() is None:
+        log.warning("fixpass: %s", text)

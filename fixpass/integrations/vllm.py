@@ -1,0 +1,137 @@
+"""vLLM's plugin: `--compilation-config '{"backend": "fixpass"}'` or `FIXPASS=1` switches us on.
+
+vLLM calls `register` in each of its processes. One hook goes around the last step of its
+configuration, in which a platform may still change the backend; behind it our passes stand among
+the options of Inductor, where vLLM's caches see them. No code of a model or a layer is touched,
+and where the hook cannot stand for sure, vLLM runs as if fixpass were not there.
+"""
+
+import importlib
+import logging
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, wraps
+from types import FunctionType, ModuleType
+from typing import Any
+
+from fixpass.config import Config, is_switched_on
+from fixpass.runtime.errors import EngineError
+
+NAME = "fixpass"
+SUPPORTED = (0, 32)
+# What a rank of an engine may take longer than another one, where no time is given: it compiles.
+PATIENCE = 300.0
+# A child of vLLM's own logger: its lines stand among vLLM's, at the level that vLLM is set to.
+log = logging.getLogger("vllm.fixpass")
+
+
+def register() -> None:
+    """What vLLM's entry point calls, any number of times: put the hook in place, or say why not."""
+    try:
+        module = _supported(importlib.import_module("vllm"))
+        _hook(module.VllmConfig)
+    except ImportError as error:
+        say_once(f"vLLM is not here ({error}): nothing to switch fixpass on in")
+    except EngineError as error:
+        say_once(f"{error}: vLLM runs without fixpass")
+
+
+def _supported(engine: ModuleType) -> ModuleType:
+    """The module that holds vLLM's configuration, in a version that we know."""
+    found = tuple(int(part) for part in engine.__version__.split(".")[:2] if part.isdecimal())
+    if found != SUPPORTED:
+        raise EngineError(
+            f"fixpass works with vLLM {SUPPORTED[0]}.{SUPPORTED[1]}, and this is "
+            f"{engine.__version__}"
+        )
+    return importlib.import_module("vllm.config.vllm")
+
+
+def _hook(configuration: type) -> None:
+    """Put ourselves around `configuration.__post_init__`, once."""
+    original: Any = configuration.__dict__.get("__post_init__")
+    if _ours(original):
+        return
+    if not _is_engines(original, configuration):
+        raise EngineError(
+            f"{configuration.__name__}.__post_init__ is {_whose(original)}, not vLLM's own: "
+            "another plugin hooks the same place; VLLM_PLUGINS says which plugins are loaded"
+        )
+
+    @wraps(original)
+    def post_init(self: Any) -> None:
+        standing = type(self).__dict__.get("__post_init__")
+        _configure(self, original, standing if standing is not post_init else None)
+
+    post_init.__module__ = __name__
+    configuration.__post_init__ = post_init  # type: ignore[attr-defined]
+
+
+def _ours(function: Any) -> bool:
+    return isinstance(function, FunctionType) and function.__module__ == __name__
+
+
+def _is_engines(function: Any, configuration: type) -> bool:
+    """Whether a function was written in the file of the class that it stands in."""
+    if not isinstance(function, FunctionType):
+        return False
+    written_in = importlib.import_module(configuration.__module__).__file__
+    return function.__code__.co_filename == written_in
+
+
+def _whose(function: Any) -> str:
+    if isinstance(function, FunctionType):
+        return f"{function.__qualname__} of {function.__code__.co_filename}"
+    return repr(function)
+
+
+def _configure(config: Any, original: Callable[[Any], None], in_front: Any) -> None:
+    """Run vLLM's own step, and put our passes in where they are asked for."""
+    compilation = config.compilation_config
+    named = compilation.backend == NAME
+    if named:
+        # All that vLLM derives from the backend's name shall be what it derives for Inductor.
+        compilation.backend = "inductor"
+    original(config)
+    if not (named or is_switched_on()):
+        return
+    if in_front is not None:
+        say_once(
+            f"{_whose(in_front)} hooks VllmConfig.__post_init__ in front of fixpass: vLLM runs "
+            "without fixpass; VLLM_PLUGINS says which plugins are loaded"
+        )
+        return
+    reason = adopt(config)
+    if reason:
+        say_once(f"{reason}: vLLM runs without fixpass")
+
+
+def adopt(config: Any) -> str:
+    """Put our passes among the options of Inductor; or why there is nothing to put them in."""
+    from fixpass.integrations.vllm_passes import install
+
+    compilation = config.compilation_config
+    if compilation.mode is None or compilation.mode.name in ("NONE", "STOCK_TORCH_COMPILE"):
+        mode = compilation.mode.name if compilation.mode is not None else "NONE"
+        return f"compilation mode {mode} compiles nothing that fixpass sees"
+    if compilation.backend != "inductor":
+        return f"the backend is {compilation.backend!r}, not Inductor"
+    install(config, resolve(config.additional_config))
+    return ""
+
+
+def resolve(additional: Any) -> Config:
+    """Our options: from `--additional-config '{"fixpass": {...}}'` and from the environment."""
+    given = additional.get(NAME) if isinstance(additional, dict) else None
+    resolved = Config.resolve(given)
+    if resolved.symmetric_timeout == Config().symmetric_timeout:
+        return replace(resolved, symmetric_timeout=PATIENCE)
+    return resolved
+
+
+@cache
+def say_once(text: str) -> None:
+    """Warn, once, and in the process that the user started: the others would only repeat it."""
+    if multiprocessing.parent_process() is None:
+        log.warning("fixpass: %s", text)

@@ -1,0 +1,1 @@
+../../fixpass/guards.py

@@ -40,9 +40,10 @@ class Config:
     """Seconds that a rank waits for the others in an all-reduce before it raises."""
     guards: bool = True
     """Lay operands out for opaque norm kernels that engines call outside compiled graphs."""
-    fold: Mode = "derived"
+    fold: Mode | None = None
     """Weight-only subgraphs: "derived" keeps their values beside the weights, "inplace" changes the
-    weights themselves where that is safe, "off" leaves them in the graph."""
+    weights themselves where that is safe, "off" leaves them in the graph. None is "derived" for
+    weights on CPU."""
     inductor: tuple[tuple[str, Any], ...] = ()
     """Options for Inductor itself, as `torch.compile` takes them."""
 
@@ -92,7 +93,7 @@ def _check(name: str, value: Any) -> Any:
         raise ConfigError(f"option {name!r} is True or False, not {value!r}")
     if name == "lower" and value not in ("inductor", "eager"):
         raise ConfigError(f'option "lower" is "inductor" or "eager", not {value!r}')
-    if name == "fold" and value not in ("inplace", "derived", "off"):
+    if name == "fold" and value not in ("inplace", "derived", "off", None):
         raise ConfigError(f'option "fold" is "inplace", "derived" or "off", not {value!r}')
     if name == "fuel" and not (value is None or (type(value) is int and value >= 0)):
         raise ConfigError(f'option "fuel" is a number of changes or None, not {value!r}')

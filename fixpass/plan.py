@@ -15,6 +15,7 @@ from fixpass.config import Config, local_world_size
 from fixpass.lowering.target import Target, target_of
 from fixpass.passes import default_passes, entry_passes
 from fixpass.passes.base import Pass
+from fixpass.passes.fold_weights import FoldWeights
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
 from fixpass.runtime.errors import ConfigError, UnsupportedTorchError
@@ -51,7 +52,10 @@ def entry_pipeline(config: Config, *, touch: bool = False) -> Pipeline:
 
     touch: weights may be changed, under fold="inplace".
     """
-    steps = _enabled(entry_passes(config.fold, touch), config)
+    folds = FoldWeights(
+        config.fold or "derived", touch, asked=config.fold is not None, sharded=_is_sharded()
+    )
+    steps = _enabled(entry_passes(folds), config)
     return Pipeline(steps, strict=config.strict, fuel=config.fuel)
 
 
@@ -77,6 +81,15 @@ def collectives(config: Config, target: Target, meet: bool) -> PlaceSymmetricMem
     topology = f"{dist.get_world_size()} ranks, {local_world_size() or '?'} of them here"
     describe = groups.settle if meet else groups.peek
     return PlaceSymmetricMemory(target, policy, topology, describe)
+
+
+def _is_sharded() -> bool:
+    """Whether FSDP2 has wrapped any module here: it makes a class for each class that it wraps."""
+    if not has_groups():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return bool(FSDPModule.__subclasses__())
 
 
 def has_groups() -> bool:

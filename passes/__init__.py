@@ -4,7 +4,7 @@ from fixpass.lowering.target import Target
 from fixpass.passes.base import Pass
 from fixpass.passes.canonicalize_norms import CanonicalizeNorms
 from fixpass.passes.drop_dead_copies import DropDeadCopies
-from fixpass.passes.fold_weights import FoldWeights, Mode
+from fixpass.passes.fold_weights import FoldWeights
 from fixpass.passes.functionalize_norms import FunctionalizeNorms
 from fixpass.passes.insert_relayout import InsertRelayout
 from fixpass.passes.join_qk_norms import JoinQkNorms
@@ -13,16 +13,16 @@ from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
 from fixpass.passes.select_norm_kernel import SelectNormKernel
 
 
-def entry_passes(fold: Mode = "derived", touch: bool = False) -> tuple[Pass, ...]:
+def entry_passes(folds: FoldWeights | None = None) -> tuple[Pass, ...]:
     """What runs on Dynamo's graph, on every compile, also when a cache is warm.
 
-    touch: weights may be changed.
+    folds: the pass for weights, with what is known of this process.
     """
     return (
         # Before AOTAutograd, which would wrap an op that writes into its arguments.
         FunctionalizeNorms(),
         # Here and nowhere later: the live parameters are at hand, and no cache skips it.
-        FoldWeights(fold, touch),
+        folds or FoldWeights(),
     )
 
 

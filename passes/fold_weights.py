@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
 from fixpass.lowering.layout import Layout
 from fixpass.passes.base import Pass, PassResult
@@ -39,6 +39,11 @@ class FoldWeights(Pass):
     mode: Mode = "derived"
     touch: bool = False
     """Whether weights may be changed, in mode "inplace"; else it says what could be."""
+    asked: bool = True
+    """Whether the user asked for folds: else only weights on CPU are, of which a write through
+    `.data` is seen as well."""
+    sharded: bool = False
+    """Whether FSDP2 is at work: it refills parameters and hides that from the count of writes."""
     least_bytes: int = 256 << 10
     """What must be read and written for a value before keeping it pays for asking at each call."""
     growth: float = 2.0
@@ -98,6 +103,8 @@ class FoldWeights(Pass):
         for source in cut.sources:
             if weights[source].why:
                 return f"{weights[source].name} {weights[source].why}"
+            if why := self._distrust(weights[source].tensor):
+                return f"{weights[source].name} {why}"
         if cut.moved < self.least_bytes:
             return f"{cut.moved:,} bytes are moved: less than keeping the value costs"
         if cut.nbytes > self.growth * cut.source_bytes:
@@ -112,6 +119,18 @@ class FoldWeights(Pass):
         has_gradients = torch.is_grad_enabled() or _calls(cut.node.graph, _GRAD_MODES)
         if trained and has_gradients:
             return f"training: {weights[trained[0]].name} gets a gradient through it"
+        return ""
+
+    def _distrust(self, weight: Tensor) -> str:
+        """Why changes of a weight might not be seen, or ""."""
+        is_parameter = isinstance(weight, nn.Parameter)
+        if is_parameter and (self.sharded or "_fsdp_flattened" in vars(weight)):
+            return "may be refilled by FSDP, which hides that from the count of writes"
+        if not self.asked and weight.device.type != "cpu":
+            return (
+                f"is on {weight.device.type}, where a write through .data is not seen: "
+                'options={"fold": "derived"} folds it all the same'
+            )
         return ""
 
 

@@ -16,16 +16,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from fixpass.runtime.checkpoint import memory
+from fixpass.runtime.checkpoint.local import local_box
 from fixpass.runtime.checkpoint.mapping import Mapping
 from fixpass.runtime.checkpoint.report import LoadReport
 from fixpass.runtime.checkpoint.stored import Checkpoint, Stored
 from fixpass.runtime.checkpoint.targets import reshard, targets
 from fixpass.runtime.errors import PoisonedError, UpdateError, VersionError
 from fixpass.runtime.weights.alias import bring_back, moved_away
-from fixpass.runtime.weights.collected import Collected, Prepared, in_staging
+from fixpass.runtime.weights.collected import Collected, Prepared, in_staging, values_of
 from fixpass.runtime.weights.commit import Commit
 from fixpass.runtime.weights.digest import digest
 from fixpass.runtime.weights.gate import Gate, closed, gate_of, over, tensors_of
@@ -72,6 +74,12 @@ class Update:
         self._options = options
         self._stack = stack
         self._collected = Collected()
+        self._memory = {
+            storage.data_ptr()
+            for tensor in tensors_of(model)
+            if tensor.layout == torch.strided
+            for storage in (local_box(tensor.detach())[0].untyped_storage(),)
+        }
 
     def load(self, name: str, tensor: Tensor, *, start: Sequence[int] | None = None) -> None:
         """Take a tensor by its name in the checkpoint; with `start`, a part of a parameter.
@@ -81,12 +89,17 @@ class Update:
         copied now; in the other modes the tensor must not change before the update ends.
         """
         stored = memory.from_state_dict({name: tensor})[name]
-        if self._options.mode == "staged":
+        if self._options.mode == "staged" or self._is_live(stored):
             (stored,) = in_staging([stored], self._options.threads)
         if start is None:
             self._collected.add(stored)
         else:
             self._collected.add_part(stored, start)
+
+    def _is_live(self, stored: Stored) -> bool:
+        """Whether the values lie in memory of the model, which the commit writes over."""
+        pointers = (values.untyped_storage().data_ptr() for values in values_of(stored))
+        return not self._memory.isdisjoint(pointers)
 
     def load_state_dict(self, tensors: Named[str, Tensor]) -> None:
         """Take all tensors of a state dict."""

@@ -261,3 +261,12 @@ def test_every_write_of_an_update_changes_the_key_of_its_parameter(mode):
         tx.load_state_dict(values(1))
     after = {name: changes(param) for name, param in model.named_parameters()}
     assert [name for name in before if before[name] == after[name]] == []
+
+
+def test_parameters_of_the_model_itself_may_be_given_to_each_other(mode):
+    model = nn.ParameterDict({"a": torch.zeros(4, 4), "b": torch.ones(4, 4)})
+    with update(model, mode) as tx:
+        tx.load("a", model["b"])
+        tx.load("b", model["a"].t())
+    assert bool((model["a"] == 1).all())
+    assert bool((model["b"] == 0).all())

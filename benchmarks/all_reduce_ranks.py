@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fixpass.symmetric_memory as symmetric
+from fixpass.runtime.symmetric_memory.settings import Settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KIB, MIB = 1 << 10, 1 << 20
@@ -77,7 +78,7 @@ def all_reduces_in_turn(num_bytes: int, rounds: int) -> Samples:
     def alone() -> None:
         """One rank's share: its data copied in, then what it sums and what it gathers."""
         parts[0].clone()
-        summed = len(parts[0]) if num_bytes <= 256 * KIB else len(parts[0]) // size
+        summed = len(parts[0]) if num_bytes <= Settings().slot_bytes else len(parts[0]) // size
         total = parts[0][:summed] + parts[1][:summed]
         for part in parts[2:]:
             total += part[:summed]

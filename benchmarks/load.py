@@ -6,13 +6,9 @@ mapped files included, and how much of it is the process's own. fastsafetensors 
 is installed.
 """
 
-import gc
 import importlib
 import os
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -24,6 +20,7 @@ import torch
 
 from benchmarks.results import Check, Result, ratios, spread
 from benchmarks.timing import interleave
+from benchmarks.ways import Way, check, peak
 
 ABOUT = (
     "Seconds on the wall to load a Llama checkpoint (bfloat16, safetensors, warm page cache) into "
@@ -37,8 +34,6 @@ BOUND, STAGING = 1.0, 64.0
 FULL = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 20}
 QUICK = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
 
-Way = Callable[[Any, Path], object]
-
 
 def run(quick: bool) -> Result:
     with tempfile.TemporaryDirectory(prefix="fixpass-bench-") as folder:
@@ -50,7 +45,7 @@ def _run(quick: bool, folder: Path) -> Result:
     model = build(quick)
     model.save_pretrained(folder, max_shard_size="2MB" if quick else "450MB")
     for name, way in WAYS.items():
-        _check(name, model, way, folder)
+        check(name, model, way, folder)
     targets = [(param.detach(), param.detach().clone()) for param in model.parameters()]
     alternatives: dict[str, Callable[[], object]] = {
         "memcpy": lambda: [target.copy_(source) for target, source in targets]
@@ -62,9 +57,9 @@ def _run(quick: bool, folder: Path) -> Result:
     targets.clear()
     others = [name for name in WAYS if not name.startswith("fixpass")]
     best = min(others, key=lambda name: spread(samples[name]).median)
-    memory = {name: _memory(name, folder, quick) for name in WAYS}
+    memory = {name: peak(__name__, name, folder, quick) for name in WAYS}
     for name, taken in samples.items():
-        peak, own = memory.get(name, (0.0, 0.0))
+        highest, own = memory.get(name, (0.0, 0.0))
         result.rows.append(
             {
                 "way": name,
@@ -72,7 +67,7 @@ def _run(quick: bool, folder: Path) -> Result:
                 "GB/s": num_bytes / 1e9 / spread(taken).median,
                 "/ memcpy": ratios(taken, samples["memcpy"]),
                 f"{best} / this": ratios(samples[best], taken),
-                "peak MiB over parameters": peak if name in memory else "",
+                "peak MiB over parameters": highest if name in memory else "",
                 "of it the process's own": own if name in memory else "",
             }
         )
@@ -96,10 +91,10 @@ def _add_checks(
         result.checks.append(
             Check(f"{name}: times as fast as {best}", faster, BOUND, at_least=True)
         )
-        peak = memory[name][0]
+        highest = memory[name][0]
         least = min(memory[other][0] for other in others)
-        result.checks.append(Check(f"{name}: peak MiB, the least of the others", peak, least))
-        result.checks.append(Check(f"{name}: peak MiB over the parameters", peak, STAGING))
+        result.checks.append(Check(f"{name}: peak MiB, the least of the others", highest, least))
+        result.checks.append(Check(f"{name}: peak MiB over the parameters", highest, STAGING))
 
 
 def build(quick: bool) -> Any:
@@ -158,56 +153,3 @@ WAYS: dict[str, Way] = {
 }
 if find_spec("fastsafetensors"):
     WAYS["fastsafetensors + copy_"] = _fastsafetensors
-
-
-def _check(name: str, model: Any, way: Way, folder: Path) -> None:
-    """Every way loads every byte; it is timed after."""
-    want = [param.sum(dtype=torch.float64) for param in model.parameters()]
-    for param in model.parameters():
-        param.zero_()
-    way(model, folder)
-    for got, sum_before in zip(model.parameters(), want, strict=True):
-        assert torch.equal(got.sum(dtype=torch.float64), sum_before), name
-
-
-def _memory(name: str, folder: Path, quick: bool) -> tuple[float, float]:
-    """Peak MiB over the parameters, all of it and the process's own, in a process of its own."""
-    print(f"load: memory of {name}", file=sys.stderr, flush=True)
-    command = [sys.executable, "-P", "-W", "ignore", "-c", "import sys; sys.path.insert(0, '.');"]
-    command[-1] += f"from benchmarks.load import peak; peak({name!r}, {str(folder)!r}, {quick})"
-    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
-    peak_mib, own_mib = out.split()[-2:]
-    return float(peak_mib), float(own_mib)
-
-
-def peak(name: str, folder: str, quick: bool) -> None:
-    """Print what one way needs; for `_memory`. A small load before pays for imports."""
-    torch.set_num_threads(1)
-    model = build(quick)
-    with tempfile.TemporaryDirectory() as small:
-        tiny = build(True)
-        tiny.save_pretrained(small)
-        WAYS[name](tiny, Path(small))
-        del tiny
-    gc.collect()
-    before = _status()
-    highest = dict(before)
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.001):
-            for key, value in _status().items():
-                highest[key] = max(highest[key], value)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    WAYS[name](model, Path(folder))
-    done.set()
-    watcher.join()
-    print(highest["VmRSS"] - before["VmRSS"], highest["RssAnon"] - before["RssAnon"])
-
-
-def _status() -> dict[str, float]:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    found = dict(line.split(":", 1) for line in lines)
-    return {key: int(found[key].split()[0]) / 1024 for key in ("VmRSS", "RssAnon")}

@@ -5,23 +5,19 @@ of some thousand small tensors, for what a tensor costs. Times are on the wall, 
 own read, all ways in each round. Memory is that of a process for each way.
 """
 
-import gc
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.load import build
 from benchmarks.results import Check, Result, ratios, spread
 from benchmarks.timing import interleave
+from benchmarks.ways import check, peak
 from fixpass.weights import load, reload
 
 ABOUT = (
@@ -34,7 +30,6 @@ ABOUT = (
 )
 MODES = ("double", "journal", "staged")
 LAYERS, EXPERTS = 24, 66  # 4,752 matrices of experts, and 48 other tensors
-MIB = 1 << 20
 
 
 def run(quick: bool) -> Result:
@@ -84,7 +79,7 @@ def _large(result: Result, folder: Path, quick: bool) -> None:
     model = build(quick)
     model.save_pretrained(folder, max_shard_size="2MB" if quick else "450MB")
     samples, held = _timed(model, folder, 3 if quick else 7)
-    peaks = {name: _peak(name, folder, quick) for name in WAYS}
+    peaks = {name: peak(__name__, name, folder, quick)[1] for name in WAYS}
     for name, taken in samples.items():
         result.rows.append(
             {
@@ -154,7 +149,7 @@ def _timed(
     model: Any, folder: Path, rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     for name, way in WAYS.items():
-        _check(name, model, way, folder)
+        check(name, model, way, folder)
     pairs = [(param.detach(), param.detach().clone()) for param in model.parameters()]
     held: dict[str, list[float]] = {name: [] for name in WAYS if name.startswith("reload")}
 
@@ -169,54 +164,3 @@ def _timed(
     for name, way in WAYS.items():
         alternatives[name] = lambda name=name, way=way: timed(name, way)
     return interleave(alternatives, rounds, clock=time.perf_counter), held
-
-
-def _check(name: str, model: Any, way: Way, folder: Path) -> None:
-    """Every way loads every byte; it is timed after."""
-    want = [param.sum(dtype=torch.float64) for param in model.parameters()]
-    for param in model.parameters():
-        param.zero_()
-    way(model, folder)
-    for got, before in zip(model.parameters(), want, strict=True):
-        assert torch.equal(got.sum(dtype=torch.float64), before), name
-
-
-def _peak(name: str, folder: Path, quick: bool) -> float:
-    print(f"reload: memory of {name}", file=sys.stderr, flush=True)
-    command = [sys.executable, "-P", "-W", "ignore", "-c", "import sys; sys.path.insert(0, '.');"]
-    command[-1] += f"from benchmarks.reload import peak; peak({name!r}, {str(folder)!r}, {quick})"
-    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
-    return float(out.split()[-1])
-
-
-def peak(name: str, folder: str, quick: bool) -> None:
-    """Print the MiB that one way needs; for `_peak`. A small reload before pays for imports."""
-    torch.set_num_threads(1)
-    model = build(quick)
-    with tempfile.TemporaryDirectory() as small:
-        tiny = build(True)
-        tiny.save_pretrained(small)
-        WAYS[name](tiny, Path(small))
-        del tiny
-    gc.collect()
-    before = highest = _resident()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal highest
-        while not done.wait(0.001):
-            highest = max(highest, _resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    WAYS[name](model, Path(folder))
-    done.set()
-    watcher.join()
-    print((highest - before) / MIB)
-
-
-def _resident() -> int:
-    """Bytes of the process's own: pages of files that are in the cache anyway do not count."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    found = dict(line.split(":", 1) for line in lines)
-    return int(found["RssAnon"].split()[0]) * 1024

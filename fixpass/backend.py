@@ -80,10 +80,25 @@ class GraphPass(CustomGraphPass):
         run_on(self.pipeline, graph)
 
     def uuid(self) -> Any:
-        theirs = [hook.uuid() if isinstance(hook, CustomGraphPass) else None for hook in self.hooks]
-        keys = [self.pipeline.uuid(), *theirs]
-        # What cannot be named in a key must not be cached: None says so to Inductor.
-        return None if None in keys else repr(keys)
+        keys = joint_keys(self.pipeline, self.hooks)
+        return None if keys is None else repr(keys)
+
+
+def joint_keys(pipeline: Pipeline, hooks: Sequence[Any]) -> list[Any] | None:
+    """What names a pipeline and the hooks before it in a cache's key.
+
+    What cannot be named must not be cached: None says so to Inductor.
+    """
+    theirs = [hook.uuid() if isinstance(hook, CustomGraphPass) else None for hook in hooks]
+    keys = [pipeline.uuid(), *theirs]
+    return None if None in keys else keys
+
+
+def hooks_of(given: Any) -> tuple[Any, ...]:
+    """The passes in one of Inductor's options: none, one or several."""
+    if given is None:
+        return ()
+    return tuple(given) if isinstance(given, (list, tuple)) else (given,)
 
 
 def run_on(pipeline: Pipeline, graph: fx.Graph, title: str = "") -> Report:
@@ -118,7 +133,4 @@ def compile(model: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 
 def _user_hooks(config: Config) -> tuple[Any, ...]:
-    hook = dict(config.inductor).get(HOOK, getattr(inductor_config, HOOK))
-    if hook is None:
-        return ()
-    return tuple(hook) if isinstance(hook, (list, tuple)) else (hook,)
+    return hooks_of(dict(config.inductor).get(HOOK, getattr(inductor_config, HOOK)))

@@ -44,10 +44,11 @@ class PlaceSymmetricMemory(Pass):
             overload = find_overload(name)
             for node in find_anchors(graph, (overload,)) if overload is not None else ():
                 result.missed(node, why)
-        rewrite = RowParallel(self.target.device_type, self._decide)
+        rewrite = RowParallel(self.target.device_type, self.decide)
         apply_rewrite(graph, rewrite, result)
 
-    def _decide(self, name: str) -> Decision:
+    def decide(self, name: str) -> Decision:
+        """Whether the group of that name uses symmetric memory. Asking may make it, if it is on."""
         if not self.policy.enabled:
             return decide(GroupFacts(name, 0), self.policy)
         return decide(self.describe(name, self.target.device_type), self.policy)

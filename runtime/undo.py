@@ -11,10 +11,14 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
+from fixpass.runtime.weights.layouts import named
+from fixpass.runtime.weights.plan import resolve
+from fixpass.runtime.weights.region import Region, read
+
 Undo = Callable[[Tensor], Tensor]
 """From the processed tensor to one of the checkpoint's shape and dtype."""
 
-BAND, BLOCK, CELL_BYTES = 16, 32, 16
+BAND, BLOCK = 16, 32
 # Weights have two or three dimensions; more would be a long search.
 MOST_DIMS = 3
 PIECE_BYTES = 32 << 20
@@ -65,10 +69,8 @@ def _shuffled(before: Tensor, after: Tensor) -> Undo | None:
 
 def unshuffled(x: Tensor) -> Tensor:
     """Rows of `x` (..., rows, columns) as they were before aiter's shuffle of 16 x 16."""
-    cell = CELL_BYTES // x.element_size()
-    rows, columns = x.shape[-2] // BAND, x.shape[-1] // BLOCK
-    grid = x.reshape(-1, rows, columns, BLOCK // cell, BAND, cell)
-    return grid.permute(0, 1, 4, 2, 3, 5).reshape(x.shape)
+    plan = resolve(named("aiter_16x16"), tuple(x.shape), x.element_size())
+    return read(x.reshape(-1), plan, Region.of(plan))
 
 
 def _largest(before: Tensor, after: Tensor) -> Undo | None:

@@ -8,17 +8,16 @@ hook does is not decided here.
 
 import importlib
 import logging
-import multiprocessing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from types import FunctionType, ModuleType
 from typing import Any, Literal
 
-from fixpass.runtime.errors import EngineError
+from fixpass.integrations import engine
 
 SUPPORTED = (0, 5)
 log = logging.getLogger("fixpass")
+say_once = engine.once(log)
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,7 @@ class Hook:
 
 def check_version() -> None:
     """Raise EngineError unless the installed SGLang is one that we know."""
-    engine = importlib.import_module("sglang")
-    found = tuple(int(part) for part in engine.__version__.split(".")[:2] if part.isdecimal())
-    if found != SUPPORTED:
-        raise EngineError(
-            f"fixpass works with SGLang {SUPPORTED[0]}.{SUPPORTED[1]}, and this is "
-            f"{engine.__version__}"
-        )
+    engine.check_version(importlib.import_module("sglang"), "SGLang", SUPPORTED)
 
 
 def install(registry: Any, hook_type: Any, hooks: Sequence[Hook]) -> None:
@@ -120,10 +113,3 @@ def is_in_place(hook: Hook) -> bool:
             return True
         found = found.__dict__.get("__wrapped__")
     return False
-
-
-@cache
-def say_once(text: str) -> None:
-    """Warn, once, and in the process that the user started: the others would only repeat it."""
-    if multiprocessing.parent_process() is None:
-        log.warning("fixpass: %s", text)

@@ -8,14 +8,14 @@ and where the hook cannot stand for sure, vLLM runs as if fixpass were not there
 
 import importlib
 import logging
-import multiprocessing
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, wraps
+from functools import wraps
 from types import FunctionType, ModuleType
 from typing import Any
 
 from fixpass.config import Config, is_switched_on
+from fixpass.integrations.engine import check_version, once
 from fixpass.runtime.errors import EngineError
 
 NAME = "fixpass"
@@ -24,6 +24,7 @@ SUPPORTED = (0, 32)
 PATIENCE = 300.0
 # A child of vLLM's own logger: its lines stand among vLLM's, at the level that vLLM is set to.
 log = logging.getLogger("vllm.fixpass")
+say_once = once(log)
 
 
 def register() -> None:
@@ -39,12 +40,7 @@ def register() -> None:
 
 def _supported(engine: ModuleType) -> ModuleType:
     """The module that holds vLLM's configuration, in a version that we know."""
-    found = tuple(int(part) for part in engine.__version__.split(".")[:2] if part.isdecimal())
-    if found != SUPPORTED:
-        raise EngineError(
-            f"fixpass works with vLLM {SUPPORTED[0]}.{SUPPORTED[1]}, and this is "
-            f"{engine.__version__}"
-        )
+    check_version(engine, "vLLM", SUPPORTED)
     return importlib.import_module("vllm.config.vllm")
 
 
@@ -128,10 +124,3 @@ def resolve(additional: Any) -> Config:
     if resolved.symmetric_timeout == Config().symmetric_timeout:
         return replace(resolved, symmetric_timeout=PATIENCE)
     return resolved
-
-
-@cache
-def say_once(text: str) -> None:
-    """Warn, once, and in the process that the user started: the others would only repeat it."""
-    if multiprocessing.parent_process() is None:
-        log.warning("fixpass: %s", text)

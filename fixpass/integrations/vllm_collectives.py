@@ -13,10 +13,9 @@ from torch import fx
 from vllm.distributed import parallel_state
 
 from fixpass.passes.base import Pass, PassResult
-from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory, nothing_known
+from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
 from fixpass.runtime.providers import op_exists, overload_of
 from fixpass.runtime.symmetric_memory.ordinary import SUMMED
-from fixpass.runtime.symmetric_memory.policy import decide
 
 SHM = "_C::shm_allreduce"
 
@@ -55,9 +54,7 @@ class FunctionalizeShmAllReduce(Pass):
         alias = next(_read_through_alias(node, x), None)
         if alias is not None:
             return f"{alias.name} shares the memory it writes to and is read behind it"
-        # Asking makes the group's memory: not where it is off.
-        asked = self.place.describe if self.place.policy.enabled else nothing_known
-        decision = decide(asked(name, self.place.target.device_type), self.place.policy)
+        decision = self.place.decide(name)
         return "" if decision else decision.reason
 
 

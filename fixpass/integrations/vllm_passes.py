@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.custom_graph_pass import get_hash_for_files
 from vllm.compilation.passes.inductor_pass import InductorPass
 from vllm.config import CompilationMode, VllmConfig
 from vllm.platforms import current_platform
 
-from fixpass.backend import HOOK, run_on
+from fixpass.backend import HOOK, hooks_of, joint_keys, run_on
 from fixpass.config import Config, set_default
 from fixpass.integrations import vllm_collectives, vllm_ir
 from fixpass.integrations.vllm_collectives import FunctionalizeShmAllReduce
@@ -60,11 +60,7 @@ def install(config: VllmConfig, ours: Config) -> None:
 
 def _theirs(given: Any) -> tuple[Any, ...]:
     """The passes that stand in a place already, ours taken out."""
-    if given is None:
-        return ()
-    if isinstance(given, _Stage):
-        return given.hooks
-    return tuple(given) if isinstance(given, (list, tuple)) else (given,)
+    return given.hooks if isinstance(given, _Stage) else hooks_of(given)
 
 
 class _Stage(InductorPass):  # type: ignore[misc]
@@ -90,11 +86,9 @@ class _Stage(InductorPass):  # type: ignore[misc]
             replace(step, topology=self.ranks) if isinstance(step, PlaceSymmetricMemory) else step
             for step in pipeline.passes
         )
-        theirs = [hook.uuid() if isinstance(hook, CustomGraphPass) else None for hook in self.hooks]
+        keys = joint_keys(replace(pipeline, passes=steps), self.hooks)
         files = get_hash_for_files(FILES).hex()
-        keys = [replace(pipeline, passes=steps).uuid(), *theirs]
-        # What cannot be named in a key must not be cached: None says so to Inductor.
-        return None if None in keys else repr((type(self).__name__, self.lowers_ir, files, keys))
+        return None if keys is None else repr((type(self).__name__, self.lowers_ir, files, keys))
 
 
 class GraphPass(_Stage):

@@ -8,6 +8,11 @@ from fixpass.runtime.checkpoint.box import Box
 from fixpass.runtime.errors import CheckpointError
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, to look at: no gradient goes through it."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
 def local_box(tensor: Tensor) -> tuple[Tensor, Box]:
     """A tensor's values on this rank, and which box of the whole tensor they are.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import Library
 
 
-def serve_on_cpu(all_reduce_op: Callable[..., Tensor]) -> Library:
+def serve_on_cpu(all_reduce_op: Callable[..., Tensor], in_place: Callable[..., Tensor]) -> Library:
     """Register the ops; they live as long as the library that is returned."""
 
     def one_shot(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
@@ -19,9 +19,6 @@ def serve_on_cpu(all_reduce_op: Callable[..., Tensor]) -> Library:
 
     def into(x: Tensor, reduce_op: str, group_name: str, out: Tensor) -> Tensor:
         return out.copy_(all_reduce_op(x, reduce_op, group_name))
-
-    def in_place(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
-        return x.copy_(all_reduce_op(x, reduce_op, group_name))
 
     kernels: dict[str, Callable[..., Any]] = {
         "one_shot_all_reduce": one_shot,

@@ -129,4 +129,4 @@ def _define(library: Library) -> None:
 
 
 _define(DEFINITIONS)
-_OFFICIAL = official.serve_on_cpu(all_reduce_op=torch.ops.fixpass.all_reduce)
+_OFFICIAL = official.serve_on_cpu(torch.ops.fixpass.all_reduce, torch.ops.fixpass.all_reduce_)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from fixpass.runtime.checkpoint.local import local_part
 from fixpass.runtime.errors import UpdateError
 
 
@@ -30,7 +30,7 @@ class Identity:
 
     @staticmethod
     def of(param: Tensor) -> "Identity":
-        local = _local(param)
+        local = local_part(param)
         strided = local.layout == torch.strided
         return Identity(
             param,
@@ -88,8 +88,3 @@ class Manifest:
         ]
         if faults:
             raise UpdateError("the update changed more than values: " + "; ".join(faults[:10]))
-
-
-def _local(param: Tensor) -> Tensor:
-    """The memory of this rank: of a DTensor, its local part."""
-    return param._local_tensor if isinstance(param, DTensor) else param

@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from fixpass.runtime.checkpoint.local import local_part
 from fixpass.runtime.errors import VersionError
 from fixpass.runtime.weights.gate import Gate, gate_of, over, tensors_of
 
@@ -42,7 +42,7 @@ def changes(param: Tensor) -> Changes:
 
     Of a tensor made in inference mode, whose writes torch does not count, only the memory.
     """
-    local = param._local_tensor if isinstance(param, DTensor) else param
+    local = local_part(param)
     count = -1 if local.is_inference() else local._version
     return count, local.data_ptr() if local.layout == torch.strided else 0
 

@@ -9,6 +9,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,26 @@ DTYPES = {
 }
 
 
-def read_header(path: Path, origin: str = "") -> list[Stored]:
-    """The tensors of a safetensors file, in the order of their bytes; `origin` names it in words.
+@dataclass(frozen=True, slots=True)
+class RawHeader:
+    """A header as it stands in a file of `size` bytes; equal ones describe equal tensors.
 
-    Raises CheckpointError where the file is not exactly what its header says.
+    `origin` names the file in words.
     """
+
+    path: Path = field(compare=False)
+    origin: str
+    size: int
+    text: bytes
+
+    @property
+    def begin(self) -> int:
+        """Where the tensors' bytes begin in the file."""
+        return 8 + len(self.text)
+
+
+def raw_header(path: Path, origin: str = "") -> RawHeader:
+    """The header of a safetensors file, of which only its length has been looked at."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -60,7 +76,16 @@ def read_header(path: Path, origin: str = "") -> list[Stored]:
         raise _broken(path, error.strerror or str(error)) from error
     if len(text) != length:
         raise _broken(path, "it became shorter while it was read")
-    return _tensors(path, origin or path.name, _parse(path, text), 8 + length, size)
+    return RawHeader(path, origin or path.name, size, text)
+
+
+def tensors_in(header: RawHeader) -> list[Stored]:
+    """The tensors of a safetensors file, in the order of their bytes.
+
+    Raises CheckpointError where the file is not exactly what its header says.
+    """
+    entries = _parse(header.path, header.text)
+    return _tensors(header.path, header.origin, entries, header.begin, header.size)
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:

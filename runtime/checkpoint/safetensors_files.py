@@ -7,11 +7,12 @@ links; a name in an index may not lead elsewhere.
 
 import glob
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fixpass.runtime.checkpoint.header import read_header
+from fixpass.runtime.checkpoint.header import RawHeader, raw_header, tensors_in
 from fixpass.runtime.checkpoint.report import some
 from fixpass.runtime.checkpoint.stored import Stored
 from fixpass.runtime.errors import CheckpointError
@@ -19,57 +20,75 @@ from fixpass.runtime.errors import CheckpointError
 INDEX_SUFFIX = ".safetensors.index.json"
 
 
-def from_files(paths: Iterable[Path], folder: Path | None = None) -> dict[str, Stored]:
-    """The tensors of several files; raises CheckpointError where two hold one name.
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The raw headers of a checkpoint's files, and what its index says of names, if it has one.
 
-    Messages name the files as they are called from `folder`, or else by their last part.
+    Equal ones hold tensors of equal names, dtypes and shapes at equal places, whatever their
+    values and wherever the files are.
     """
-    found: dict[str, Stored] = {}
-    for path in paths:
-        origin = path.relative_to(folder).as_posix() if folder else path.name
-        for stored in read_header(path, origin):
-            if other := found.get(stored.name):
+
+    headers: tuple[RawHeader, ...]
+    places: Mapping[str, str] = field(default_factory=dict)
+    index: Path | None = field(default=None, compare=False)
+
+    def tensors(self) -> dict[str, Stored]:
+        """The tensors; CheckpointError where a header or the index is wrong."""
+        found: dict[str, Stored] = {}
+        for header in self.headers:
+            for stored in tensors_in(header):
+                if other := found.get(stored.name):
+                    raise CheckpointError(
+                        f"{stored.name!r} is in {other.origin} and in {stored.origin}: which one "
+                        "is meant? Name the files to load"
+                    )
+                found[stored.name] = stored
+        for name, shard in self.places.items():
+            where = found[name].origin if name in found else "not there"
+            if where != shard:
+                where = where if name not in found else f"in {where}"
                 raise CheckpointError(
-                    f"{stored.name!r} is in {other.origin} and in {stored.origin}: which one is "
-                    "meant? Name the files to load"
+                    f"{self.index} says that {name!r} is in {shard}, and it is {where}"
                 )
-            found[stored.name] = stored
-    return found
+        return found
 
 
-def from_glob(pattern: str) -> dict[str, Stored]:
-    """The tensors of all files that a pattern matches."""
+def from_files(paths: Iterable[Path], folder: Path | None = None) -> Files:
+    """Several files; messages name them as they are called from `folder`, or by their last part."""
+    return Files(
+        tuple(
+            raw_header(path, path.relative_to(folder).as_posix() if folder else path.name)
+            for path in paths
+        )
+    )
+
+
+def from_glob(pattern: str) -> Files:
+    """All files that a pattern matches."""
     paths = sorted(map(Path, glob.glob(pattern)))
     if not paths:
         raise CheckpointError(f"no file matches {pattern!r}")
     return from_files(paths)
 
 
-def from_index(path: Path) -> dict[str, Stored]:
-    """The tensors of the shards that an index names, each checked to be where the index says."""
+def from_index(path: Path) -> Files:
+    """The shards that an index names."""
     places = _weight_map(path)
     for shard in set(places.values()):
         _check_name(path, shard)
-    places = {name: PurePosixPath(shard).as_posix() for name, shard in places.items()}
-    shards = sorted(set(places.values()))
+    names = {shard: PurePosixPath(shard).as_posix() for shard in set(places.values())}
+    shards = sorted(set(names.values()))
     missing = [shard for shard in shards if not (path.parent / shard).is_file()]
     if missing:
         raise CheckpointError(
             f"{path} names {some(missing, 5)} and there is no such file beside it"
         )
     found = from_files((path.parent / shard for shard in shards), path.parent)
-    for name, shard in places.items():
-        if name not in found:
-            raise CheckpointError(f"{path} says that {name!r} is in {shard}, and it is not there")
-        if found[name].origin != shard:
-            raise CheckpointError(
-                f"{path} says that {name!r} is in {shard}, and it is in {found[name].origin}"
-            )
-    return found
+    return replace(found, places={n: names[shard] for n, shard in places.items()}, index=path)
 
 
-def from_folder(folder: Path) -> dict[str, Stored] | None:
-    """The tensors of a folder's index, or else of all its files; None where there are none."""
+def from_folder(folder: Path) -> Files | None:
+    """The shards of a folder's index, or else all its files; None where there are none."""
     indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
     if len(indices) > 1:
         raise CheckpointError(

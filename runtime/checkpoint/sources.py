@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fixpass.runtime.checkpoint import dcp, memory, safetensors_files
+from fixpass.runtime.checkpoint.safetensors_files import Files
 from fixpass.runtime.checkpoint.stored import Checkpoint
 from fixpass.runtime.errors import CheckpointError
 
@@ -36,24 +37,29 @@ def opened(source: Source, *, weights_only: bool = True) -> Iterator[Checkpoint]
             yield memory.from_iterator(source, Path(folder) / "tensors")
 
 
-def _from_path(source: str | Path, weights_only: bool) -> Checkpoint:
+def files_of(source: str | Path) -> Files | None:
+    """The safetensors files that a path means; None where it means something else."""
     path = Path(source)
     if path.is_dir():
-        found = safetensors_files.from_folder(path)
-        if found is not None:
-            return found
-        if (path / dcp.METADATA).is_file():
-            return dcp.from_dcp(path, weights_only=weights_only)
-        raise CheckpointError(
-            f"{path} holds no .safetensors file, no index of them and no {dcp.METADATA}"
-        )
+        return safetensors_files.from_folder(path)
     if glob.has_magic(str(source)) and not path.exists():
         return safetensors_files.from_glob(str(source))
     if path.name.endswith(safetensors_files.INDEX_SUFFIX):
         return safetensors_files.from_index(path)
-    if path.suffix in PICKLES:
+    return None if path.suffix in PICKLES else safetensors_files.from_files([path])
+
+
+def _from_path(source: str | Path, weights_only: bool) -> Checkpoint:
+    if (files := files_of(source)) is not None:
+        return files.tensors()
+    path = Path(source)
+    if not path.is_dir():
         return _from_torch_save(path, weights_only)
-    return safetensors_files.from_files([path])
+    if (path / dcp.METADATA).is_file():
+        return dcp.from_dcp(path, weights_only=weights_only)
+    raise CheckpointError(
+        f"{path} holds no .safetensors file, no index of them and no {dcp.METADATA}"
+    )
 
 
 def _from_torch_save(path: Path, weights_only: bool) -> Checkpoint:

@@ -63,28 +63,35 @@ def batches(path: Path, ranges: Iterable[Range]) -> Iterator[Batch]:
 
 def read(batch: Batch) -> None:
     """Fill the batch's memory; raises CheckpointError where the file ends too early."""
-    descriptor = os.open(batch.path, os.O_RDONLY | os.O_CLOEXEC)
+    numbers = array("Q")
+    for piece in batch.ranges:
+        numbers.extend((piece.address, piece.num_bytes))
+    fill(batch.path, batch.ranges[0].offset, batch.num_bytes, numbers)
+
+
+def fill(path: Path, offset: int, num_bytes: int, numbers: "array[int]") -> None:
+    """Fill memory from a file, from `offset` on; `numbers` are addresses and sizes in turn.
+
+    At most 1,024 pairs, of `num_bytes` in all. Raises CheckpointError where the file ends before.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _read(descriptor, batch)
+        _fill(descriptor, path, offset, offset + num_bytes, numbers)
     finally:
         os.close(descriptor)
 
 
-def _read(descriptor: int, batch: Batch) -> None:
-    numbers = array("Q")
-    for piece in batch.ranges:
-        numbers.extend((piece.address, piece.num_bytes))
-    first, count = 0, len(batch.ranges)
-    offset, end = batch.ranges[0].offset, batch.ranges[0].offset + batch.num_bytes
+def _fill(descriptor: int, path: Path, offset: int, end: int, numbers: "array[int]") -> None:
+    first, count = 0, len(numbers) // 2
     while offset < end:
         address = numbers.buffer_info()[0] + 16 * first
         done = _preadv(descriptor, address, count - first, offset)
         if done < 0:
             error = ctypes.get_errno()
-            raise CheckpointError(f"{batch.path}: {os.strerror(error)} at byte {offset:,}")
+            raise CheckpointError(f"{path}: {os.strerror(error)} at byte {offset:,}")
         if done == 0:
             raise CheckpointError(
-                f"{batch.path}: it became shorter while it was read: no byte {offset:,}, and "
+                f"{path}: it became shorter while it was read: no byte {offset:,}, and "
                 f"{end:,} are wanted"
             )
         offset += done

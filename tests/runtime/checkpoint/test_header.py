@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fixpass.runtime.checkpoint.header import DTYPES, read_header
+from fixpass.runtime.checkpoint.header import DTYPES, raw_header, tensors_in
 from fixpass.runtime.errors import CheckpointError
 
 
@@ -24,7 +24,7 @@ def entry(shape, start, stop, dtype="F32"):
 def test_every_dtype_that_safetensors_writes_is_read(tmp_path):
     made = {name: torch.zeros(2, 3).to(dtype) for name, dtype in DTYPES.items()}
     save_file(made, tmp_path / "all.safetensors")
-    found = {stored.name: stored for stored in read_header(tmp_path / "all.safetensors")}
+    found = {stored.name: stored for stored in tensors_in(raw_header(tmp_path / "all.safetensors"))}
     assert {name: (s.dtype, s.shape) for name, s in found.items()} == {
         name: (dtype, (2, 3)) for name, dtype in DTYPES.items()
     }
@@ -33,7 +33,7 @@ def test_every_dtype_that_safetensors_writes_is_read(tmp_path):
 def test_packed_4_bit_values_count_bytes_as_torch_does(tmp_path):
     packed = torch.zeros(4, 8, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     save_file({"w": packed}, tmp_path / "f4.safetensors")
-    (stored,) = read_header(tmp_path / "f4.safetensors")
+    (stored,) = tensors_in(raw_header(tmp_path / "f4.safetensors"))
     assert (stored.dtype, stored.shape) == (torch.float4_e2m1fn_x2, (4, 8))
 
 
@@ -43,7 +43,7 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
     save_file({"w": torch.zeros(64)}, path)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=r"cut\.safetensors: not a valid safetensors file"):
-        read_header(path)
+        tensors_in(raw_header(path))
 
 
 LIES = {
@@ -67,22 +67,22 @@ LIES = {
 def test_a_header_that_lies_is_refused_and_says_why(tmp_path, said):
     path = write(tmp_path / "lie.safetensors", LIES[said], bytes(8))
     with pytest.raises(CheckpointError, match=re.escape(said)):
-        read_header(path)
+        tensors_in(raw_header(path))
 
 
 def test_a_header_longer_than_its_file_is_refused(tmp_path):
     path = tmp_path / "long.safetensors"
     path.write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
     with pytest.raises(CheckpointError, match="is not in its 10 bytes"):
-        read_header(path)
+        tensors_in(raw_header(path))
 
 
 def test_brackets_nested_without_end_are_refused(tmp_path):
     path = write(tmp_path / "deep.safetensors", b'{"w":' + b"[" * 200_000)
     with pytest.raises(CheckpointError, match="is not JSON"):
-        read_header(path)
+        tensors_in(raw_header(path))
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"gone\.safetensors.*No such file"):
-        read_header(tmp_path / "gone.safetensors")
+        tensors_in(raw_header(tmp_path / "gone.safetensors"))

@@ -18,7 +18,7 @@ from fixpass.runtime.errors import CheckpointError
 
 def saved(tmp_path, **tensors):
     save_file(tensors, tmp_path / "w.safetensors")
-    return from_files([tmp_path / "w.safetensors"])
+    return from_files([tmp_path / "w.safetensors"]).tensors()
 
 
 def fill(stored, target, source=None):

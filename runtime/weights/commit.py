@@ -8,12 +8,10 @@ double   values go to a second set of memory, which is then put in place: 1 x it
 Calls go on until the last moment; addresses change.
 """
 
-import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,16 +26,16 @@ from fixpass.runtime.checkpoint.own_loaders import OwnLoads, call, in_memory
 from fixpass.runtime.checkpoint.read import Copy, copies
 from fixpass.runtime.checkpoint.stored import MemoryPiece, Stored
 from fixpass.runtime.checkpoint.targets import Target, targets
-from fixpass.runtime.errors import CheckpointError, UpdateError, VersionError
+from fixpass.runtime.errors import CheckpointError, UpdateError
+from fixpass.runtime.weights.closing import Closing
 from fixpass.runtime.weights.collected import Prepared, read_files, values_of
 from fixpass.runtime.weights.double import Double
 from fixpass.runtime.weights.fold import logical
-from fixpass.runtime.weights.gate import Gate, closed, gate_of, over, tensors_of
+from fixpass.runtime.weights.gate import Gate, over
 from fixpass.runtime.weights.manifest import Manifest
 from fixpass.runtime.weights.options import Options
 from fixpass.runtime.weights.places import Places, places
-from fixpass.runtime.weights.saved_state import SavedState, write_state
-from fixpass.runtime.weights.versions import all_changes, bump
+from fixpass.runtime.weights.versions import all_changes
 
 _PART = 1 << 20  # elements looked at for NaN at once
 
@@ -66,34 +64,14 @@ class Commit:
         if self.options.mode == "journal":
             return prepared, self._journal(work, prepared.written, written)
         gates = over(written)
-        with self._closed(gates) as began:
-            self._staged(gates, work)
+        closing = self._closing
+        with closing.closed(gates) as began:
+            closing.forward(gates, partial(self._write, work))
         return prepared, time.perf_counter() - began
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         return {name: target.tensor for name, target in self.live.items()}
-
-    def _staged(self, gates: Collection[Gate], work: list[Copy]) -> None:
-        interrupt = None
-        try:
-            self._write(work)
-        except BaseException as error:
-            interrupt = error
-            # The old bytes are gone and the new ones at hand: the only way to be whole is forward.
-            try:
-                self._write(work)
-            except BaseException as again:
-                self._poison(gates, again)
-                raise
-        try:
-            self._finish(gates)
-        except BaseException as error:
-            self._poison(gates, error)
-            raise
-        if interrupt is not None:
-            interrupt.add_note("the update was finished first: its weights are in place")
-            raise interrupt
 
     def _journal(self, work: list[Copy], names: Sequence[str], written: list[Tensor]) -> float:
         gates, journal = over(written), Journal()
@@ -102,7 +80,7 @@ class Commit:
             before = all_changes(written)
             for param in written:
                 journal.keep(param)
-            with self._closed(gates) as began:
+            with self._closing.closed(gates) as began:
                 if all_changes(written) != before:
                     raise UpdateError("weights were written while an update was open: begin again")
                 self._write_or_restore(gates, journal, work, zip(names, written, strict=True))
@@ -122,10 +100,10 @@ class Commit:
                 self._write(work)
                 if self.options.finite:
                     check_finite(written)
-                self._finish(gates)
+                self._closing.finish(gates)
         except BaseException as error:
             if not journal.restored:
-                self._poison(gates, error)
+                self._closing.poison(gates, error)
             raise
 
     def _double(self, prepared: Prepared) -> tuple[Prepared, float]:
@@ -140,10 +118,11 @@ class Commit:
             back = double.back
             check_finite((name, back[id(self.live[name].tensor)]) for name in prepared.written)
         gates = over(written)
-        with self._closed(gates) as began:
+        closing = self._closing
+        with closing.closed(gates) as began:
             double.flip()
             try:
-                self._finish(gates, moved=True)
+                closing.finish(gates, moved=True)
             except BaseException:
                 double.flip()
                 raise
@@ -160,55 +139,13 @@ class Commit:
             for copy in _run_own(load, self.live[load.target.name], self.options.threads)
         ]
 
-    @contextmanager
-    def _closed(self, gates: tuple[Gate, ...]) -> Iterator[float]:
-        """The closed gate, with the state file around it; the value is when it was closed."""
-        gate = gate_of(self.model)
-        with closed({*gates, gate}, self.options.timeout):
-            began = time.perf_counter()
-            before, to = gate.version, self.options.version or gate.version + 1
-            if before != self.base:
-                raise VersionError(
-                    f"the weights became version {before} while an update of version {self.base} "
-                    "was open: begin it again"
-                )
-            self._save("committing", before, to)
-            try:
-                yield began
-            except BaseException:
-                # Of weights that are whole after all, old or new, the file says so.
-                if not gate.poisoned:
-                    self._save("committed", gate.version, gate.version)
-                raise
-            self._save("committed", gate.version, gate.version)
+    @property
+    def _closing(self) -> Closing:
+        return Closing(self.model, self.base, self.options, self._check)
 
-    def _save(self, state: Literal["committed", "committing"], version: int, to: int) -> None:
-        if self.options.state_file is not None:
-            write_state(
-                self.options.state_file,
-                SavedState(state, version, to, self.options.mode, os.getpid()),
-            )
-
-    def _finish(self, gates: Collection[Gate], *, moved: bool = False) -> None:
-        """Check that nothing but values changed, and give them their version."""
+    def _check(self, moved: bool) -> None:
         now = {name: target.tensor for name, target in targets(self.model).items()}
         self.manifest.check(now, moved=moved)
-        poisoned = [gate for gate in gates if gate.poisoned]
-        if poisoned and self.options.scope == "model":
-            mine = {id(tensor) for tensor in tensors_of(self.model)}
-            for gate in poisoned:
-                # Whoever covers more may still have a mixture.
-                if mine.issuperset(id(tensor) for tensor in gate.covers()):
-                    gate.poisoned = ""
-        bump(self.model, self.options.version, gates)
-
-    def _poison(self, gates: Iterable[Gate], error: BaseException) -> None:
-        text = (
-            f"an update failed in mid-commit ({error!r}) and its weights are a mixture: update "
-            "all weights of the model"
-        )
-        for gate in (*gates, gate_of(self.model)):
-            gate.poisoned = text
 
 
 def check_finite(values: Iterable[tuple[str, Tensor]]) -> None:

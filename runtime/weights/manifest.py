@@ -4,87 +4,66 @@ Object, class, attributes by identity, requires_grad, dtype, device, shape, stri
 difference is an UpdateError that lists all of them. Values are not looked at.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from fixpass.runtime.checkpoint.local import local_part
 from fixpass.runtime.errors import UpdateError
+from fixpass.runtime.weights.look import Look
 
-
-@dataclass(frozen=True)
-class Identity:
-    """One parameter as it was; it is held, so that no id can be used again."""
-
-    param: Tensor
-    kind: type
-    attributes: Mapping[str, Any]
-    requires_grad: bool
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    pointer: int
-
-    @staticmethod
-    def of(param: Tensor) -> "Identity":
-        local = local_part(param)
-        strided = local.layout == torch.strided
-        return Identity(
-            param,
-            type(param),
-            dict(vars(param)),
-            param.requires_grad,
-            local.dtype,
-            tuple(local.shape),
-            local.stride() if strided else (),
-            local.data_ptr() if strided else 0,
-        )
-
-    def violations(self, param: Tensor | None, *, moved: bool = False) -> list[str]:
-        """What is different now; with `moved` the address may be another."""
-        if param is not self.param:
-            return ["another object is in its place"]
-        now, found = Identity.of(param), []
-        if type(param) is not self.kind:
-            found.append(f"its class was {self.kind.__name__} and is {type(param).__name__}")
-        for key in sorted({*self.attributes, *now.attributes}):
-            if key not in now.attributes:
-                found.append(f"attribute {key!r} is gone")
-            elif key not in self.attributes:
-                found.append(f"attribute {key!r} is new")
-            elif now.attributes[key] is not self.attributes[key]:
-                found.append(f"attribute {key!r} is another object")
-        pairs = [
-            ("requires_grad", self.requires_grad, now.requires_grad),
-            ("dtype", self.dtype, now.dtype),
-            ("shape", self.shape, now.shape),
-            ("stride", self.stride, now.stride),
-        ]
-        if not moved:
-            pairs.append(("address", self.pointer, now.pointer))
-        found += [f"{what} was {was} and is {then}" for what, was, then in pairs if was != then]
-        return found
+MOST = 10
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The identities of a model's parameters by name."""
+    """Parameters by name as they were; they are held, so that no id can be used again."""
 
-    identities: Mapping[str, Identity]
+    names: Sequence[str]
+    look: Look
 
     @staticmethod
     def of(params: Mapping[str, Tensor]) -> "Manifest":
-        return Manifest({name: Identity.of(param) for name, param in params.items()})
+        return Manifest(list(params), Look.at(list(params.values())))
 
     def check(self, params: Mapping[str, Tensor], *, moved: bool = False) -> None:
-        """Raise UpdateError where anything is different."""
+        """Raise UpdateError where anything is different; with `moved` the address may be."""
+        found = [params.get(name) for name in self.names]
+        here = [param for param in found if param is not None]
+        if len(here) == len(found) and self.look.is_like(Look.at(here), moved=moved):
+            return
         faults = [
             f"{name}: {fault}"
-            for name, identity in self.identities.items()
-            for fault in identity.violations(params.get(name), moved=moved)
+            for index, name in enumerate(self.names)
+            for fault in self._faults(index, found[index], moved)
         ]
-        if faults:
-            raise UpdateError("the update changed more than values: " + "; ".join(faults[:10]))
+        raise UpdateError("the update changed more than values: " + "; ".join(faults[:MOST]))
+
+    def _faults(self, index: int, param: Tensor | None, moved: bool) -> Iterator[str]:
+        was = self.look
+        if param is None or param is not was.tensors[index]:
+            yield "another object is in its place"
+            return
+        now = Look.at([param])
+        if now.kinds[0] is not was.kinds[index]:
+            yield f"its class was {was.kinds[index].__name__} and is {now.kinds[0].__name__}"
+        before, after = was.attributes[index], now.attributes[0]
+        for key in sorted({*before, *after}):
+            if key not in after:
+                yield f"attribute {key!r} is gone"
+            elif key not in before:
+                yield f"attribute {key!r} is new"
+            elif after[key] is not before[key]:
+                yield f"attribute {key!r} is another object"
+        pairs = [
+            ("requires_grad", was.gradients[index], now.gradients[0]),
+            ("dtype", was.dtypes[index], now.dtypes[0]),
+            ("device", was.devices[index], now.devices[0]),
+            ("shape", tuple(was.shapes[index]), tuple(now.shapes[0])),
+            ("stride", was.strides[index], now.strides[0]),
+        ]
+        if not moved:
+            pairs.append(("address", was.pointers[index], now.pointers[0]))
+        for what, one, other in pairs:
+            if one != other:
+                yield f"{what} was {one} and is {other}"

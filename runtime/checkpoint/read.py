@@ -75,39 +75,44 @@ def read(work: Sequence[Copy], *, threads: int = 0, advance: Advance = lambda co
     cannot be read to its end; what was copied until then stays.
     """
     targets = [copy.target for copy in work]
-    threads = threads or default_threads()
-    if threads == 1:
-        for task in tasks(work):
-            advance(task())
-    else:
-        with ThreadPoolExecutor(threads, thread_name_prefix="fixpass-read") as pool:
-            futures = [pool.submit(task) for task in tasks(work)]
-            try:
-                for future in futures:
-                    advance(future.result())
-            finally:
-                pool.shutdown(cancel_futures=True)
+    run(tasks(work), threads, advance)
     # The kernel wrote behind torch's back: saved values of autograd must know.
     torch.autograd.graph.increment_version(targets)
 
 
+def run(work: Iterable[Task], threads: int, advance: Advance) -> None:
+    """Run tasks with this many threads; the first exception is raised and ends it."""
+    threads = threads or default_threads()
+    if threads == 1:
+        for task in work:
+            advance(task())
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="fixpass-read") as pool:
+        futures = [pool.submit(task) for task in work]
+        try:
+            for future in futures:
+                advance(future.result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def tasks(work: Iterable[Copy]) -> Iterator[Task]:
     """The copies as calls that may run in any order, each returning the bytes it moved."""
-    direct: defaultdict[Path, list[Range]] = defaultdict(list)
+    whole: defaultdict[Path, list[Range]] = defaultdict(list)
     for copy in work:
         if isinstance(copy.piece, MemoryPiece):
             yield partial(_copy_memory, copy)
-        elif (found := _direct(copy, copy.piece)) is not None:
-            direct[copy.piece.path].append(found)
+        elif (found := direct(copy, copy.piece)) is not None:
+            whole[copy.piece.path].append(found)
         else:
             yield from (partial(_stage, part, copy.piece) for part in _parts(copy, copy.piece))
-    for path, ranges in direct.items():
+    for path, ranges in whole.items():
         for batch in vectored.batches(path, ranges):
             yield partial(_read_batch, batch)
 
 
-def _direct(copy: Copy, piece: FilePiece) -> Range | None:
-    """The copy as one range of the file and of memory; None where it is not one."""
+def direct(copy: Copy, piece: FilePiece) -> Range | None:
+    """The copy from a piece as one range of a file and of memory; None where it is not one."""
     target, item = copy.target, copy.stored.dtype.itemsize
     if target.dtype != copy.stored.dtype or target.device.type != "cpu":
         return None

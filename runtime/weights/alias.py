@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fixpass.runtime.errors import LayoutError
 from fixpass.runtime.weights.layouts import Alias, Layout, named
-from fixpass.runtime.weights.table import record_of
+from fixpass.runtime.weights.table import changed, record_of
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ _PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def packed(param: Tensor) -> Packed | None:
     """Where in a pack `param` lies, or None."""
+    if not len(_PACKED):
+        return None
     found: Packed | None = _PACKED.get(param)
     return found
 
@@ -63,6 +65,7 @@ def pack(params: Sequence[Tensor], layout: str | Layout = "qkv_pack") -> Tensor:
             param.data = place.view
             _PACKED[param] = place
             start += size
+    changed()
     return whole
 
 
@@ -72,6 +75,7 @@ def unpack(param: Tensor) -> bool:
         return False
     param.data = param.detach().clone(memory_format=torch.contiguous_format)
     _PACKED.pop(param, None)
+    changed()
     return True
 
 

@@ -130,23 +130,23 @@ def read_files(work: Sequence[Copy], threads: int, advance: Advance = lambda cou
     try:
         read(work, threads=threads, advance=advance)
     except CheckpointError as error:
-        if cut := _cut_off(work):
-            error.add_note(f"{cut}; the weights are as before")
+        add_cut_off(error, [copy.stored for copy in work])
         raise
 
 
-def _cut_off(work: Sequence[Copy]) -> str:
-    """The tensors whose files are shorter now than they were, in words; empty where none is."""
+def add_cut_off(error: CheckpointError, tensors: Iterable[Stored]) -> None:
+    """Say which tensors are not in their files any more, which are shorter than they were."""
     sizes: dict[Path, int] = {}
     found = []
-    for copy in work:
-        if isinstance(piece := copy.piece, FilePiece):
-            if piece.path not in sizes:
-                sizes[piece.path] = piece.path.stat().st_size if piece.path.exists() else 0
-            end = piece.offset + piece.box.numel * copy.stored.dtype.itemsize
-            if end > sizes[piece.path]:
-                found.append(str(copy.stored))
-    return f"not in the file any more: {some(found)}" if found else ""
+    for stored in tensors:
+        for piece in stored.pieces:
+            if isinstance(piece, FilePiece):
+                if piece.path not in sizes:
+                    sizes[piece.path] = piece.path.stat().st_size if piece.path.exists() else 0
+                if piece.offset + piece.box.numel * stored.dtype.itemsize > sizes[piece.path]:
+                    found.append(str(stored))
+    if found:
+        error.add_note(f"not in the file any more: {some(found)}; the weights are as before")
 
 
 def _placed(stored: Stored, start: Shape, whole: Shape, name: str) -> Placed:

@@ -23,20 +23,35 @@ class Folded:
 
 
 _FOLDED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_changes = [0]
+
+
+def generation() -> int:
+    """A number that rises with each fold, unfold, pack and unpack in this process."""
+    return _changes[0]
+
+
+def changed() -> None:
+    """Raise the generation."""
+    _changes[0] += 1
 
 
 def record_of(param: Tensor) -> Folded | None:
     """How `param` is folded, or None."""
+    if not len(_FOLDED):
+        return None
     found: Folded | None = _FOLDED.get(param)
     return found
 
 
 def record(param: Tensor, folded: Folded) -> None:
     _FOLDED[param] = folded
+    changed()
 
 
 def forget(param: Tensor) -> None:
     _FOLDED.pop(param, None)
+    changed()
 
 
 def memory_of(param: Tensor, plan: Plan) -> Tensor:

@@ -14,13 +14,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as Named
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from fixpass.runtime.checkpoint import memory
-from fixpass.runtime.checkpoint.local import local_box
+from fixpass.runtime.checkpoint.local import local_part
 from fixpass.runtime.checkpoint.mapping import Mapping
 from fixpass.runtime.checkpoint.report import LoadReport
 from fixpass.runtime.checkpoint.stored import Checkpoint, Stored
@@ -74,11 +75,13 @@ class Update:
         self._options = options
         self._stack = stack
         self._collected = Collected()
-        self._memory = {
-            storage.data_ptr()
-            for tensor in tensors_of(model)
+
+    @cached_property
+    def _memory(self) -> set[int]:
+        return {
+            local_part(tensor).untyped_storage().data_ptr()
+            for tensor in tensors_of(self._model)
             if tensor.layout == torch.strided
-            for storage in (local_box(tensor.detach())[0].untyped_storage(),)
         }
 
     def load(self, name: str, tensor: Tensor, *, start: Sequence[int] | None = None) -> None:
@@ -192,22 +195,27 @@ def update(
 @contextmanager
 def open_update(model: nn.Module, options: Options) -> Iterator[Update]:
     """As `update`, with the options in one."""
+    with alone(model, options) as base, ExitStack() as stack:
+        reshard(model)
+        protect(model)
+        _bring_back_packed(model, options)
+        live = targets(model)
+        manifest = Manifest.of({name: target.tensor for name, target in live.items()})
+        tx = Update(model, options, stack)
+        yield tx
+        tx._commit(Commit(model, live, manifest, base, tx._prepare, options))
+
+
+@contextmanager
+def alone(model: nn.Module, options: Options) -> Iterator[int]:
+    """A context for the one update of a model; its value is the version that it changes."""
     gate = gate_of(model)
     if gate.updating:
         raise UpdateError("another update of this model is open")
     gate.updating = True
     try:
-        with ExitStack() as stack:
-            _check_base(model, gate, options)
-            reshard(model)
-            protect(model)
-            _bring_back_packed(model, options)
-            live = targets(model)
-            manifest = Manifest.of({name: target.tensor for name, target in live.items()})
-            tx = Update(model, options, stack)
-            base = gate.version
-            yield tx
-            tx._commit(Commit(model, live, manifest, base, tx._prepare, options))
+        _check_base(model, gate, options)
+        yield gate.version
     finally:
         gate.updating = False
 

@@ -5,8 +5,9 @@ good. Addresses change at each commit: not for captured graphs, and not for memo
 with other processes.
 """
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from collections.abc import Mapping as Named
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,12 +15,60 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fixpass.runtime.errors import UpdateError
+from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights.alias import packed
 from fixpass.runtime.weights.gate import tensors_of
 from fixpass.runtime.weights.table import record, record_of
 
-# Memory that was in use before the last update, by its size, for each model.
-_SPARE: WeakKeyDictionary[nn.Module, list[Tensor]] = WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class Spare:
+    """Memory that was in use before the last update.
+
+    views: what a tensor was, by its id, and the address that it has since; only where each tensor
+    is all of its memory. rest: other memory.
+    """
+
+    views: Named[int, tuple[int, Tensor]] = field(default_factory=dict)
+    rest: Sequence[Tensor] = ()
+
+    def memory(self) -> list[Tensor]:
+        """All of it as bytes."""
+        tensors = [*(view for _, view in self.views.values()), *self.rest]
+        return [_bytes_of(tensor) for tensor in tensors]
+
+
+_SPARE: WeakKeyDictionary[nn.Module, Spare] = WeakKeyDictionary()
+
+
+def spare_for(
+    model: nn.Module, tensors: Sequence[Tensor], pointers: Sequence[int]
+) -> list[Tensor] | None:
+    """What these tensors were before the last update; None where they have moved since."""
+    views = _SPARE.get(unwrapped(model), Spare()).views
+    found = [views.get(id(tensor)) for tensor in tensors]
+    if [spare and spare[0] for spare in found] != pointers:
+        return None
+    return [spare[1] for spare in found if spare is not None]
+
+
+def keep_spare(model: nn.Module, tensors: Sequence[Tensor], views: Sequence[Tensor]) -> None:
+    """Tensors were given other memory: keep what they were for the next update."""
+    spare = _SPARE.get(unwrapped(model), Spare())
+    now = ((t.data_ptr(), view) for t, view in zip(tensors, views, strict=True))
+    fresh = dict(zip(map(id, tensors), now, strict=True))
+    _SPARE[unwrapped(model)] = Spare({**spare.views, **fresh}, spare.rest)
+
+
+def exchange(tensors: Sequence[Tensor], views: Sequence[Tensor]) -> list[Tensor]:
+    """Give each tensor the memory of a view; what they were. The caller has closed the gate."""
+    before = [tensor.detach() for tensor in tensors]
+    try:
+        _point(tensors, views)
+    except BaseException:
+        _point(tensors, before)
+        raise
+    return before
 
 
 class Double:
@@ -29,12 +78,12 @@ class Double:
         self._model = model
         self._live: dict[int, Tensor] = {}
         self._back: dict[int, Tensor] = {}
-        spare = _SPARE.pop(model, [])
+        spare = _SPARE.pop(unwrapped(model), Spare()).memory()
         for tensor in written:
             _check(tensor)
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self._back:
-                live = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+                live = _bytes_of(tensor)
                 self._live[storage.data_ptr()] = live
                 self._back[storage.data_ptr()] = _fresh(live, spare)
         moved = {
@@ -56,17 +105,16 @@ class Double:
     def flip(self) -> None:
         """Put the other memory in place; again, the first. The caller has closed the gate."""
         packs = {id(p.pack): p.pack for t in self._moved if (p := packed(t)) is not None}
-        after = [(tensor, self.on_back(tensor)) for tensor in (*self._moved, *packs.values())]
-        before = [(tensor, tensor.detach()) for tensor, _ in after]
-        try:
-            _point(after)
-        except BaseException:
-            _point(before)
-            raise
+        tensors = [*self._moved, *packs.values()]
+        before = exchange(tensors, [self.on_back(tensor) for tensor in tensors])
         pairs = [(live, self._back[pointer]) for pointer, live in self._live.items()]
         self._live = {back.data_ptr(): back for _, back in pairs}
         self._back = {back.data_ptr(): live for live, back in pairs}
-        _SPARE[self._model] = list(self._back.values())
+        whole = all(view.nbytes == view.untyped_storage().nbytes() for view in before)
+        if whole and len(tensors) == len(self._back):
+            keep_spare(self._model, tensors, before)
+        else:
+            _SPARE[unwrapped(self._model)] = Spare(rest=list(self._back.values()))
 
     def on_back(self, tensor: Tensor) -> Tensor:
         """The same part of the other memory."""
@@ -77,12 +125,18 @@ class Double:
         )
 
 
-def _point(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    for tensor, data in pairs:
+def _point(tensors: Sequence[Tensor], views: Sequence[Tensor]) -> None:
+    for tensor, data in zip(tensors, views, strict=True):
         tensor.data = data
-        torch.autograd.graph.increment_version(tensor)
+    torch.autograd.graph.increment_version(tensors)
+    for tensor in tensors:
         if (found := record_of(tensor)) is not None:
             record(tensor, replace(found, pointer=tensor.data_ptr()))
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """All of a tensor's memory."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
 def _fresh(live: Tensor, spare: list[Tensor]) -> Tensor:

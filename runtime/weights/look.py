@@ -71,10 +71,9 @@ class Look:
 
 
 def walk(model: nn.Module) -> tuple[list[object], list[Tensor]]:
-    """The tensors of a model in an order of its own, and the names that they and modules have.
+    """Parameters and persistent buffers of a model in an order of its own, and all of its names.
 
-    Equal names, and as many tensors, are the same tree. A tensor with several names comes with
-    each of them.
+    Equal names are the same tree. A tensor with several names comes with each of them.
     """
     names: list[object] = []
     held: list[Tensor | None] = []
@@ -93,8 +92,10 @@ def walk(model: nn.Module) -> tuple[list[object], list[Tensor]]:
             names.extend(parameters)
             held.extend(parameters.values())
         if buffers := own["_buffers"]:
-            names += (None, *buffers, frozenset(own["_non_persistent_buffers_set"]))
-            held.extend(buffers.values())
+            transient = own["_non_persistent_buffers_set"]
+            saved = [name for name in buffers if name not in transient]
+            names += (None, *saved)
+            held.extend([buffers[name] for name in saved])
     tensors = [tensor for tensor in held if tensor is not None]
     names.append([index for index, tensor in enumerate(held) if tensor is None])
     return names, tensors

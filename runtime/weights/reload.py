@@ -4,15 +4,22 @@ Sources, mappings and checks are those of `load`. Captured graphs and compiled c
 that mode "double" moves memory.
 """
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from tqdm import tqdm
 
 from fixpass.runtime.checkpoint.mapping import Mapping
-from fixpass.runtime.checkpoint.sources import Source, opened
+from fixpass.runtime.checkpoint.safetensors_files import Files
+from fixpass.runtime.checkpoint.sources import Source, files_of, opened
+from fixpass.runtime.weights.gate import tensors_of
+from fixpass.runtime.weights.kept import keep
+from fixpass.runtime.weights.look import Look
 from fixpass.runtime.weights.options import SAME_NAMES, Mode, Options, Scope
+from fixpass.runtime.weights.repeat import repeated
 from fixpass.runtime.weights.transaction import UpdateReport, open_update
 
 
@@ -42,15 +49,33 @@ def reload(
     disable = None if progress is None else not progress
     path = None if state_file is None else Path(state_file)
     options = Options(mode, version, base, scope, mapping, cast, finite, timeout, threads, path)
-    with tqdm(unit="B", unit_scale=True, desc="reloading", disable=disable) as bar:
+    with (
+        ExitStack() as stack,
+        tqdm(unit="B", unit_scale=True, desc="reloading", disable=disable) as bar,
+    ):
         options = replace(options, advance=bar.update)
-        if isinstance(source, str | Path):
-            with opened(source, weights_only=weights_only) as checkpoint:
+        files = files_of(source) if isinstance(source, str | Path) else None
+        if files is not None:
+            return _from_files(model, files, options, bar)
+        with open_update(model, options) as tx:
+            if isinstance(source, str | Path):
+                checkpoint = stack.enter_context(opened(source, weights_only=weights_only))
                 bar.total = sum(stored.num_bytes for stored in checkpoint.values())
-                with open_update(model, options) as tx:
-                    tx.load_checkpoint(checkpoint)
-        else:
-            with open_update(model, options) as tx:
+                tx.load_checkpoint(checkpoint)
+            else:
                 tx.load_any(source)
     assert tx.report is not None
+    return tx.report
+
+
+def _from_files(model: nn.Module, files: Files, options: Options, bar: Any) -> UpdateReport:
+    bar.total = sum(header.size - header.begin for header in files.headers)
+    if (report := repeated(model, files, options)) is not None:
+        return report
+    with open_update(model, options) as tx:
+        before = Look.at(list(tensors_of(model)))
+        checkpoint = files.tensors()
+        tx.load_checkpoint(checkpoint)
+    assert tx.report is not None and tx.prepared is not None
+    keep(model, files, checkpoint, tx.prepared, before, options)
     return tx.report

@@ -71,6 +71,8 @@ class Update:
     def __init__(self, model: nn.Module, options: Options, stack: ExitStack) -> None:
         self.report: UpdateReport | None = None
         """What was done; None until it is."""
+        self.prepared: Prepared | None = None
+        """What was written; None until it is."""
         self._model = model
         self._options = options
         self._stack = stack
@@ -147,6 +149,7 @@ class Update:
 
     def _commit(self, work: Commit) -> None:
         prepared, seconds = work.run()
+        self.prepared = prepared
         committed(self._model)
         self.report = UpdateReport(
             replace(prepared.report, seconds=time.perf_counter() - self._options.began),

@@ -1,0 +1,182 @@
+"""What a reload found out and the next one may use: which bytes of a file go to which parameter.
+
+It holds as long as files have the same headers, byte for byte, and the model the same names,
+layouts and attributes. It is kept only where bytes go straight from files into parameters that
+have memory of their own: not for folds, packs, casts and loaders of parameters' own. Nothing is
+read or written here.
+"""
+
+from bisect import bisect_right
+from collections.abc import Mapping as Named
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from fixpass.runtime.checkpoint import vectored
+from fixpass.runtime.checkpoint.local import local_part
+from fixpass.runtime.checkpoint.mapping import Mapping
+from fixpass.runtime.checkpoint.read import Copy, direct
+from fixpass.runtime.checkpoint.report import LoadReport
+from fixpass.runtime.checkpoint.safetensors_files import Files
+from fixpass.runtime.checkpoint.stored import Checkpoint, FilePiece
+from fixpass.runtime.checkpoint.vectored import Range
+from fixpass.runtime.modules import unwrapped
+from fixpass.runtime.weights.alias import packed
+from fixpass.runtime.weights.collected import Prepared
+from fixpass.runtime.weights.look import Look, walk
+from fixpass.runtime.weights.options import Options, Scope
+from fixpass.runtime.weights.table import generation
+
+Part = tuple[int, int, int]
+"""The position of a tensor in the walk, a byte of it, and how many bytes from there on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes of a file that follow each other: few enough for one read."""
+
+    offset: int
+    num_bytes: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """The plan of a reload. It holds no tensor and no module.
+
+    spans: for each file. written: positions in the walk of the tensors that are.
+    """
+
+    files: Files
+    asked: tuple[Mapping, Scope, bool]
+    names: list[object]
+    layout: tuple[list[Any], ...]
+    marks: list[Any]
+    generation: int
+    spans: tuple[tuple[Span, ...], ...]
+    written: tuple[int, ...]
+    report: LoadReport
+
+    def is_for(self, files: Files, options: Options) -> bool:
+        """Whether the same is asked for."""
+        able = options.mode != "journal" and not options.finite
+        return able and self.files == files and self.asked == _asked(options)
+
+    def fits(self, names: list[object], look: Look) -> bool:
+        """Whether the model, as a walk and a look find it, is what the plan was made for."""
+        return (
+            self.generation == generation()
+            and self.names == names
+            and self.layout == look.layout
+            and self.marks == _marks(look)
+        )
+
+
+_KEPT: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
+
+
+def kept_for(model: nn.Module) -> Kept | None:
+    """The plan of the last reload of a model, if it could be kept."""
+    return _KEPT.get(unwrapped(model))
+
+
+def keep(
+    model: nn.Module,
+    files: Files,
+    checkpoint: Checkpoint,
+    prepared: Prepared,
+    before: Look,
+    options: Options,
+) -> None:
+    """Keep the plan of a reload that was done, where it can be used again.
+
+    before: the model's tensors as they were when it was made.
+    """
+    inside = unwrapped(model)
+    _KEPT.pop(inside, None)
+    names, tensors = walk(inside)
+    position = {id(tensor): index for index, tensor in enumerate(tensors)}
+    if prepared.own or prepared.covered or prepared.places.foldings or not _are_apart(tensors):
+        return
+    starts = {p: position[id(t)] for p, t in zip(before.pointers, before.tensors, strict=True)}
+    spans = _spans(files, checkpoint, prepared.copies, starts, tensors)
+    if spans is None:
+        return
+    look = Look.at(tensors)
+    _KEPT[inside] = Kept(
+        files,
+        _asked(options),
+        names,
+        look.layout,
+        _marks(look),
+        generation(),
+        spans,
+        tuple(sorted({index for file in spans for span in file for index, _, _ in span.parts})),
+        replace(prepared.report, seconds=0.0),
+    )
+
+
+def _are_apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether each has memory of its own, and none is part of a pack."""
+    found = {id(tensor): tensor for tensor in tensors}.values()
+    if any(packed(tensor) is not None for tensor in found):
+        return False
+    storages = {local_part(tensor).untyped_storage()._cdata for tensor in found}
+    return len(storages) == len(found)
+
+
+def _spans(
+    files: Files,
+    checkpoint: Checkpoint,
+    copies: Sequence[Copy],
+    starts: Named[int, int],
+    tensors: Sequence[Tensor],
+) -> tuple[tuple[Span, ...], ...] | None:
+    """What is read of each file; None where something is more than a read."""
+    ranges: dict[Path, list[Range]] = {header.path: [] for header in files.headers}
+    for copy in copies:
+        (piece, *more) = checkpoint[copy.stored.name].pieces
+        if more or not isinstance(piece, FilePiece):
+            return None
+        found = direct(replace(copy, piece=piece), piece)
+        if found is None:
+            return None
+        ranges[piece.path].append(found)
+    ordered = sorted(starts)
+    result = []
+    for path, wanted in ranges.items():
+        spans = []
+        for batch in vectored.batches(path, wanted):
+            parts = [_part(piece, ordered, starts, tensors) for piece in batch.ranges]
+            if None in parts:
+                return None
+            whole = tuple(part for part in parts if part is not None)
+            spans.append(Span(batch.ranges[0].offset, batch.num_bytes, whole))
+        result.append(tuple(spans))
+    return tuple(result)
+
+
+def _part(
+    piece: Range, ordered: Sequence[int], starts: Named[int, int], tensors: Sequence[Tensor]
+) -> Part | None:
+    """Which part of which tensor a range of memory is."""
+    start = ordered[bisect_right(ordered, piece.address) - 1]
+    index, inner = starts[start], piece.address - start
+    if inner < 0 or inner + piece.num_bytes > local_part(tensors[index]).nbytes:
+        return None
+    return index, inner, piece.num_bytes
+
+
+def _asked(options: Options) -> tuple[Mapping, Scope, bool]:
+    return options.mapping, options.scope, options.cast
+
+
+def _marks(look: Look) -> list[Any]:
+    """Attributes by name and identity; empty where no tensor has any."""
+    if not any(look.attributes):
+        return []
+    return [(tuple(held), tuple(map(id, held.values()))) for held in look.attributes]

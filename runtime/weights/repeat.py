@@ -1,0 +1,178 @@
+"""A reload that is like the last one: what was checked in full is not planned again.
+
+Headers of files and the model are compared with what the kept plan was made for, at a few
+microseconds a tensor; then bytes go where they went before. Anything that is different goes the
+ordinary way, and so do mode "journal" and checks for NaN.
+"""
+
+import ctypes
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fixpass.runtime.checkpoint import vectored
+from fixpass.runtime.checkpoint.local import local_part
+from fixpass.runtime.checkpoint.read import run
+from fixpass.runtime.checkpoint.safetensors_files import Files
+from fixpass.runtime.checkpoint.targets import targets
+from fixpass.runtime.errors import CheckpointError, UpdateError
+from fixpass.runtime.modules import unwrapped
+from fixpass.runtime.weights import double
+from fixpass.runtime.weights.closing import Closing
+from fixpass.runtime.weights.collected import add_cut_off
+from fixpass.runtime.weights.gate import gate_of, over
+from fixpass.runtime.weights.kept import Kept, Span, kept_for
+from fixpass.runtime.weights.look import Look, walk
+from fixpass.runtime.weights.manifest import Manifest
+from fixpass.runtime.weights.options import Options
+from fixpass.runtime.weights.transaction import UpdateReport, alone
+from fixpass.runtime.weights.writes import committed
+
+
+def repeated(model: nn.Module, files: Files, options: Options) -> UpdateReport | None:
+    """Do the reload from these files as the last one was done; None where it is not like it.
+
+    Raises what the ordinary way raises; then the weights are those of before.
+    """
+    kept = kept_for(model)
+    if kept is None or not kept.is_for(files, options):
+        return None
+    with alone(model, options) as base:
+        names, tensors = walk(unwrapped(model))
+        look = Look.at(tensors)
+        if not kept.fits(names, look):
+            return None
+        repeat = _Repeat(model, options, kept, files, names, look, base)
+        seconds = repeat.staged() if options.mode == "staged" else repeat.double()
+        if seconds is None:
+            return None
+        committed(model)
+        load = replace(kept.report, seconds=time.perf_counter() - options.began)
+        return UpdateReport(load, gate_of(model).version, options.mode, seconds, {})
+
+
+@dataclass(frozen=True)
+class _Repeat:
+    """One reload, of a model that was found to be as it was."""
+
+    model: nn.Module
+    options: Options
+    kept: Kept
+    files: Files
+    names: list[object]
+    look: Look
+    base: int
+
+    def staged(self) -> float:
+        """Read everything into memory of the update's own; then write it. Seconds of the gate."""
+        staging, bases = [], []
+        for header in self.files.headers:
+            staging.append(torch.empty(header.size - header.begin, dtype=torch.uint8))
+            bases.append(staging[-1].data_ptr() - header.begin)
+        self._read(lambda file, span: array("Q", (bases[file] + span.offset, span.num_bytes)))
+        written, pointers = self._written, self.look.pointers
+        # Should anybody give a parameter other memory now, the old is still there to be written.
+        held = [local_part(tensor).untyped_storage() for tensor in written]
+        moves = [
+            partial(_scatter, base, span, pointers)
+            for base, spans in zip(bases, self.kept.spans, strict=True)
+            for span in spans
+        ]
+
+        def write() -> None:
+            run(moves, self.options.threads, self.options.advance)
+            torch.autograd.graph.increment_version(written)
+
+        gates, closing = over(written), self._closing
+        with closing.closed(gates) as began:
+            self._check_memory()
+            closing.forward(gates, write)
+        del staging, held
+        return time.perf_counter() - began
+
+    def double(self) -> float | None:
+        """Read into the second set of memory; then put it in place. None where there is none."""
+        written, pointers = self._written, list(self.look.pointers)
+        views = double.spare_for(self.model, written, [pointers[i] for i in self.kept.written])
+        if views is None:
+            return None
+        for index, view in zip(self.kept.written, views, strict=True):
+            pointers[index] = view.data_ptr()
+        self._read(lambda file, span: _addresses(span, pointers))
+        gates, closing = over(written), self._closing
+        with closing.closed(gates) as began:
+            self._check_memory()
+            back = double.exchange(written, views)
+            try:
+                closing.finish(gates, moved=True)
+            except BaseException:
+                double.exchange(written, back)
+                raise
+            double.keep_spare(self.model, written, back)
+        return time.perf_counter() - began
+
+    @property
+    def _written(self) -> list[Tensor]:
+        return [self.look.tensors[index] for index in self.kept.written]
+
+    @property
+    def _closing(self) -> Closing:
+        return Closing(self.model, self.base, self.options, self._check)
+
+    def _read(self, numbers: Callable[[int, Span], "array[int]"]) -> None:
+        """Read all spans to the addresses and sizes that `numbers` gives for them."""
+        advance = self.options.advance if self.options.mode == "double" else _ignore
+        work = (
+            partial(_fill, header.path, span, numbers(file, span))
+            for file, header in enumerate(self.files.headers)
+            for span in self.kept.spans[file]
+        )
+        try:
+            run(work, self.options.threads, advance)
+        except CheckpointError as error:
+            add_cut_off(error, self.files.tensors().values())
+            raise
+
+    def _check_memory(self) -> None:
+        if [local_part(tensor).data_ptr() for tensor in self.look.tensors] != self.look.pointers:
+            raise UpdateError(
+                "parameters were given other memory while an update was open: begin it again"
+            )
+
+    def _check(self, moved: bool) -> None:
+        names, tensors = walk(unwrapped(self.model))
+        if names == self.names and self.look.is_like(Look.at(tensors), moved=moved):
+            return
+        now = {name: target.tensor for name, target in targets(self.model).items()}
+        name_of = {id(tensor): name for name, tensor in now.items()}
+        before = [name_of.get(id(t), f"tensor {i}") for i, t in enumerate(self.look.tensors)]
+        Manifest(before, self.look).check(now, moved=moved)
+        raise UpdateError("the update changed more than values: the model has other parameters")
+
+
+def _fill(path: Path, span: Span, numbers: "array[int]") -> int:
+    vectored.fill(path, span.offset, span.num_bytes, numbers)
+    return span.num_bytes
+
+
+def _addresses(span: Span, pointers: Sequence[int]) -> "array[int]":
+    return array("Q", [n for i, inner, size in span.parts for n in (pointers[i] + inner, size)])
+
+
+def _scatter(base: int, span: Span, pointers: Sequence[int]) -> int:
+    """Bring the bytes of a span, read to `base` and its offset, to where they belong."""
+    source, move = base + span.offset, ctypes.memmove
+    for index, inner, size in span.parts:
+        move(pointers[index] + inner, source, size)
+        source += size
+    return span.num_bytes
+
+
+def _ignore(count: int) -> None:
+    return None

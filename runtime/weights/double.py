@@ -6,8 +6,7 @@ with other processes.
 """
 
 from collections.abc import Iterable, Sequence
-from collections.abc import Mapping as Named
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,46 +17,48 @@ from fixpass.runtime.errors import UpdateError
 from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights.alias import packed
 from fixpass.runtime.weights.gate import tensors_of
-from fixpass.runtime.weights.table import record, record_of
+from fixpass.runtime.weights.look import pointers_of
+from fixpass.runtime.weights.table import any_folded, record, record_of
 
 
 @dataclass(frozen=True)
 class Spare:
     """Memory that was in use before the last update.
 
-    views: what a tensor was, by its id, and the address that it has since; only where each tensor
-    is all of its memory. rest: other memory.
+    views: what tensors were, given their ids and the addresses that they have since; only where
+    each tensor is all of its memory. rest: other memory.
     """
 
-    views: Named[int, tuple[int, Tensor]] = field(default_factory=dict)
+    ids: Sequence[int] = ()
+    pointers: Sequence[int] = ()
+    views: Sequence[Tensor] = ()
     rest: Sequence[Tensor] = ()
 
     def memory(self) -> list[Tensor]:
         """All of it as bytes."""
-        tensors = [*(view for _, view in self.views.values()), *self.rest]
-        return [_bytes_of(tensor) for tensor in tensors]
+        return [_bytes_of(tensor) for tensor in (*self.views, *self.rest)]
 
 
 _SPARE: WeakKeyDictionary[nn.Module, Spare] = WeakKeyDictionary()
 
 
-def spare_for(
-    model: nn.Module, tensors: Sequence[Tensor], pointers: Sequence[int]
-) -> list[Tensor] | None:
-    """What these tensors were before the last update; None where they have moved since."""
-    views = _SPARE.get(unwrapped(model), Spare()).views
-    found = [views.get(id(tensor)) for tensor in tensors]
-    if [spare and spare[0] for spare in found] != pointers:
+def spare_of(model: nn.Module, ids: Sequence[int]) -> Spare | None:
+    """What just the tensors of these ids were before the last update, in this order, or None."""
+    spare = _SPARE.get(unwrapped(model), Spare())
+    if spare.ids == ids:
+        return spare
+    place = {each: index for index, each in enumerate(spare.ids)}
+    if place.keys() != set(ids):
         return None
-    return [spare[1] for spare in found if spare is not None]
+    order = [place[each] for each in ids]
+    pointers, views = [spare.pointers[i] for i in order], [spare.views[i] for i in order]
+    return Spare(ids, pointers, views)
 
 
 def keep_spare(model: nn.Module, tensors: Sequence[Tensor], views: Sequence[Tensor]) -> None:
     """Tensors were given other memory: keep what they were for the next update."""
-    spare = _SPARE.get(unwrapped(model), Spare())
-    now = ((t.data_ptr(), view) for t, view in zip(tensors, views, strict=True))
-    fresh = dict(zip(map(id, tensors), now, strict=True))
-    _SPARE[unwrapped(model)] = Spare({**spare.views, **fresh}, spare.rest)
+    ids = list(map(id, tensors))
+    _SPARE[unwrapped(model)] = Spare(ids, pointers_of(tensors), views)
 
 
 def exchange(tensors: Sequence[Tensor], views: Sequence[Tensor]) -> list[Tensor]:
@@ -129,7 +130,7 @@ def _point(tensors: Sequence[Tensor], views: Sequence[Tensor]) -> None:
     for tensor, data in zip(tensors, views, strict=True):
         tensor.data = data
     torch.autograd.graph.increment_version(tensors)
-    for tensor in tensors:
+    for tensor in tensors if any_folded() else ():
         if (found := record_of(tensor)) is not None:
             record(tensor, replace(found, pointer=tensor.data_ptr()))
 

@@ -153,7 +153,12 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
 
 def over(tensors: Iterable[Tensor]) -> tuple[Gate, ...]:
     """All gates that cover one of these tensors, of models, of parts and of compiled graphs."""
-    wanted = {id(tensor) for tensor in tensors}
+    return over_ids([id(tensor) for tensor in tensors])
+
+
+def over_ids(ids: Iterable[int]) -> tuple[Gate, ...]:
+    """As `over`, of tensors by their ids."""
+    wanted = frozenset(ids)
     return tuple(
         gate
         for gate in list(_GATES)

@@ -27,7 +27,7 @@ from fixpass.runtime.checkpoint.vectored import Range
 from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights.alias import packed
 from fixpass.runtime.weights.collected import Prepared
-from fixpass.runtime.weights.look import Look, walk
+from fixpass.runtime.weights.look import Layouts, Look, walk
 from fixpass.runtime.weights.options import Options, Scope
 from fixpass.runtime.weights.table import generation
 
@@ -48,14 +48,16 @@ class Span:
 class Kept:
     """The plan of a reload. It holds no tensor and no module.
 
-    spans: for each file. written: positions in the walk of the tensors that are.
+    ids: of all tensors of the walk. spans: for each file. written: positions in the walk of the
+    tensors that are.
     """
 
     files: Files
     asked: tuple[Mapping, Scope, bool]
-    names: list[object]
-    layout: tuple[list[Any], ...]
+    names: list[Any]
+    layouts: Layouts
     marks: list[Any]
+    ids: list[int]
     generation: int
     spans: tuple[tuple[Span, ...], ...]
     written: tuple[int, ...]
@@ -66,13 +68,18 @@ class Kept:
         able = options.mode != "journal" and not options.finite
         return able and self.files == files and self.asked == _asked(options)
 
-    def fits(self, names: list[object], look: Look) -> bool:
-        """Whether the model, as a walk and a look find it, is what the plan was made for."""
+    def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Those tensors of a walk that are written."""
+        return [tensors[index] for index in self.written]
+
+    def fits(self, names: list[Any], tensors: Sequence[Tensor]) -> bool:
+        """Whether the model, as a walk finds it, is what the plan was made for."""
         return (
             self.generation == generation()
             and self.names == names
-            and self.layout == look.layout
-            and self.marks == _marks(look)
+            and self.ids == list(map(id, tensors))
+            and self.layouts.hold(tensors)
+            and self.marks == _marks(tensors)
         )
 
 
@@ -106,13 +113,13 @@ def keep(
     spans = _spans(files, checkpoint, prepared.copies, starts, tensors)
     if spans is None:
         return
-    look = Look.at(tensors)
     _KEPT[inside] = Kept(
         files,
         _asked(options),
         names,
-        look.layout,
-        _marks(look),
+        Layouts.of(tensors),
+        _marks(tensors),
+        list(map(id, tensors)),
         generation(),
         spans,
         tuple(sorted({index for file in spans for span in file for index, _, _ in span.parts})),
@@ -175,8 +182,9 @@ def _asked(options: Options) -> tuple[Mapping, Scope, bool]:
     return options.mapping, options.scope, options.cast
 
 
-def _marks(look: Look) -> list[Any]:
+def _marks(tensors: Sequence[Tensor]) -> list[Any]:
     """Attributes by name and identity; empty where no tensor has any."""
-    if not any(look.attributes):
+    held = [tensor.__dict__ for tensor in tensors]
+    if not any(held):
         return []
-    return [(tuple(held), tuple(map(id, held.values()))) for held in look.attributes]
+    return [(tuple(own), tuple(map(id, own.values()))) for own in held]

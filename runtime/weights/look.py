@@ -7,7 +7,7 @@ Values are not looked at.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import is_
+from operator import attrgetter, eq, is_
 from typing import Any
 
 import torch
@@ -15,101 +15,132 @@ from torch import Tensor, nn
 
 from fixpass.runtime.checkpoint.local import local_part
 
-_PLAIN = (nn.Parameter, Tensor)
+_PLAIN = frozenset((nn.Parameter, Tensor))
+_facts = attrgetter("dtype", "device", "shape")
+_gradient = attrgetter("requires_grad")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layouts:
+    """Class, requires_grad, dtype, device, shape and strides of each of some tensors.
+
+    Of a DTensor they are those of its part on this rank. It holds no tensor.
+    """
+
+    kinds: list[type]
+    gradients: list[bool]
+    facts: list[tuple[torch.dtype, torch.device, torch.Size]]
+    strides: list[tuple[int, ...]]
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor]) -> "Layouts":
+        parts = _parts(tensors)
+        return Layouts(
+            list(map(type, tensors)),
+            list(map(_gradient, tensors)),
+            list(map(_facts, parts)),
+            _strides(parts),
+        )
+
+    def hold(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these tensors have them. It keeps nothing: there may be thousands."""
+        parts = _parts(tensors)
+        return (
+            len(tensors) == len(self.kinds)
+            and all(map(is_, map(type, tensors), self.kinds))
+            and all(map(eq, map(_facts, parts), self.facts))
+            and self._have_strides(parts)
+            and all(map(eq, map(_gradient, tensors), self.gradients))
+        )
+
+    def _have_strides(self, parts: Sequence[Tensor]) -> bool:
+        try:
+            return all(map(eq, map(Tensor.stride, parts), self.strides))
+        # One of them is sparse.
+        except RuntimeError:
+            return _strides(parts) == self.strides
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Look:
-    """Tensors and, of each, all that is not its values; of a DTensor, of its part on this rank."""
+    """Tensors, their layouts, addresses and attributes."""
 
     tensors: Sequence[Tensor]
-    kinds: list[type]
-    dtypes: list[torch.dtype]
-    devices: list[torch.device]
-    shapes: list[torch.Size]
-    strides: list[tuple[int, ...]]
-    gradients: list[bool]
+    layouts: Layouts
     pointers: list[int]
     attributes: list[dict[str, Any]]
 
     @staticmethod
     def at(tensors: Sequence[Tensor]) -> "Look":
-        kinds = [type(tensor) for tensor in tensors]
-        plain = all(kind in _PLAIN for kind in set(kinds))
-        parts = tensors if plain else [local_part(tensor) for tensor in tensors]
-        layouts = [part.layout for part in parts]
-        strided = layouts.count(torch.strided) == len(layouts)
-        return Look(
-            tensors,
-            kinds,
-            [part.dtype for part in parts],
-            [part.device for part in parts],
-            [part.shape for part in parts],
-            [part.stride() for part in parts] if strided else [_stride(part) for part in parts],
-            [tensor.requires_grad for tensor in tensors],
-            [part.data_ptr() for part in parts] if strided else [_pointer(part) for part in parts],
-            [dict(tensor.__dict__) for tensor in tensors],
-        )
+        held = [dict(tensor.__dict__) for tensor in tensors]
+        return Look(tensors, Layouts.of(tensors), pointers_of(tensors), held)
 
-    @property
-    def layout(self) -> tuple[list[Any], ...]:
-        """Two looks at tensors that lie alike, at whatever addresses, have equal ones.
-
-        It holds no tensor.
-        """
-        return self.kinds, self.dtypes, self.devices, self.shapes, self.strides, self.gradients
-
-    def is_like(self, other: "Look", *, moved: bool = False) -> bool:
-        """Whether nothing is different, not even the objects; with `moved` addresses may be."""
+    def is_at(self, tensors: Sequence[Tensor], *, moved: bool = False) -> bool:
+        """Whether these are the same objects, and as they were; with `moved` elsewhere, maybe."""
         return (
-            len(self.tensors) == len(other.tensors)
-            and all(map(is_, self.tensors, other.tensors))
-            and self.layout == other.layout
-            and (moved or self.pointers == other.pointers)
-            and all(map(_same, self.attributes, other.attributes))
+            len(self.tensors) == len(tensors)
+            and all(map(is_, self.tensors, tensors))
+            and self.layouts.hold(tensors)
+            and (moved or self.pointers == pointers_of(tensors))
+            and all(_are_same(t.__dict__, d) for t, d in zip(tensors, self.attributes, strict=True))
         )
 
 
-def walk(model: nn.Module) -> tuple[list[object], list[Tensor]]:
-    """Parameters and persistent buffers of a model in an order of its own, and all of its names.
+def pointers_of(tensors: Sequence[Tensor]) -> list[int]:
+    """Addresses; 0 for what has none."""
+    parts = _parts(tensors)
+    try:
+        return list(map(Tensor.data_ptr, parts))
+    # One of them is sparse, or has no memory at all.
+    except RuntimeError:
+        return [part.data_ptr() if part.layout == torch.strided else 0 for part in parts]
+
+
+def walk(model: nn.Module) -> tuple[list[Any], list[Tensor]]:
+    """The names in a model, and its parameters and persistent buffers, in an order of its own.
 
     Equal names are the same tree. A tensor with several names comes with each of them.
     """
-    names: list[object] = []
+    names: list[Any] = []
     held: list[Tensor | None] = []
     stack: list[nn.Module | None] = [model]
+    pop, name, hold = stack.pop, names.extend, held.extend
     while stack:
-        module = stack.pop()
-        names.append(None)
+        module = pop()
         if module is None:
             continue
         own = module.__dict__
         if modules := own["_modules"]:
-            names.extend(modules)
+            name(modules)
             stack.extend(modules.values())
-        names.append(None)
+        # Tells names of modules from those of tensors.
+        names.append(len(held))
         if parameters := own["_parameters"]:
-            names.extend(parameters)
-            held.extend(parameters.values())
+            name(parameters)
+            hold(parameters.values())
         if buffers := own["_buffers"]:
-            transient = own["_non_persistent_buffers_set"]
-            saved = [name for name in buffers if name not in transient]
-            names += (None, *saved)
-            held.extend([buffers[name] for name in saved])
+            skip = own["_non_persistent_buffers_set"]
+            saved = [buffer for buffer in buffers if buffer not in skip]
+            name((None, *saved))
+            hold([buffers[buffer] for buffer in saved])
     tensors = [tensor for tensor in held if tensor is not None]
-    names.append([index for index, tensor in enumerate(held) if tensor is None])
+    if len(tensors) < len(held):
+        names.append([index for index, tensor in enumerate(held) if tensor is None])
     return names, tensors
 
 
-def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def _parts(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What this rank holds of each."""
+    if _PLAIN.issuperset(map(type, tensors)):
+        return tensors
+    return [local_part(tensor) for tensor in tensors]
+
+
+def _strides(parts: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    return [part.stride() if part.layout == torch.strided else () for part in parts]
+
+
+def _are_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     if not one and not other:
         return True
     return one.keys() == other.keys() and all(one[key] is other[key] for key in one)
-
-
-def _stride(tensor: Tensor) -> tuple[int, ...]:
-    return tensor.stride() if tensor.layout == torch.strided else ()
-
-
-def _pointer(tensor: Tensor) -> int:
-    return tensor.data_ptr() if tensor.layout == torch.strided else 0

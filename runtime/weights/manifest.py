@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fixpass.runtime.errors import UpdateError
-from fixpass.runtime.weights.look import Look
+from fixpass.runtime.weights.look import Layouts, Look, pointers_of
 
 MOST = 10
 
@@ -30,7 +30,7 @@ class Manifest:
         """Raise UpdateError where anything is different; with `moved` the address may be."""
         found = [params.get(name) for name in self.names]
         here = [param for param in found if param is not None]
-        if len(here) == len(found) and self.look.is_like(Look.at(here), moved=moved):
+        if len(here) == len(found) and self.look.is_at(here, moved=moved):
             return
         faults = [
             f"{name}: {fault}"
@@ -40,14 +40,13 @@ class Manifest:
         raise UpdateError("the update changed more than values: " + "; ".join(faults[:MOST]))
 
     def _faults(self, index: int, param: Tensor | None, moved: bool) -> Iterator[str]:
-        was = self.look
-        if param is None or param is not was.tensors[index]:
+        if param is None or param is not self.look.tensors[index]:
             yield "another object is in its place"
             return
-        now = Look.at([param])
+        was, now = self.look.layouts, Layouts.of([param])
         if now.kinds[0] is not was.kinds[index]:
             yield f"its class was {was.kinds[index].__name__} and is {now.kinds[0].__name__}"
-        before, after = was.attributes[index], now.attributes[0]
+        before, after = self.look.attributes[index], vars(param)
         for key in sorted({*before, *after}):
             if key not in after:
                 yield f"attribute {key!r} is gone"
@@ -55,15 +54,16 @@ class Manifest:
                 yield f"attribute {key!r} is new"
             elif after[key] is not before[key]:
                 yield f"attribute {key!r} is another object"
-        pairs = [
+        (dtype, device, shape), (dtype_now, device_now, shape_now) = was.facts[index], now.facts[0]
+        pairs: list[tuple[str, object, object]] = [
             ("requires_grad", was.gradients[index], now.gradients[0]),
-            ("dtype", was.dtypes[index], now.dtypes[0]),
-            ("device", was.devices[index], now.devices[0]),
-            ("shape", tuple(was.shapes[index]), tuple(now.shapes[0])),
+            ("dtype", dtype, dtype_now),
+            ("device", device, device_now),
+            ("shape", tuple(shape), tuple(shape_now)),
             ("stride", was.strides[index], now.strides[0]),
         ]
         if not moved:
-            pairs.append(("address", was.pointers[index], now.pointers[0]))
+            pairs.append(("address", self.look.pointers[index], pointers_of([param])[0]))
         for what, one, other in pairs:
             if one != other:
                 yield f"{what} was {one} and is {other}"

@@ -76,6 +76,7 @@ def _from_files(model: nn.Module, files: Files, options: Options, bar: Any) -> U
         before = Look.at(list(tensors_of(model)))
         checkpoint = files.tensors()
         tx.load_checkpoint(checkpoint)
-    assert tx.report is not None and tx.prepared is not None
+    assert tx.report is not None
+    assert tx.prepared is not None
     keep(model, files, checkpoint, tx.prepared, before, options)
     return tx.report

@@ -1,8 +1,8 @@
 """A reload that is like the last one: what was checked in full is not planned again.
 
-Headers of files and the model are compared with what the kept plan was made for, at a few
-microseconds a tensor; then bytes go where they went before. Anything that is different goes the
-ordinary way, and so do mode "journal" and checks for NaN.
+The headers of the files, and then the model, are compared with what the kept plan was made for, at
+a few microseconds a tensor, and bytes go where they went before. Anything that is different goes
+the ordinary way, and so do mode "journal" and checks for NaN.
 """
 
 import ctypes
@@ -20,19 +20,21 @@ from fixpass.runtime.checkpoint import vectored
 from fixpass.runtime.checkpoint.local import local_part
 from fixpass.runtime.checkpoint.read import run
 from fixpass.runtime.checkpoint.safetensors_files import Files
-from fixpass.runtime.checkpoint.targets import targets
-from fixpass.runtime.errors import CheckpointError, UpdateError
+from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights import double
 from fixpass.runtime.weights.closing import Closing
 from fixpass.runtime.weights.collected import add_cut_off
-from fixpass.runtime.weights.gate import gate_of, over
+from fixpass.runtime.weights.gate import gate_of, over_ids
 from fixpass.runtime.weights.kept import Kept, Span, kept_for
-from fixpass.runtime.weights.look import Look, walk
-from fixpass.runtime.weights.manifest import Manifest
+from fixpass.runtime.weights.look import pointers_of, walk
 from fixpass.runtime.weights.options import Options
 from fixpass.runtime.weights.transaction import UpdateReport, alone
 from fixpass.runtime.weights.writes import committed
+
+
+class _ChangedError(Exception):
+    """The model is not what the plan was made for."""
 
 
 def repeated(model: nn.Module, files: Files, options: Options) -> UpdateReport | None:
@@ -44,13 +46,10 @@ def repeated(model: nn.Module, files: Files, options: Options) -> UpdateReport |
     if kept is None or not kept.is_for(files, options):
         return None
     with alone(model, options) as base:
-        names, tensors = walk(unwrapped(model))
-        look = Look.at(tensors)
-        if not kept.fits(names, look):
-            return None
-        repeat = _Repeat(model, options, kept, files, names, look, base)
-        seconds = repeat.staged() if options.mode == "staged" else repeat.double()
-        if seconds is None:
+        repeat = _Repeat(model, options, kept, files, base)
+        try:
+            seconds = repeat.staged() if options.mode == "staged" else repeat.double()
+        except _ChangedError:
             return None
         committed(model)
         load = replace(kept.report, seconds=time.perf_counter() - options.began)
@@ -59,14 +58,12 @@ def repeated(model: nn.Module, files: Files, options: Options) -> UpdateReport |
 
 @dataclass(frozen=True)
 class _Repeat:
-    """One reload, of a model that was found to be as it was."""
+    """One reload. Bytes are read first; the model is looked at behind the closed gate, once."""
 
     model: nn.Module
     options: Options
     kept: Kept
     files: Files
-    names: list[object]
-    look: Look
     base: int
 
     def staged(self) -> float:
@@ -76,39 +73,41 @@ class _Repeat:
             staging.append(torch.empty(header.size - header.begin, dtype=torch.uint8))
             bases.append(staging[-1].data_ptr() - header.begin)
         self._read(lambda file, span: array("Q", (bases[file] + span.offset, span.num_bytes)))
-        written, pointers = self._written, self.look.pointers
-        # Should anybody give a parameter other memory now, the old is still there to be written.
-        held = [local_part(tensor).untyped_storage() for tensor in written]
-        moves = [
-            partial(_scatter, base, span, pointers)
-            for base, spans in zip(bases, self.kept.spans, strict=True)
-            for span in spans
-        ]
-
-        def write() -> None:
-            run(moves, self.options.threads, self.options.advance)
-            torch.autograd.graph.increment_version(written)
-
-        gates, closing = over(written), self._closing
+        gates, closing = over_ids(self.kept.ids), self._closing
         with closing.closed(gates) as began:
-            self._check_memory()
+            tensors = self._tensors()
+            # Should anybody give one of them other memory now, the old is still there.
+            held = [local_part(tensor).untyped_storage() for tensor in tensors]
+            pointers = pointers_of(tensors)
+            moves = [
+                partial(_scatter, base, span, pointers)
+                for base, spans in zip(bases, self.kept.spans, strict=True)
+                for span in spans
+            ]
+
+            def write() -> None:
+                run(moves, self.options.threads, self.options.advance)
+                torch.autograd.graph.increment_version(self.kept.of(tensors))
+
             closing.forward(gates, write)
         del staging, held
         return time.perf_counter() - began
 
-    def double(self) -> float | None:
-        """Read into the second set of memory; then put it in place. None where there is none."""
-        written, pointers = self._written, list(self.look.pointers)
-        views = double.spare_for(self.model, written, [pointers[i] for i in self.kept.written])
-        if views is None:
-            return None
-        for index, view in zip(self.kept.written, views, strict=True):
+    def double(self) -> float:
+        """Read into the second set of memory; then put it in place."""
+        spare = double.spare_of(self.model, [self.kept.ids[i] for i in self.kept.written])
+        if spare is None:
+            raise _ChangedError
+        pointers = [0] * len(self.kept.ids)
+        for index, view in zip(self.kept.written, spare.views, strict=True):
             pointers[index] = view.data_ptr()
         self._read(lambda file, span: _addresses(span, pointers))
-        gates, closing = over(written), self._closing
+        gates, closing = over_ids(self.kept.ids), self._closing
         with closing.closed(gates) as began:
-            self._check_memory()
-            back = double.exchange(written, views)
+            written = self.kept.of(self._tensors())
+            if pointers_of(written) != spare.pointers:
+                raise _ChangedError
+            back = double.exchange(written, spare.views)
             try:
                 closing.finish(gates, moved=True)
             except BaseException:
@@ -118,12 +117,18 @@ class _Repeat:
         return time.perf_counter() - began
 
     @property
-    def _written(self) -> list[Tensor]:
-        return [self.look.tensors[index] for index in self.kept.written]
-
-    @property
     def _closing(self) -> Closing:
-        return Closing(self.model, self.base, self.options, self._check)
+        return Closing(self.model, self.base, self.options, _ignore)
+
+    def _tensors(self) -> Sequence[Tensor]:
+        """The tensors of the walk.
+
+        Nothing but bytes is written to them from here on, so they need no second look.
+        """
+        names, tensors = walk(unwrapped(self.model))
+        if not self.kept.fits(names, tensors):
+            raise _ChangedError
+        return tensors
 
     def _read(self, numbers: Callable[[int, Span], "array[int]"]) -> None:
         """Read all spans to the addresses and sizes that `numbers` gives for them."""
@@ -138,22 +143,6 @@ class _Repeat:
         except CheckpointError as error:
             add_cut_off(error, self.files.tensors().values())
             raise
-
-    def _check_memory(self) -> None:
-        if [local_part(tensor).data_ptr() for tensor in self.look.tensors] != self.look.pointers:
-            raise UpdateError(
-                "parameters were given other memory while an update was open: begin it again"
-            )
-
-    def _check(self, moved: bool) -> None:
-        names, tensors = walk(unwrapped(self.model))
-        if names == self.names and self.look.is_like(Look.at(tensors), moved=moved):
-            return
-        now = {name: target.tensor for name, target in targets(self.model).items()}
-        name_of = {id(tensor): name for name, tensor in now.items()}
-        before = [name_of.get(id(t), f"tensor {i}") for i, t in enumerate(self.look.tensors)]
-        Manifest(before, self.look).check(now, moved=moved)
-        raise UpdateError("the update changed more than values: the model has other parameters")
 
 
 def _fill(path: Path, span: Span, numbers: "array[int]") -> int:
@@ -174,5 +163,5 @@ def _scatter(base: int, span: Span, pointers: Sequence[int]) -> int:
     return span.num_bytes
 
 
-def _ignore(count: int) -> None:
+def _ignore(_: int) -> None:
     return None

@@ -36,9 +36,14 @@ def changed() -> None:
     _changes[0] += 1
 
 
+def any_folded() -> bool:
+    """Whether any parameter in this process is folded: asking for each takes its time."""
+    return len(_FOLDED) > 0
+
+
 def record_of(param: Tensor) -> Folded | None:
     """How `param` is folded, or None."""
-    if not len(_FOLDED):
+    if not any_folded():
         return None
     found: Folded | None = _FOLDED.get(param)
     return found

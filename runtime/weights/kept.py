@@ -27,7 +27,7 @@ from fixpass.runtime.checkpoint.vectored import Range
 from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights.alias import packed
 from fixpass.runtime.weights.collected import Prepared
-from fixpass.runtime.weights.look import Layouts, Look, walk
+from fixpass.runtime.weights.look import Layouts, walk
 from fixpass.runtime.weights.options import Options, Scope
 from fixpass.runtime.weights.table import generation
 
@@ -96,12 +96,12 @@ def keep(
     files: Files,
     checkpoint: Checkpoint,
     prepared: Prepared,
-    before: Look,
+    before: Named[int, Tensor],
     options: Options,
 ) -> None:
     """Keep the plan of a reload that was done, where it can be used again.
 
-    before: the model's tensors as they were when it was made.
+    before: the model's tensors by the addresses that they had.
     """
     inside = unwrapped(model)
     _KEPT.pop(inside, None)
@@ -109,7 +109,7 @@ def keep(
     position = {id(tensor): index for index, tensor in enumerate(tensors)}
     if prepared.own or prepared.covered or prepared.places.foldings or not _are_apart(tensors):
         return
-    starts = {p: position[id(t)] for p, t in zip(before.pointers, before.tensors, strict=True)}
+    starts = {pointer: position[id(t)] for pointer, t in before.items() if id(t) in position}
     spans = _spans(files, checkpoint, prepared.copies, starts, tensors)
     if spans is None:
         return

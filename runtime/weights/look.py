@@ -56,7 +56,6 @@ class Layouts:
     def _have_strides(self, parts: Sequence[Tensor]) -> bool:
         try:
             return all(map(eq, map(Tensor.stride, parts), self.strides))
-        # One of them is sparse.
         except RuntimeError:
             return _strides(parts) == self.strides
 
@@ -137,7 +136,11 @@ def _parts(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _strides(parts: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    return [part.stride() if part.layout == torch.strided else () for part in parts]
+    try:
+        return list(map(Tensor.stride, parts))
+    # Some sparse tensors have none.
+    except RuntimeError:
+        return [part.stride() if part.layout == torch.strided else () for part in parts]
 
 
 def _are_same(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from fixpass.runtime.checkpoint.mapping import Mapping
 from fixpass.runtime.checkpoint.safetensors_files import Files
 from fixpass.runtime.checkpoint.sources import Source, files_of, opened
-from fixpass.runtime.weights.gate import tensors_of
+from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights.kept import keep
-from fixpass.runtime.weights.look import Look
+from fixpass.runtime.weights.look import pointers_of, walk
 from fixpass.runtime.weights.options import SAME_NAMES, Mode, Options, Scope
 from fixpass.runtime.weights.repeat import repeated
 from fixpass.runtime.weights.transaction import UpdateReport, open_update
@@ -73,7 +73,8 @@ def _from_files(model: nn.Module, files: Files, options: Options, bar: Any) -> U
     if (report := repeated(model, files, options)) is not None:
         return report
     with open_update(model, options) as tx:
-        before = Look.at(list(tensors_of(model)))
+        _, tensors = walk(unwrapped(model))
+        before = dict(zip(pointers_of(tensors), tensors, strict=False))
         checkpoint = files.tensors()
         tx.load_checkpoint(checkpoint)
     assert tx.report is not None

@@ -1,0 +1,371 @@
+"""A reload like the last one is not planned again; a reload like no other is, and both are right."""
+
+import ctypes
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from folding import aiter
+from safetensors.torch import save_file
+from torch import nn
+
+import fixpass  # noqa: F401  # registers the backend
+from fixpass.runtime.checkpoint import vectored
+from fixpass.runtime.checkpoint.mapping import Mapping, Stacked
+from fixpass.runtime.errors import CheckpointError, UpdateError
+from fixpass.runtime.weights import collected, repeat
+from fixpass.runtime.weights.alias import pack
+from fixpass.runtime.weights.fold import fold, logical
+from fixpass.runtime.weights.gate import gate_of
+from fixpass.runtime.weights.kept import kept_for
+from fixpass.runtime.weights.reload import reload
+from fixpass.runtime.weights.versions import version
+
+MODES = ("staged", "double")
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 32), nn.Linear(32, 64)
+        self.norm = nn.BatchNorm1d(64)
+        self.register_buffer("scratch", torch.zeros(3), persistent=False)
+
+
+def model_of(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(Block(), Block()).requires_grad_(False)
+
+
+def saved(folder, seed, shards=2, model=None):
+    """A checkpoint of several files, and its tensors."""
+    found = (model or model_of()).state_dict()
+    torch.manual_seed(seed)
+    state = {n: torch.randn(v.shape).to(v.dtype) for n, v in found.items()}
+    names = list(state)
+    folder.mkdir(exist_ok=True)
+    for index in range(shards):
+        save_file({n: state[n] for n in names[index::shards]}, folder / f"m-{index}.safetensors")
+    return state
+
+
+def holds(model, state):
+    return all(torch.equal(logical(value), state[name]) for name, value in named(model))
+
+
+def named(model):
+    kept = model.state_dict().keys()
+    both = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    return [(name, value) for name, value in both if name in kept]
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """How many plans were made."""
+    made, make = [], collected.make_plan
+
+    def counting(*args, **kwargs):
+        made.append(args)
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(collected, "make_plan", counting)
+    return made
+
+
+def reloaded(model, folder, mode="staged", **options):
+    return reload(model, folder, mode, progress=False, **options)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_files_with_the_headers_of_the_last_are_not_planned_again(tmp_path, plans, mode, threads):
+    model, reports = model_of(), []
+    before = {name: (id(value), value._version) for name, value in named(model)}
+    for number in range(1, 6):
+        state = saved(tmp_path / str(number), number)
+        reports.append(reloaded(model, tmp_path / str(number), mode, threads=threads))
+        assert holds(model, state)
+        assert version(model) == reports[-1].version == number
+        now = {name: (id(value), value._version) for name, value in named(model)}
+        assert all(now[name][0] == before[name][0] for name in now)
+        assert all(now[name][1] > before[name][1] for name in now), "a write that torch counts"
+        before = now
+    assert len(plans) == 1
+    assert {(r.load.loaded, r.load.num_bytes, r.mode) for r in reports} == {
+        (reports[0].load.loaded, reports[0].load.num_bytes, mode)
+    }
+    assert all(report.load.seconds > 0 for report in reports)
+
+
+def test_tensors_that_are_stacked_into_one_go_where_they_went(tmp_path, plans):
+    model = nn.ModuleDict({"qkv": nn.Linear(16, 48, bias=False)}).requires_grad_(False)
+    mapping = Mapping(stacked=(Stacked("qkv", ("q", "k", "v")),))
+    for seed in range(3):
+        torch.manual_seed(seed)
+        parts = {name: torch.randn(16, 16) for name in "qkv"}
+        save_file({f"{n}.weight": part for n, part in parts.items()}, tmp_path / "w.safetensors")
+        reloaded(model, tmp_path, mapping=mapping)
+        assert torch.equal(model["qkv"].weight, torch.cat([parts[name] for name in "qkv"]))
+    assert len(plans) == 1
+
+
+def _fold(model):
+    fold(model[0].up.weight, "aiter_16x16")
+
+
+def _other_parameter(model):
+    model[1].down.weight = nn.Parameter(torch.zeros(64, 32), requires_grad=False)
+
+
+def _other_module(model):
+    model[1].down = nn.Linear(32, 64).requires_grad_(False)
+
+
+def _column_major(model):
+    model[0].up.weight.data = model[0].up.weight.t().contiguous().t()
+
+
+def _other_dtype(model):
+    model[0].up.weight.data = model[0].up.weight.double()
+
+
+def _wants_gradient(model):
+    model[0].up.weight.requires_grad_(True)
+
+
+def _tied(model):
+    model[1].up.weight = model[0].up.weight
+
+
+def _packed(model):
+    pack([model[0].up.weight, model[1].up.weight], "gate_up_pack")
+
+
+def _own_loader(model):
+    model[0].up.weight.weight_loader = lambda param, value: param.data.copy_(value).add_(0)
+
+
+CHANGES = (
+    _fold,
+    _other_parameter,
+    _other_module,
+    _column_major,
+    _wants_gradient,
+    _packed,
+    _own_loader,
+)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_is_another_one_is_planned_again(tmp_path, plans, mode, change):
+    model = model_of()
+    for seed in (1, 2):
+        saved(tmp_path, seed)
+        reloaded(model, tmp_path, mode)
+    assert len(plans) == 1
+    change(model)
+    for seed in (3, 4, 5):
+        state = saved(tmp_path, seed)
+        reloaded(model, tmp_path, mode)
+        assert holds(model, state)
+    assert len(plans) > 1
+    if change is _fold:
+        assert torch.equal(model[0].up.weight, aiter(state["0.up.weight"]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_memory_that_was_exchanged_in_between_is_the_memory_that_is_written(tmp_path, mode):
+    model = model_of()
+    for seed in range(6):
+        state = saved(tmp_path, seed)
+        reloaded(model, tmp_path, mode)
+        assert holds(model, state)
+        old = model[0].up.weight.data
+        model[0].up.weight.data = torch.zeros(32, 64)
+        assert not torch.equal(old, model[0].up.weight)
+        state = saved(tmp_path, seed + 10)
+        reloaded(model, tmp_path, mode)
+        assert holds(model, state)
+        assert not torch.equal(old, state["0.up.weight"]), "what it had before was let alone"
+
+
+def test_weights_that_became_tied_are_loaded_once(tmp_path):
+    model = model_of()
+    state = saved(tmp_path, 1)
+    reloaded(model, tmp_path)
+    _tied(model)
+    state = saved(tmp_path, 2, model=model_of())
+    report = reloaded(model, tmp_path)
+    assert [item.name for item in report.load.skipped] == ["1.up.weight"]
+    assert torch.equal(model[1].up.weight, state["0.up.weight"])
+
+
+def test_a_dtype_that_no_longer_fits_is_refused(tmp_path):
+    model = model_of()
+    saved(tmp_path, 1)
+    reloaded(model, tmp_path)
+    _other_dtype(model)
+    with pytest.raises(CheckpointError, match=r"0\.up\.weight"):
+        reloaded(model, tmp_path)
+    assert version(model) == 1
+
+
+def test_other_headers_are_read(tmp_path, plans):
+    model = model_of()
+    saved(tmp_path, 1)
+    reloaded(model, tmp_path)
+    state = saved(tmp_path, 2)
+    half = {name: value.half() for name, value in state.items() if value.is_floating_point()}
+    save_file({**state, **half}, tmp_path / "m-0.safetensors")
+    (tmp_path / "m-1.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="cast"):
+        reloaded(model, tmp_path)
+    reloaded(model, tmp_path, cast=True)
+    assert torch.equal(model[0].up.weight, half["0.up.weight"].float())
+    assert len(plans) == 3
+
+
+@pytest.mark.parametrize("options", [{"scope": "parameters"}, {"finite": True}, {"cast": True}])
+def test_other_options_are_planned_again(tmp_path, plans, options):
+    model = model_of()
+    for seed in (1, 2):
+        state = saved(tmp_path, seed)
+        reloaded(model, tmp_path, **(options if seed == 2 else {}))
+        assert holds(model, state)
+    assert len(plans) == 2
+
+
+def test_nan_is_refused_in_a_reload_like_the_last(tmp_path):
+    model, state = model_of(), saved(tmp_path, 1)
+    reloaded(model, tmp_path)
+    bad = {**state, "1.down.weight": torch.full((64, 32), torch.nan)}
+    for index in range(2):
+        save_file({n: bad[n] for n in list(bad)[index::2]}, tmp_path / f"m-{index}.safetensors")
+    with pytest.raises(UpdateError, match=r"1\.down\.weight"):
+        reloaded(model, tmp_path, finite=True)
+    assert holds(model, state)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_file_that_breaks_while_it_is_read_changes_nothing(tmp_path, mode, monkeypatch):
+    model = model_of()
+    for seed in (1, 2):
+        state = saved(tmp_path, seed)
+        reloaded(model, tmp_path, mode)
+    saved(tmp_path, 3)
+    fill = vectored.fill
+
+    def truncating(path, offset, *rest):
+        with open(tmp_path / "m-1.safetensors", "r+b") as file:
+            file.truncate(offset + 8)
+        fill(path, offset, *rest)
+
+    monkeypatch.setattr(vectored, "fill", truncating)
+    with pytest.raises(CheckpointError, match=r"m-1\.safetensors: it became shorter") as caught:
+        reloaded(model, tmp_path, mode, threads=1)
+    assert "in m-1.safetensors" in caught.value.__notes__[0]
+    assert holds(model, state)
+    assert version(model) == 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_that_changes_while_files_are_read_is_planned_again(
+    tmp_path, plans, mode, monkeypatch
+):
+    model = model_of()
+    for seed in (1, 2):
+        saved(tmp_path, seed)
+        reloaded(model, tmp_path, mode)
+    state = saved(tmp_path, 3)
+    fill = vectored.fill
+
+    def meddling(*args):
+        monkeypatch.setattr(vectored, "fill", fill)
+        model[0].up.weight.data = torch.zeros(32, 64)
+        _other_parameter(model)
+        fill(*args)
+
+    monkeypatch.setattr(vectored, "fill", meddling)
+    reloaded(model, tmp_path, mode)
+    assert holds(model, state)
+    assert version(model) == 3
+    assert len(plans) == 2
+
+
+def test_an_interrupt_in_mid_commit_is_finished_first(tmp_path, monkeypatch):
+    model = model_of()
+    saved(tmp_path, 1)
+    reloaded(model, tmp_path)
+    state, moved, move = saved(tmp_path, 2), [], ctypes.memmove
+
+    def interrupted(*args):
+        moved.append(args)
+        if len(moved) == 3:
+            raise KeyboardInterrupt
+        move(*args)
+
+    monkeypatch.setattr(repeat.ctypes, "memmove", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        reloaded(model, tmp_path, threads=1)
+    assert "finished first" in caught.value.__notes__[0]
+    assert holds(model, state)
+    assert version(model) == 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_it_waits_for_calls_under_way(tmp_path, mode):
+    model = model_of()
+    for seed in (1, 2):
+        saved(tmp_path, seed)
+        reloaded(model, tmp_path, mode)
+    state, started = saved(tmp_path, 3), threading.Event()
+    with gate_of(model).reading():
+        before = {name: value.clone() for name, value in named(model)}
+
+        def work():
+            started.set()
+            reloaded(model, tmp_path, mode)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        started.wait()
+        thread.join(0.2)
+        assert thread.is_alive()
+        assert holds(model, before)
+    thread.join(60)
+    assert holds(model, state)
+
+
+def test_a_compiled_model_sees_the_weights(tmp_path):
+    """Also those that a value was derived from, which depends on counted writes."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(512, 512), requires_grad=False)
+
+        def forward(self, x):
+            return x @ torch.cat([self.weight, self.weight.flip(0)]).t()
+
+    model, x = Twice(), torch.randn(4, 512)
+    compiled = torch.compile(model, backend="fixpass", options={"fold": "derived"})
+    for seed in range(4):
+        saved(tmp_path, seed, 1, model)
+        reloaded(model, tmp_path)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_what_is_kept_keeps_no_model(tmp_path):
+    model = model_of()
+    saved(tmp_path, 1)
+    for _ in range(2):
+        reloaded(model, tmp_path)
+    assert kept_for(model) is not None
+    weak = weakref.ref(model)
+    del model
+    gc.collect()
+    assert weak() is None

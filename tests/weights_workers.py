@@ -6,11 +6,14 @@ import sys
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from fixpass.runtime.checkpoint import read
+from fixpass.runtime.weights import collected
+from fixpass.runtime.weights.reload import reload
 from fixpass.runtime.weights.transaction import update
 from fixpass.runtime.weights.versions import version
 
@@ -95,6 +98,29 @@ def update_sharded(mode, way):
     plain.load_state_dict(torch_state)
     same = torch.equal(model(torch.ones(2, 16)), plain(torch.ones(2, 16)))
     return wrong, same, version(model)
+
+
+def reload_sharded(folder):
+    """Reload a sharded model from files, each time after a forward; how often that was planned."""
+    model, wrong, plans, make = sharded(), [], [], collected.make_plan
+    collected.make_plan = lambda *args, **kwargs: plans.append(1) or make(*args, **kwargs)
+    for number in (1, 2, 3):
+        before = model(torch.ones(2, 16)).detach()
+        reload(model, f"{folder}/{number}", progress=False)
+        state = load_file(f"{folder}/{number}/w.safetensors")
+        wrong += [
+            n for n, p in model.named_parameters() if not torch.equal(p.full_tensor(), state[n])
+        ]
+        plain = nn.Sequential(Block(), Block())
+        plain.load_state_dict(state)
+        now = model(torch.ones(2, 16))
+        wrong += (
+            [number]
+            if torch.equal(now, before) or not torch.equal(now, plain(torch.ones(2, 16)))
+            else []
+        )
+    collected.make_plan = make
+    return wrong, len(plans), version(model)
 
 
 def write_plainly():

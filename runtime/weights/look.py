@@ -34,7 +34,7 @@ class Layouts:
 
     @staticmethod
     def of(tensors: Sequence[Tensor]) -> "Layouts":
-        parts = _parts(tensors)
+        parts = parts_of(tensors)
         return Layouts(
             list(map(type, tensors)),
             list(map(_gradient, tensors)),
@@ -44,7 +44,7 @@ class Layouts:
 
     def hold(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these tensors have them. It keeps nothing: there may be thousands."""
-        parts = _parts(tensors)
+        parts = parts_of(tensors)
         return (
             len(tensors) == len(self.kinds)
             and all(map(is_, map(type, tensors), self.kinds))
@@ -85,9 +85,16 @@ class Look:
         )
 
 
+def parts_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What this rank holds of each."""
+    if _PLAIN.issuperset(map(type, tensors)):
+        return tensors
+    return [local_part(tensor) for tensor in tensors]
+
+
 def pointers_of(tensors: Sequence[Tensor]) -> list[int]:
     """Addresses; 0 for what has none."""
-    parts = _parts(tensors)
+    parts = parts_of(tensors)
     try:
         return list(map(Tensor.data_ptr, parts))
     # One of them is sparse, or has no memory at all.
@@ -126,13 +133,6 @@ def walk(model: nn.Module) -> tuple[list[Any], list[Tensor]]:
     if len(tensors) < len(held):
         names.append([index for index, tensor in enumerate(held) if tensor is None])
     return names, tensors
-
-
-def _parts(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """What this rank holds of each."""
-    if _PLAIN.issuperset(map(type, tensors)):
-        return tensors
-    return [local_part(tensor) for tensor in tensors]
 
 
 def _strides(parts: Sequence[Tensor]) -> list[tuple[int, ...]]:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from fixpass.runtime.checkpoint import vectored
-from fixpass.runtime.checkpoint.local import local_part
 from fixpass.runtime.checkpoint.read import run
 from fixpass.runtime.checkpoint.safetensors_files import Files
 from fixpass.runtime.errors import CheckpointError
@@ -27,7 +26,7 @@ from fixpass.runtime.weights.closing import Closing
 from fixpass.runtime.weights.collected import add_cut_off
 from fixpass.runtime.weights.gate import gate_of, over_ids
 from fixpass.runtime.weights.kept import Kept, Span, kept_for
-from fixpass.runtime.weights.look import pointers_of, walk
+from fixpass.runtime.weights.look import parts_of, pointers_of, walk
 from fixpass.runtime.weights.options import Options
 from fixpass.runtime.weights.transaction import UpdateReport, alone
 from fixpass.runtime.weights.writes import committed
@@ -77,7 +76,7 @@ class _Repeat:
         with closing.closed(gates) as began:
             tensors = self._tensors()
             # Should anybody give one of them other memory now, the old is still there.
-            held = [local_part(tensor).untyped_storage() for tensor in tensors]
+            held = [part.untyped_storage() for part in parts_of(tensors)]
             pointers = pointers_of(tensors)
             moves = [
                 partial(_scatter, base, span, pointers)
@@ -87,7 +86,7 @@ class _Repeat:
 
             def write() -> None:
                 run(moves, self.options.threads, self.options.advance)
-                torch.autograd.graph.increment_version(self.kept.of(tensors))
+                torch.autograd.graph.increment_version(parts_of(self.kept.of(tensors)))
 
             closing.forward(gates, write)
         del staging, held

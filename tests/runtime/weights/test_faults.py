@@ -10,6 +10,7 @@ import pytest
 import torch
 import weights_workers as workers
 from ranks import Ranks
+from safetensors.torch import save_file
 from torch import nn
 
 from fixpass.runtime.checkpoint import read
@@ -177,6 +178,18 @@ def test_a_sharded_model_is_updated_from_whole_tensors_and_from_shards(two, mode
         assert wrong == []
         assert same
         assert number == 2
+
+
+def test_a_sharded_model_is_reloaded_again_and_again_by_one_plan(two, tmp_path):
+    for number in (1, 2, 3):
+        torch.manual_seed(number)
+        model = nn.Sequential(workers.Block(), workers.Block())
+        (tmp_path / str(number)).mkdir()
+        save_file(model.state_dict(), tmp_path / str(number) / "w.safetensors")
+    for wrong, plans, number in two.run(workers.reload_sharded, str(tmp_path)):
+        assert wrong == []
+        assert plans == 1
+        assert number == 3
 
 
 def test_plain_writes_into_a_sharded_model_are_refused_or_lost(two):

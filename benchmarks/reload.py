@@ -1,13 +1,16 @@
 """Give a live model the weights of a checkpoint again, in each mode of an update.
 
-2 GB in five shards, in the page cache, into parameters that are in use; and a mixture of experts
-of some thousand small tensors, for what a tensor costs. Times are on the wall, as threads of our
-own read, all ways in each round. Memory is that of a process for each way.
+2 GB in five shards, in the page cache, into parameters that are in use. And a mixture of experts of
+some thousand small tensors, for what a tensor costs: from two folders in turn that differ in values
+alone, and from folders of which none has the headers of the last, so that each reload is planned
+anew. Times are on the wall, as threads of our own read, all ways in each round. Memory is that of a
+process for each way.
 """
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ ABOUT = (
     "promises nothing where a file breaks while it is read; the modes leave the old weights then. "
     "held back: how long calls of the model wait. Peak is over the model; mode double keeps its "
     "second set of memory between updates, which is in the peak. The experts are 16 x 16 in "
-    "float32, with a file of as many names."
+    "float32, in four files. `planned anew`: no reload's files have the headers of the last."
 )
 MODES = ("double", "journal", "staged")
 LAYERS, EXPERTS = 24, 66  # 4,752 matrices of experts, and 48 other tensors
@@ -78,7 +81,9 @@ WAYS: dict[str, Way] = {
 def _large(result: Result, folder: Path, quick: bool) -> None:
     model = build(quick)
     model.save_pretrained(folder, max_shard_size="2MB" if quick else "450MB")
-    samples, held = _timed(model, folder, 3 if quick else 7)
+    for name, way in WAYS.items():
+        check(name, model, way, folder)
+    samples, held = _timed(model, folder, WAYS, 3 if quick else 7)
     peaks = {name: peak(__name__, name, folder, quick)[1] for name in WAYS}
     for name, taken in samples.items():
         result.rows.append(
@@ -101,17 +106,25 @@ def _large(result: Result, folder: Path, quick: bool) -> None:
 
 def _many(result: Result, folder: Path, quick: bool) -> None:
     model = experts(2 if quick else LAYERS)
-    state = dict(model.state_dict())
-    names = list(state)
-    for index in range(4):
-        part = {name: state[name].clone() for name in names[index::4]}
-        save_file(part, folder / f"model-{index}.safetensors")
-    samples, held = _timed(model, folder, 3 if quick else 7)
+    count = len(_write(model, folder / "0", 4, 0.0))
+    for index, files in enumerate((4, 4, 2, 3, 5, 6)):
+        _write(model, folder / str(index), files, float(index))
+    for name, way in WAYS.items():
+        check(name, model, way, folder / "0")
+    ways = {
+        name: _in_turn(way, folder, ("0", "1"))
+        for name, way in WAYS.items()
+        if name != "load_file + load_state_dict"
+    }
+    for mode, names in (("double", ("2", "3")), ("staged", ("4", "5"))):
+        ways[f"reload, {mode}, 1 thread, planned anew"] = _in_turn(_reload(mode, 1), folder, names)
+    ways["load_file + load_state_dict"] = _in_turn(_load_file, folder, ("0", "1"))
+    samples, held = _timed(model, folder, ways, 3 if quick else 11)
     for name, taken in samples.items():
-        each = spread(taken).scaled(1e6 / len(names))
+        each = spread(taken).scaled(1e6 / count)
         result.rows.append(
             {
-                "what": f"{len(names):,} tensors",
+                "what": f"{count:,} tensors",
                 "way": name,
                 "seconds": spread(taken),
                 "/ memcpy": "",
@@ -122,6 +135,22 @@ def _many(result: Result, folder: Path, quick: bool) -> None:
         )
         if name.startswith("reload") and name.endswith("1 thread"):
             result.checks.append(Check(f"{name}: us a tensor", each.median, 5.0))
+
+
+def _write(model: nn.Module, folder: Path, files: int, more: float) -> list[str]:
+    """A checkpoint of the model in that many files, with `more` added to its values; the names."""
+    folder.mkdir(exist_ok=True)
+    state = dict(model.state_dict())
+    for index in range(files):
+        part = {name: state[name] + more for name in list(state)[index::files]}
+        save_file(part, folder / f"model-{index}.safetensors")
+    return list(state)
+
+
+def _in_turn(way: Way, folder: Path, names: Sequence[str]) -> Way:
+    """The way, with another folder at each call."""
+    folders = cycle(names)
+    return lambda model, _: way(model, folder / next(folders))
 
 
 def experts(layers: int) -> nn.Module:
@@ -146,12 +175,10 @@ def experts(layers: int) -> nn.Module:
 
 
 def _timed(
-    model: Any, folder: Path, rounds: int
+    model: Any, folder: Path, ways: Mapping[str, Way], rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    for name, way in WAYS.items():
-        check(name, model, way, folder)
     pairs = [(param.detach(), param.detach().clone()) for param in model.parameters()]
-    held: dict[str, list[float]] = {name: [] for name in WAYS if name.startswith("reload")}
+    held: dict[str, list[float]] = {name: [] for name in ways if name.startswith("reload")}
 
     def timed(name: str, way: Way) -> None:
         closed = way(model, folder)
@@ -161,6 +188,6 @@ def _timed(
     alternatives: dict[str, Callable[[], object]] = {
         "memcpy": lambda: [target.copy_(source) for target, source in pairs]
     }
-    for name, way in WAYS.items():
+    for name, way in ways.items():
         alternatives[name] = lambda name=name, way=way: timed(name, way)
     return interleave(alternatives, rounds, clock=time.perf_counter), held

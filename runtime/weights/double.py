@@ -63,7 +63,7 @@ def keep_spare(model: nn.Module, tensors: Sequence[Tensor], views: Sequence[Tens
 
 def exchange(tensors: Sequence[Tensor], views: Sequence[Tensor]) -> list[Tensor]:
     """Give each tensor the memory of a view; what they were. The caller has closed the gate."""
-    before = [tensor.detach() for tensor in tensors]
+    before = [tensor.data for tensor in tensors]
     try:
         _point(tensors, views)
     except BaseException:

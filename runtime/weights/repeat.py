@@ -8,7 +8,7 @@ the ordinary way, and so do mode "journal" and checks for NaN.
 import ctypes
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -67,11 +67,9 @@ class _Repeat:
 
     def staged(self) -> float:
         """Read everything into memory of the update's own; then write it. Seconds of the gate."""
-        staging, bases = [], []
-        for header in self.files.headers:
-            staging.append(torch.empty(header.size - header.begin, dtype=torch.uint8))
-            bases.append(staging[-1].data_ptr() - header.begin)
-        self._read(lambda file, span: array("Q", (bases[file] + span.offset, span.num_bytes)))
+        # In pieces that malloc uses again: fresh pages would take longer than all the rest.
+        staging = [torch.empty(span.num_bytes, dtype=torch.uint8) for _, span in self._spans]
+        self._read(array("Q", (memory.data_ptr(), memory.numel())) for memory in staging)
         gates, closing = over_ids(self.kept.ids), self._closing
         with closing.closed(gates) as began:
             tensors = self._tensors()
@@ -79,9 +77,8 @@ class _Repeat:
             held = [part.untyped_storage() for part in parts_of(tensors)]
             pointers = pointers_of(tensors)
             moves = [
-                partial(_scatter, base, span, pointers)
-                for base, spans in zip(bases, self.kept.spans, strict=True)
-                for span in spans
+                partial(_scatter, memory.data_ptr(), span, pointers)
+                for memory, (_, span) in zip(staging, self._spans, strict=True)
             ]
 
             def write() -> None:
@@ -100,7 +97,7 @@ class _Repeat:
         pointers = [0] * len(self.kept.ids)
         for index, view in zip(self.kept.written, spare.views, strict=True):
             pointers[index] = view.data_ptr()
-        self._read(lambda file, span: _addresses(span, pointers))
+        self._read(_addresses(span, pointers) for _, span in self._spans)
         gates, closing = over_ids(self.kept.ids), self._closing
         with closing.closed(gates) as began:
             written = self.kept.of(self._tensors())
@@ -129,13 +126,18 @@ class _Repeat:
             raise _ChangedError
         return tensors
 
-    def _read(self, numbers: Callable[[int, Span], "array[int]"]) -> None:
-        """Read all spans to the addresses and sizes that `numbers` gives for them."""
+    @property
+    def _spans(self) -> Iterator[tuple[Path, Span]]:
+        for header, spans in zip(self.files.headers, self.kept.spans, strict=True):
+            for span in spans:
+                yield header.path, span
+
+    def _read(self, numbers: Iterable["array[int]"]) -> None:
+        """Read each span to the addresses and sizes that are given for it."""
         advance = self.options.advance if self.options.mode == "double" else _ignore
         work = (
-            partial(_fill, header.path, span, numbers(file, span))
-            for file, header in enumerate(self.files.headers)
-            for span in self.kept.spans[file]
+            partial(_fill, path, span, where)
+            for (path, span), where in zip(self._spans, numbers, strict=True)
         )
         try:
             run(work, self.options.threads, advance)
@@ -153,9 +155,9 @@ def _addresses(span: Span, pointers: Sequence[int]) -> "array[int]":
     return array("Q", [n for i, inner, size in span.parts for n in (pointers[i] + inner, size)])
 
 
-def _scatter(base: int, span: Span, pointers: Sequence[int]) -> int:
-    """Bring the bytes of a span, read to `base` and its offset, to where they belong."""
-    source, move = base + span.offset, ctypes.memmove
+def _scatter(source: int, span: Span, pointers: Sequence[int]) -> int:
+    """Bring the bytes of a span, read to the address `source`, to where they belong."""
+    move = ctypes.memmove
     for index, inner, size in span.parts:
         move(pointers[index] + inner, source, size)
         source += size

@@ -10,8 +10,10 @@ from typing import Any, Literal
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
+from torch._guards import detect_fake_mode
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+from torch._inductor.virtualized import V
 
 Stage = Literal["forward", "backward", "inference"]
 OnGraph = Callable[[fx.Graph, Stage], object]
@@ -23,9 +25,11 @@ def compile_graphs(
     """Run `on_graph` on each ATen graph of `gm`; the callable that runs what it left."""
 
     def compiler(stage: Stage) -> Callable[..., Any]:
-        def compile_graph(graph_module: fx.GraphModule, _: Sequence[Any]) -> Any:
+        def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
             if stage == "inference":
-                graph_module = joint_graph_passes(graph_module)
+                # Inductor's own replacement of random ops asks for the mode that traced them.
+                with V.set_fake_mode(detect_fake_mode(inputs)):
+                    graph_module = joint_graph_passes(graph_module)
             graph_module.graph.eliminate_dead_code()
             on_graph(graph_module.graph, stage)
             graph_module.recompile()

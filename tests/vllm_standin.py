@@ -13,7 +13,7 @@ FILES = {
         __version__ = "0.32.0"
         from vllm.config.vllm import VllmConfig
     """,
-    "config/__init__": "from vllm.config.vllm import CompilationMode, VllmConfig",
+    "config/__init__": "from vllm.config.vllm import CompilationConfig, CompilationMode, VllmConfig",
     "config/vllm": """
         from dataclasses import dataclass, field
         from enum import IntEnum
@@ -30,6 +30,11 @@ FILES = {
             mode: CompilationMode | None = None
             ir_enable_torch_wrap: bool = False
             inductor_compile_config: dict = field(default_factory=dict)
+
+            def init_backend(self, vllm_config, prefix="", is_encoder=False):
+                if self.mode == CompilationMode.VLLM_COMPILE:
+                    return SimpleNamespace(name="vLLM's own")
+                return self.backend
 
         @dataclass
         class VllmConfig:
@@ -64,6 +69,33 @@ FILES = {
     "ir/op": """
         class IrOp:
             registry = {}
+    """,
+    "envs": "VLLM_USE_AOT_COMPILE = False",
+    "model_executor/__init__": "",
+    "model_executor/models/__init__": "",
+    "model_executor/models/utils": """
+        class AutoWeightsLoader:
+            def __init__(self, module):
+                self.module = module
+
+            def load_weights(self, weights):
+                for name, value in weights:
+                    self.module.get_parameter(name).data.copy_(value)
+    """,
+    "model_executor/model_loader/__init__": "",
+    "model_executor/model_loader/reload/__init__": "",
+    "model_executor/model_loader/reload/layerwise": """
+        def _copy_and_restore_kernel_tensors(layer, info):
+            for held in info.kernel_tensors:
+                for name, tensor in held.items():
+                    tensor.data.copy_(getattr(layer, name))
+            for name, param in info.kernel_tensors[0].items():
+                delattr(layer, name)
+                layer.register_parameter(name, param)
+    """,
+    "model_executor/model_loader/reload/inplace": """
+        def get_parameter_for_reload(model, name):
+            return model.get_parameter(name)
     """,
     "distributed/__init__": "",
     "distributed/parallel_state": "_groups = {}",

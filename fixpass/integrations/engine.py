@@ -4,7 +4,8 @@ import multiprocessing
 from collections.abc import Callable
 from functools import cache
 from logging import Logger
-from types import ModuleType
+from pathlib import Path
+from types import FunctionType, ModuleType
 
 from fixpass.runtime.errors import EngineError
 
@@ -17,6 +18,25 @@ def check_version(engine: ModuleType, name: str, supported: tuple[int, int]) -> 
             f"fixpass works with {name} {supported[0]}.{supported[1]}, and this is "
             f"{engine.__version__}"
         )
+
+
+def check_written_in(function: object, package: ModuleType, where: str) -> None:
+    """Raise EngineError unless `function`, found at `where`, was written in a file of `package`.
+
+    Another one is not there any more, or another plugin's hook.
+    """
+    if not isinstance(function, FunctionType):
+        raise EngineError(f"{where} is {function!r}, not a function")
+    file = Path(function.__code__.co_filename)
+    if not any(file.is_relative_to(folder) for folder in package.__path__):
+        raise EngineError(f"{where} is {whose(function)}, not the engine's own")
+
+
+def whose(function: object) -> str:
+    """A function in words: its name, and the file that it was written in."""
+    if isinstance(function, FunctionType):
+        return f"{function.__qualname__} of {function.__code__.co_filename}"
+    return repr(function)
 
 
 def once(log: Logger) -> Callable[[str], None]:

@@ -15,7 +15,8 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from fixpass.config import Config, is_switched_on
-from fixpass.integrations.engine import check_version, once
+from fixpass.integrations.engine import check_version, check_written_in, once, whose
+from fixpass.integrations.vllm_folding import hook_backend
 from fixpass.runtime.errors import EngineError
 
 NAME = "fixpass"
@@ -30,8 +31,10 @@ say_once = once(log)
 def register() -> None:
     """What vLLM's entry point calls, any number of times: put the hook in place, or say why not."""
     try:
-        module = _supported(importlib.import_module("vllm"))
-        _hook(module.VllmConfig)
+        engine = importlib.import_module("vllm")
+        module = _supported(engine)
+        _hook(module.VllmConfig, engine)
+        _hook_folds(module.CompilationConfig, engine)
     except ImportError as error:
         say_once(f"vLLM is not here ({error}): nothing to switch fixpass on in")
     except EngineError as error:
@@ -44,16 +47,19 @@ def _supported(engine: ModuleType) -> ModuleType:
     return importlib.import_module("vllm.config.vllm")
 
 
-def _hook(configuration: type) -> None:
+def _hook(configuration: type, engine: ModuleType) -> None:
     """Put ourselves around `configuration.__post_init__`, once."""
     original: Any = configuration.__dict__.get("__post_init__")
     if _ours(original):
         return
-    if not _is_engines(original, configuration):
+    where = f"{configuration.__name__}.__post_init__"
+    try:
+        check_written_in(original, engine, where)
+    except EngineError as error:
         raise EngineError(
-            f"{configuration.__name__}.__post_init__ is {_whose(original)}, not vLLM's own: "
-            "another plugin hooks the same place; VLLM_PLUGINS says which plugins are loaded"
-        )
+            f"{error}: another plugin hooks the same place; VLLM_PLUGINS says which plugins are "
+            "loaded"
+        ) from error
 
     @wraps(original)
     def post_init(self: Any) -> None:
@@ -64,22 +70,27 @@ def _hook(configuration: type) -> None:
     configuration.__post_init__ = post_init  # type: ignore[attr-defined]
 
 
+def _hook_folds(configuration: type, engine: ModuleType) -> None:
+    """Let weights be folded where the hook can stand; elsewhere all the rest works without."""
+    try:
+        hook_backend(configuration, engine, _folding)
+    except EngineError as error:
+        say_once(f"{error}: vLLM runs without fold-weights")
+
+
+def _folding(compilation: Any) -> Config | None:
+    """Our options where our passes are; what is loaded later then goes by the folds."""
+    from fixpass.integrations.vllm_passes import options_of
+    from fixpass.integrations.vllm_reload import hook_reload
+
+    ours = options_of(compilation)
+    if ours is not None:
+        hook_reload()
+    return ours
+
+
 def _ours(function: Any) -> bool:
     return isinstance(function, FunctionType) and function.__module__ == __name__
-
-
-def _is_engines(function: Any, configuration: type) -> bool:
-    """Whether a function was written in the file of the class that it stands in."""
-    if not isinstance(function, FunctionType):
-        return False
-    written_in = importlib.import_module(configuration.__module__).__file__
-    return function.__code__.co_filename == written_in
-
-
-def _whose(function: Any) -> str:
-    if isinstance(function, FunctionType):
-        return f"{function.__qualname__} of {function.__code__.co_filename}"
-    return repr(function)
 
 
 def _configure(config: Any, original: Callable[[Any], None], in_front: Any) -> None:
@@ -94,7 +105,7 @@ def _configure(config: Any, original: Callable[[Any], None], in_front: Any) -> N
         return
     if in_front is not None:
         say_once(
-            f"{_whose(in_front)} hooks VllmConfig.__post_init__ in front of fixpass: vLLM runs "
+            f"{whose(in_front)} hooks VllmConfig.__post_init__ in front of fixpass: vLLM runs "
             "without fixpass; VLLM_PLUGINS says which plugins are loaded"
         )
         return

@@ -58,6 +58,13 @@ def install(config: VllmConfig, ours: Config) -> None:
     log.info("fixpass is on, in compilation mode %s", compilation.mode.name)
 
 
+def options_of(compilation: Any) -> Config | None:
+    """Our options in a configuration that our passes stand in; None where there are none."""
+    options = compilation.inductor_compile_config
+    stages = (options.get(key) for key in (ENTRY_HOOK, HOOK, current_platform.pass_key))
+    return next((stage.config for stage in stages if isinstance(stage, _Stage)), None)
+
+
 def _theirs(given: Any) -> tuple[Any, ...]:
     """The passes that stand in a place already, ours taken out."""
     return given.hooks if isinstance(given, _Stage) else hooks_of(given)

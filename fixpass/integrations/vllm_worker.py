@@ -2,14 +2,31 @@
 
 llm = LLM(..., worker_extension_cls="fixpass.integrations.vllm_worker.Reports")
 print(*llm.collective_rpc("fixpass_reports"))
+llm.collective_rpc("fixpass_fold", args=({"model.layers.0.mlp.down_proj.weight": "aiter_16x16"},))
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from fixpass.backend import last_reports
+from fixpass.integrations.vllm_reload import hook_reload
+from fixpass.runtime.weights.protect import fold_model
 
 
 class Reports:
     """Mixed into vLLM's worker class."""
 
+    model_runner: Any
+
     def fixpass_reports(self) -> str:
         """The reports of the graphs that this worker compiled, as text; empty from a warm cache."""
         return "\n".join(map(str, last_reports()))
+
+    def fixpass_fold(self, layouts: Mapping[str, str]) -> None:
+        """Fold parameters of this worker's model, by the names that they have in vLLM.
+
+        The kernels that read them must want the layouts. Reloads go on in vLLM's own layout.
+        Raises LayoutError for a name that is not there, and where a layout does not fit.
+        """
+        hook_reload()
+        fold_model(self.model_runner.get_model(), layouts)

@@ -32,6 +32,14 @@ if ENGINE == "sglang":
         importlib.import_module("sglang.srt.model_loader.loader")
 
 
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory):
+    """Engines of vLLM, each run once."""
+    from vllm_engines import Engines
+
+    return Engines(tmp_path_factory.mktemp("vllm"))
+
+
 @pytest.fixture
 def fixpass_on(monkeypatch):
     """What SGLang's `load_plugins` does with our entry point, undone afterwards."""

@@ -8,15 +8,10 @@ from statistics import mean
 
 import pytest
 import tiny
-from vllm_engines import Engines, applied, distances, hits, misses
+from vllm_engines import applied, distances, hits, misses
 
 pytestmark = pytest.mark.engine
 OWN_MODE = {"keep_mode": True, "llm": {"compilation_config": {"mode": 3}}}
-
-
-@pytest.fixture(scope="session")
-def engines(tmp_path_factory):
-    return Engines(tmp_path_factory.mktemp("vllm"))
 
 
 def norms_of(result):

@@ -1,19 +1,28 @@
-"""What tests and benchmarks ask vLLM's workers: counts of caches, and a vLLM without its own
-shared memory, where `FIXPASS_TEST_GLOO=1` says so. It is imported in each worker before its groups
-are made.
+"""What tests and benchmarks ask vLLM's workers, and how they change vLLM where a variable says so.
+
+`FIXPASS_TEST_GLOO=1`: no shared memory of its own. `FIXPASS_TEST_TILES=1`: MLPs whose kernel reads
+weights in tiles. `FIXPASS_TEST_RAW=1`: reloads that know nothing of folds. It is imported in each
+worker before its groups are made.
 """
 
 import os
 
+import vllm_tiles
 from torch._dynamo.utils import counters
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.model_executor.layers.layernorm import RMSNorm
 
 from fixpass.backend import last_reports
+from fixpass.integrations import vllm_reload
 from fixpass.integrations.vllm_worker import Reports
+from fixpass.weights import layout_of
 
 if os.environ.get("FIXPASS_TEST_GLOO") == "1":
     CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
+if os.environ.get("FIXPASS_TEST_TILES") == "1":
+    vllm_tiles.install()
+if os.environ.get("FIXPASS_TEST_RAW") == "1":
+    vllm_reload.HOOKS = ()
 
 
 class Extension(Reports):
@@ -24,6 +33,10 @@ class Extension(Reports):
     def test_remarks(self):
         remarks = [remark for report in last_reports() for remark in report.remarks]
         return [(remark.pass_name, remark.kind, remark.where) for remark in remarks]
+
+    def test_folded(self):
+        params = self.model_runner.get_model().named_parameters()
+        return [name for name, param in params if layout_of(param) is not None]
 
     def test_norms(self):
         modules = self.model_runner.model.named_modules()

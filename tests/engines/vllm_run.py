@@ -1,8 +1,9 @@
 """One vLLM engine in a process of its own: `python vllm_run.py JOB.json RESULT.json`.
 
 A job: `llm` (keywords of LLM), `prompts` (lists of token numbers), `max_tokens`, `rounds` (how
-often to generate, timed), `reloads` (checkpoints, each loaded into the running engine before it
-generates again), `keep_mode` (CPU's platform leaves the compilation mode that was asked for).
+often to generate, timed), `folds` (layouts by parameter, folded then), `reloads` (checkpoints, each
+loaded into the running engine before it generates again), `keep_mode` (CPU's platform leaves the
+compilation mode that was asked for).
 """
 
 import json
@@ -30,7 +31,11 @@ def main(job_path, result_path):
     result["reports"] = llm.collective_rpc("fixpass_reports")
     for asked in ("counters", "remarks", "norms"):
         result[asked] = llm.collective_rpc(f"test_{asked}")
+    if folds := job.get("folds"):
+        llm.collective_rpc("fixpass_fold", args=(folds,))
+        result["folded"] = generate(llm, job)["tokens"]
     result["reloaded"] = [reload(llm, job, folder) for folder in job.get("reloads", ())]
+    result["layouts"] = llm.collective_rpc("test_folded")
     with open(result_path, "w") as file:
         json.dump(result, file)
 

@@ -55,10 +55,11 @@ def spare_of(model: nn.Module, ids: Sequence[int]) -> Spare | None:
     return Spare(ids, pointers, views)
 
 
-def keep_spare(model: nn.Module, tensors: Sequence[Tensor], views: Sequence[Tensor]) -> None:
-    """Tensors were given other memory: keep what they were for the next update."""
-    ids = list(map(id, tensors))
-    _SPARE[unwrapped(model)] = Spare(ids, pointers_of(tensors), views)
+def keep_spare(
+    model: nn.Module, tensors: Sequence[Tensor], pointers: Sequence[int], views: Sequence[Tensor]
+) -> None:
+    """Tensors were given memory at these addresses: keep what they were for the next update."""
+    _SPARE[unwrapped(model)] = Spare(list(map(id, tensors)), pointers, views)
 
 
 def exchange(tensors: Sequence[Tensor], views: Sequence[Tensor]) -> list[Tensor]:
@@ -113,7 +114,7 @@ class Double:
         self._back = {back.data_ptr(): live for live, back in pairs}
         whole = all(view.nbytes == view.untyped_storage().nbytes() for view in before)
         if whole and len(tensors) == len(self._back):
-            keep_spare(self._model, tensors, before)
+            keep_spare(self._model, tensors, pointers_of(tensors), before)
         else:
             _SPARE[unwrapped(self._model)] = Spare(rest=list(self._back.values()))
 

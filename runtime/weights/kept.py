@@ -6,10 +6,13 @@ have memory of their own: not for folds, packs, casts and loaders of parameters'
 read or written here.
 """
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Mapping as Named
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from operator import add
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -37,11 +40,28 @@ Part = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bytes of a file that follow each other: few enough for one read."""
+    """Bytes of a file that follow each other, few enough for one read, and where they go.
+
+    A part goes to byte `inner` of the tensor at `positions` of the walk; it has a size, and it
+    starts so many bytes behind `offset`. Columns, for speed.
+    """
 
     offset: int
     num_bytes: int
-    parts: tuple[Part, ...]
+    positions: tuple[int, ...]
+    inner: tuple[int, ...]
+    sizes: tuple[int, ...]
+    starts: tuple[int, ...]
+
+    @staticmethod
+    def of(offset: int, parts: Sequence[Part]) -> "Span":
+        positions, inner, sizes = zip(*parts, strict=True)
+        ends = tuple(accumulate(sizes))
+        return Span(offset, ends[-1], positions, inner, sizes, (0, *ends[:-1]))
+
+    def addresses(self, pointers: Sequence[int]) -> "array[int]":
+        """Where the parts go, with tensors at these addresses."""
+        return array("Q", map(add, map(pointers.__getitem__, self.positions), self.inner))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,7 +142,7 @@ def keep(
         list(map(id, tensors)),
         generation(),
         spans,
-        tuple(sorted({index for file in spans for span in file for index, _, _ in span.parts})),
+        tuple(sorted({each for file in spans for span in file for each in span.positions})),
         replace(prepared.report, seconds=0.0),
     )
 
@@ -161,8 +181,8 @@ def _spans(
             parts = [_part(piece, ordered, starts, tensors) for piece in batch.ranges]
             if None in parts:
                 return None
-            whole = tuple(part for part in parts if part is not None)
-            spans.append(Span(batch.ranges[0].offset, batch.num_bytes, whole))
+            whole = [part for part in parts if part is not None]
+            spans.append(Span.of(batch.ranges[0].offset, whole))
         result.append(tuple(spans))
     return tuple(result)
 

@@ -8,6 +8,7 @@ the ordinary way, and so do mode "journal" and checks for NaN.
 import ctypes
 import time
 from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -94,9 +95,9 @@ class _Repeat:
         spare = double.spare_of(self.model, [self.kept.ids[i] for i in self.kept.written])
         if spare is None:
             raise _ChangedError
-        pointers = [0] * len(self.kept.ids)
-        for index, view in zip(self.kept.written, spare.views, strict=True):
-            pointers[index] = view.data_ptr()
+        fresh, pointers = pointers_of(spare.views), [0] * len(self.kept.ids)
+        for index, pointer in zip(self.kept.written, fresh, strict=True):
+            pointers[index] = pointer
         self._read(_addresses(span, pointers) for _, span in self._spans)
         gates, closing = over_ids(self.kept.ids), self._closing
         with closing.closed(gates) as began:
@@ -109,7 +110,7 @@ class _Repeat:
             except BaseException:
                 double.exchange(written, back)
                 raise
-            double.keep_spare(self.model, written, back)
+            double.keep_spare(self.model, written, fresh, back)
         return time.perf_counter() - began
 
     @property
@@ -152,15 +153,16 @@ def _fill(path: Path, span: Span, numbers: "array[int]") -> int:
 
 
 def _addresses(span: Span, pointers: Sequence[int]) -> "array[int]":
-    return array("Q", [n for i, inner, size in span.parts for n in (pointers[i] + inner, size)])
+    """Addresses and sizes of the parts of a span, in turn."""
+    numbers = array("Q", bytes(16 * len(span.sizes)))
+    numbers[::2], numbers[1::2] = span.addresses(pointers), array("Q", span.sizes)
+    return numbers
 
 
 def _scatter(source: int, span: Span, pointers: Sequence[int]) -> int:
     """Bring the bytes of a span, read to the address `source`, to where they belong."""
-    move = ctypes.memmove
-    for index, inner, size in span.parts:
-        move(pointers[index] + inner, source, size)
-        source += size
+    sources = map(source.__add__, span.starts)
+    deque(map(ctypes.memmove, span.addresses(pointers), sources, span.sizes), maxlen=0)
     return span.num_bytes
 
 

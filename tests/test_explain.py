@@ -11,7 +11,7 @@ from torch import nn
 import fixpass
 from fixpass.__main__ import load_function, main
 from fixpass.runtime.errors import ConfigError
-from fixpass.testing import bf16
+from fixpass.testing import bf16, f32
 
 
 class Attention(nn.Module):
@@ -39,6 +39,31 @@ select-norm-kernel
     applied rms_norm (q_norm): inductor reads bf16[5, 4, 16][192, 16, 1], 0 bytes copied
 """,
     )
+
+
+class Noisy(nn.Module):
+    """A norm whose result gets noise, in inference too."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.RMSNorm(16)
+
+    def forward(self, x):
+        return nn.functional.dropout(self.norm(x), 0.5, training=True) + torch.rand_like(x)
+
+
+@torch.no_grad()
+def test_a_model_that_draws_random_numbers_is_explained_and_run():
+    x = f32(4, 16)
+    report = str(fixpass.explain(Noisy(), x))
+    assert "applied rms_norm (norm): became rms_norm of f32[4, 16]" in report
+    run = torch.compile(Noisy(), backend="fixpass", options={"lower": "eager", "strict": True})
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        results.append(run(x))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[1], results[2])
 
 
 @torch.no_grad()

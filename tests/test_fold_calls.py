@@ -116,7 +116,7 @@ def test_an_update_waits_for_a_compiled_call_and_no_call_sees_half_of_it(waiting
     thread.start()
     assert entered.wait(30)
     with (
-        pytest.raises(UpdateError, match=r"calls of the model did not end within 0\.2 s"),
+        pytest.raises(UpdateError, match=r"^1 calls of the model did not end within 0\.2 s"),
         weights.update(module, timeout=0.2) as update,
     ):
         update.load("weight", torch.full((512, 64), 2.0))

@@ -205,7 +205,8 @@ def _close(gates: Sequence[Gate], me: int, timeout: float | None) -> None:
             while any(gate._readers or gate._writer is not None for gate in gates):
                 left = None if end is None else end - time.monotonic()
                 if left is not None and left <= 0:
-                    count = sum(len(gate._readers) for gate in gates)
+                    # One call may be in several of them.
+                    count = len({thread for gate in gates for thread in gate._readers})
                     raise UpdateError(
                         f"{count} calls of the model did not end within {timeout} s: give a "
                         "longer timeout, or look for a call that hangs"

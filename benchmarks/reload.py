@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.load import build
 from benchmarks.results import Check, Result, ratios, spread
@@ -116,6 +116,9 @@ def _many(result: Result, folder: Path, quick: bool) -> None:
         for name, way in WAYS.items()
         if name != "load_file + load_state_dict"
     }
+    states = [_state(folder / name) for name in ("0", "1")]
+    for mode in ("double", "staged"):
+        ways[f"reload of a state dict, {mode}, 1 thread"] = _of_states(mode, states)
     for mode, names in (("double", ("2", "3")), ("staged", ("4", "5"))):
         ways[f"reload, {mode}, 1 thread, planned anew"] = _in_turn(_reload(mode, 1), folder, names)
     ways["load_file + load_state_dict"] = _in_turn(_load_file, folder, ("0", "1"))
@@ -145,6 +148,16 @@ def _write(model: nn.Module, folder: Path, files: int, more: float) -> list[str]
         part = {name: state[name] + more for name in list(state)[index::files]}
         save_file(part, folder / f"model-{index}.safetensors")
     return list(state)
+
+
+def _state(folder: Path) -> dict[str, Tensor]:
+    return {k: v for file in sorted(folder.iterdir()) for k, v in load_file(file).items()}
+
+
+def _of_states(mode: str, states: Sequence[dict[str, Tensor]]) -> Way:
+    """Reloads from tensors in memory, each time from others."""
+    turn = cycle(states)
+    return lambda model, _: reload(model, next(turn), mode, threads=1, progress=False).closed  # type: ignore[arg-type]
 
 
 def _in_turn(way: Way, folder: Path, names: Sequence[str]) -> Way:

@@ -32,6 +32,11 @@ class Files:
     places: Mapping[str, str] = field(default_factory=dict)
     index: Path | None = field(default=None, compare=False)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensors in all files."""
+        return sum(header.size - header.begin for header in self.headers)
+
     def tensors(self) -> dict[str, Stored]:
         """The tensors; CheckpointError where a header or the index is wrong."""
         found: dict[str, Stored] = {}

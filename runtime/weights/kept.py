@@ -1,18 +1,15 @@
-"""What a reload found out and the next one may use: which bytes of a file go to which parameter.
+"""What a reload found out and the next one may use: which bytes of it go to which parameter.
 
-It holds as long as files have the same headers, byte for byte, and the model the same names,
-layouts and attributes. It is kept only where bytes go straight from files into parameters that
-have memory of their own: not for folds, packs, casts and loaders of parameters' own. Nothing is
-read or written here.
+It holds as long as files have the same headers, byte for byte, or a state dict tensors of the same
+names and layouts; and the model the same names, objects, layouts and attributes. It is kept only
+where bytes go as they are into parameters that have memory of their own: not for folds, packs,
+casts and loaders of parameters' own. Nothing is read or written here.
 """
 
-from array import array
 from bisect import bisect_right
 from collections.abc import Mapping as Named
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from operator import add
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,69 +21,39 @@ from fixpass.runtime.checkpoint.local import local_part
 from fixpass.runtime.checkpoint.mapping import Mapping
 from fixpass.runtime.checkpoint.read import Copy, direct
 from fixpass.runtime.checkpoint.report import LoadReport
-from fixpass.runtime.checkpoint.safetensors_files import Files
-from fixpass.runtime.checkpoint.stored import Checkpoint, FilePiece
+from fixpass.runtime.checkpoint.stored import FilePiece
 from fixpass.runtime.checkpoint.vectored import Range
 from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights.alias import packed
 from fixpass.runtime.weights.collected import Prepared
 from fixpass.runtime.weights.look import Layouts, walk
 from fixpass.runtime.weights.options import Options, Scope
+from fixpass.runtime.weights.origins import Origin, Part, Span
 from fixpass.runtime.weights.table import generation
-
-Part = tuple[int, int, int]
-"""The position of a tensor in the walk, a byte of it, and how many bytes from there on."""
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Bytes of a file that follow each other, few enough for one read, and where they go.
-
-    A part goes to byte `inner` of the tensor at `positions` of the walk; it has a size, and it
-    starts so many bytes behind `offset`. Columns, for speed.
-    """
-
-    offset: int
-    num_bytes: int
-    positions: tuple[int, ...]
-    inner: tuple[int, ...]
-    sizes: tuple[int, ...]
-    starts: tuple[int, ...]
-
-    @staticmethod
-    def of(offset: int, parts: Sequence[Part]) -> "Span":
-        positions, inner, sizes = zip(*parts, strict=True)
-        ends = tuple(accumulate(sizes))
-        return Span(offset, ends[-1], positions, inner, sizes, (0, *ends[:-1]))
-
-    def addresses(self, pointers: Sequence[int]) -> "array[int]":
-        """Where the parts go, with tensors at these addresses."""
-        return array("Q", map(add, map(pointers.__getitem__, self.positions), self.inner))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kept:
     """The plan of a reload. It holds no tensor and no module.
 
-    ids: of all tensors of the walk. spans: for each file. written: positions in the walk of the
-    tensors that are.
+    ids: of all tensors of the walk. written: positions in the walk of the tensors that are.
     """
 
-    files: Files
+    origin: Origin
     asked: tuple[Mapping, Scope, bool]
     names: list[Any]
     layouts: Layouts
     marks: list[Any]
     ids: list[int]
     generation: int
-    spans: tuple[tuple[Span, ...], ...]
+    spans: tuple[Span, ...]
     written: tuple[int, ...]
     report: LoadReport
 
-    def is_for(self, files: Files, options: Options) -> bool:
+    def is_for(self, origin: Origin, options: Options) -> bool:
         """Whether the same is asked for."""
         able = options.mode != "journal" and not options.finite
-        return able and self.files == files and self.asked == _asked(options)
+        return able and self.origin == origin and self.asked == _asked(options)
 
     def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Those tensors of a walk that are written."""
@@ -113,8 +80,7 @@ def kept_for(model: nn.Module) -> Kept | None:
 
 def keep(
     model: nn.Module,
-    files: Files,
-    checkpoint: Checkpoint,
+    origin: Origin,
     prepared: Prepared,
     before: Named[int, Tensor],
     options: Options,
@@ -130,19 +96,19 @@ def keep(
     if prepared.own or prepared.covered or prepared.places.foldings or not _are_apart(tensors):
         return
     starts = {pointer: position[id(t)] for pointer, t in before.items() if id(t) in position}
-    spans = _spans(files, checkpoint, prepared.copies, starts, tensors)
+    spans = _spans(origin, prepared.copies, starts, tensors)
     if spans is None:
         return
     _KEPT[inside] = Kept(
-        files,
+        origin.bare(),
         _asked(options),
         names,
         Layouts.of(tensors),
         _marks(tensors),
         list(map(id, tensors)),
         generation(),
-        spans,
-        tuple(sorted({each for file in spans for span in file for each in span.positions})),
+        origin.numbered(spans),
+        tuple(sorted({each for span in spans for each in span.positions})),
         replace(prepared.report, seconds=0.0),
     )
 
@@ -157,34 +123,30 @@ def _are_apart(tensors: Sequence[Tensor]) -> bool:
 
 
 def _spans(
-    files: Files,
-    checkpoint: Checkpoint,
-    copies: Sequence[Copy],
-    starts: Named[int, int],
-    tensors: Sequence[Tensor],
-) -> tuple[tuple[Span, ...], ...] | None:
-    """What is read of each file; None where something is more than a read."""
-    ranges: dict[Path, list[Range]] = {header.path: [] for header in files.headers}
+    origin: Origin, copies: Sequence[Copy], starts: Named[int, int], tensors: Sequence[Tensor]
+) -> list[Span] | None:
+    """What is brought from where; None where something is more than a move of bytes."""
+    checkpoint = origin.checkpoint()
+    ranges: dict[Path, list[Range]] = {path: [] for path in origin.paths()}
     for copy in copies:
         (piece, *more) = checkpoint[copy.stored.name].pieces
-        if more or not isinstance(piece, FilePiece):
+        if more or not isinstance(piece, FilePiece) or piece.box.numel != copy.piece.box.numel:
             return None
+        # The same dense bytes, in the shape that the copy speaks of.
+        piece = replace(piece, box=copy.piece.box)
         found = direct(replace(copy, piece=piece), piece)
         if found is None:
             return None
         ranges[piece.path].append(found)
-    ordered = sorted(starts)
-    result = []
-    for path, wanted in ranges.items():
-        spans = []
+    ordered, spans = sorted(starts), []
+    for file, (path, wanted) in enumerate(ranges.items()):
         for batch in vectored.batches(path, wanted):
             parts = [_part(piece, ordered, starts, tensors) for piece in batch.ranges]
             if None in parts:
                 return None
             whole = [part for part in parts if part is not None]
-            spans.append(Span.of(batch.ranges[0].offset, whole))
-        result.append(tuple(spans))
-    return tuple(result)
+            spans.append(Span.of(file, batch.ranges[0].offset, whole))
+    return spans
 
 
 def _part(

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from fixpass.runtime.checkpoint.local import local_part
 
-_PLAIN = frozenset((nn.Parameter, Tensor))
+PLAIN = frozenset((nn.Parameter, Tensor))
+"""Classes whose memory is their own."""
+
 _facts = attrgetter("dtype", "device", "shape")
 _gradient = attrgetter("requires_grad")
 
@@ -87,7 +89,7 @@ class Look:
 
 def parts_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """What this rank holds of each."""
-    if _PLAIN.issuperset(map(type, tensors)):
+    if PLAIN.issuperset(map(type, tensors)):
         return tensors
     return [local_part(tensor) for tensor in tensors]
 

@@ -4,21 +4,21 @@ Sources, mappings and checks are those of `load`. Captured graphs and compiled c
 that mode "double" moves memory.
 """
 
+from collections.abc import Mapping as Named
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from tqdm import tqdm
 
 from fixpass.runtime.checkpoint.mapping import Mapping
-from fixpass.runtime.checkpoint.safetensors_files import Files
 from fixpass.runtime.checkpoint.sources import Source, files_of, opened
 from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights.kept import keep
 from fixpass.runtime.weights.look import pointers_of, walk
 from fixpass.runtime.weights.options import SAME_NAMES, Mode, Options, Scope
+from fixpass.runtime.weights.origins import FromFiles, FromMemory, Origin
 from fixpass.runtime.weights.repeat import repeated
 from fixpass.runtime.weights.transaction import UpdateReport, open_update
 
@@ -54,30 +54,32 @@ def reload(
         tqdm(unit="B", unit_scale=True, desc="reloading", disable=disable) as bar,
     ):
         options = replace(options, advance=bar.update)
-        files = files_of(source) if isinstance(source, str | Path) else None
-        if files is not None:
-            return _from_files(model, files, options, bar)
+        origin = _origin(source)
+        if isinstance(origin, FromFiles):
+            bar.total = origin.files.num_bytes
+        if origin is not None and (report := repeated(model, origin, options)) is not None:
+            return report
+        _, tensors = walk(unwrapped(model))
+        before = dict(zip(pointers_of(tensors), tensors, strict=True))
         with open_update(model, options) as tx:
-            if isinstance(source, str | Path):
+            if isinstance(origin, FromFiles):
+                tx.load_checkpoint(origin.checkpoint())
+            elif isinstance(source, str | Path):
                 checkpoint = stack.enter_context(opened(source, weights_only=weights_only))
                 bar.total = sum(stored.num_bytes for stored in checkpoint.values())
                 tx.load_checkpoint(checkpoint)
             else:
                 tx.load_any(source)
     assert tx.report is not None
-    return tx.report
-
-
-def _from_files(model: nn.Module, files: Files, options: Options, bar: Any) -> UpdateReport:
-    bar.total = sum(header.size - header.begin for header in files.headers)
-    if (report := repeated(model, files, options)) is not None:
-        return report
-    with open_update(model, options) as tx:
-        _, tensors = walk(unwrapped(model))
-        before = dict(zip(pointers_of(tensors), tensors, strict=False))
-        checkpoint = files.tensors()
-        tx.load_checkpoint(checkpoint)
-    assert tx.report is not None
     assert tx.prepared is not None
-    keep(model, files, checkpoint, tx.prepared, before, options)
+    if origin is not None:
+        keep(model, origin, tx.prepared, before, options)
     return tx.report
+
+
+def _origin(source: Source) -> Origin | None:
+    """The source, where the next one may be like it."""
+    if isinstance(source, str | Path):
+        files = files_of(source)
+        return None if files is None else FromFiles(files)
+    return FromMemory.of(source) if isinstance(source, Named) else None

@@ -1,34 +1,28 @@
 """A reload that is like the last one: what was checked in full is not planned again.
 
-The headers of the files, and then the model, are compared with what the kept plan was made for, at
-a few microseconds a tensor, and bytes go where they went before. Anything that is different goes
+Where the bytes come from, and then the model, are compared with what the kept plan was made for,
+at a few microseconds a tensor, and bytes go where they went before. Anything that is different goes
 the ordinary way, and so do mode "journal" and checks for NaN.
 """
 
-import ctypes
 import time
-from array import array
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from fixpass.runtime.checkpoint import vectored
-from fixpass.runtime.checkpoint.read import run
-from fixpass.runtime.checkpoint.safetensors_files import Files
+from fixpass.runtime.checkpoint.read import Task, run
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights import double
 from fixpass.runtime.weights.closing import Closing
-from fixpass.runtime.weights.collected import add_cut_off
 from fixpass.runtime.weights.gate import gate_of, over_ids
-from fixpass.runtime.weights.kept import Kept, Span, kept_for
+from fixpass.runtime.weights.kept import Kept, kept_for
 from fixpass.runtime.weights.look import parts_of, pointers_of, walk
 from fixpass.runtime.weights.options import Options
+from fixpass.runtime.weights.origins import Origin
 from fixpass.runtime.weights.transaction import UpdateReport, alone
 from fixpass.runtime.weights.writes import committed
 
@@ -37,16 +31,16 @@ class _ChangedError(Exception):
     """The model is not what the plan was made for."""
 
 
-def repeated(model: nn.Module, files: Files, options: Options) -> UpdateReport | None:
-    """Do the reload from these files as the last one was done; None where it is not like it.
+def repeated(model: nn.Module, origin: Origin, options: Options) -> UpdateReport | None:
+    """Do the reload from this origin as the last one was done; None where it is not like it.
 
     Raises what the ordinary way raises; then the weights are those of before.
     """
     kept = kept_for(model)
-    if kept is None or not kept.is_for(files, options):
+    if kept is None or not kept.is_for(origin, options):
         return None
     with alone(model, options) as base:
-        repeat = _Repeat(model, options, kept, files, base)
+        repeat = _Repeat(model, options, kept, origin, base)
         try:
             seconds = repeat.staged() if options.mode == "staged" else repeat.double()
         except _ChangedError:
@@ -63,14 +57,15 @@ class _Repeat:
     model: nn.Module
     options: Options
     kept: Kept
-    files: Files
+    origin: Origin
     base: int
 
     def staged(self) -> float:
         """Read everything into memory of the update's own; then write it. Seconds of the gate."""
         # In pieces that malloc uses again: fresh pages would take longer than all the rest.
-        staging = [torch.empty(span.num_bytes, dtype=torch.uint8) for _, span in self._spans]
-        self._read(array("Q", (memory.data_ptr(), memory.numel())) for memory in staging)
+        staging = [torch.empty(span.num_bytes, dtype=torch.uint8) for span in self.kept.spans]
+        bases = pointers_of(staging)
+        self._read(self.origin.into(self.kept.spans, bases))
         gates, closing = over_ids(self.kept.ids), self._closing
         with closing.closed(gates) as began:
             tensors = self._tensors()
@@ -78,8 +73,8 @@ class _Repeat:
             held = [part.untyped_storage() for part in parts_of(tensors)]
             pointers = pointers_of(tensors)
             moves = [
-                partial(_scatter, memory.data_ptr(), span, pointers)
-                for memory, (_, span) in zip(staging, self._spans, strict=True)
+                partial(span.scatter, base, pointers)
+                for span, base in zip(self.kept.spans, bases, strict=True)
             ]
 
             def write() -> None:
@@ -98,7 +93,7 @@ class _Repeat:
         fresh, pointers = pointers_of(spare.views), [0] * len(self.kept.ids)
         for index, pointer in zip(self.kept.written, fresh, strict=True):
             pointers[index] = pointer
-        self._read(_addresses(span, pointers) for _, span in self._spans)
+        self._read(self.origin.to(self.kept.spans, pointers))
         gates, closing = over_ids(self.kept.ids), self._closing
         with closing.closed(gates) as began:
             written = self.kept.of(self._tensors())
@@ -127,43 +122,13 @@ class _Repeat:
             raise _ChangedError
         return tensors
 
-    @property
-    def _spans(self) -> Iterator[tuple[Path, Span]]:
-        for header, spans in zip(self.files.headers, self.kept.spans, strict=True):
-            for span in spans:
-                yield header.path, span
-
-    def _read(self, numbers: Iterable["array[int]"]) -> None:
-        """Read each span to the addresses and sizes that are given for it."""
+    def _read(self, work: Iterable[Task]) -> None:
         advance = self.options.advance if self.options.mode == "double" else _ignore
-        work = (
-            partial(_fill, path, span, where)
-            for (path, span), where in zip(self._spans, numbers, strict=True)
-        )
         try:
             run(work, self.options.threads, advance)
         except CheckpointError as error:
-            add_cut_off(error, self.files.tensors().values())
+            self.origin.explain(error)
             raise
-
-
-def _fill(path: Path, span: Span, numbers: "array[int]") -> int:
-    vectored.fill(path, span.offset, span.num_bytes, numbers)
-    return span.num_bytes
-
-
-def _addresses(span: Span, pointers: Sequence[int]) -> "array[int]":
-    """Addresses and sizes of the parts of a span, in turn."""
-    numbers = array("Q", bytes(16 * len(span.sizes)))
-    numbers[::2], numbers[1::2] = span.addresses(pointers), array("Q", span.sizes)
-    return numbers
-
-
-def _scatter(source: int, span: Span, pointers: Sequence[int]) -> int:
-    """Bring the bytes of a span, read to the address `source`, to where they belong."""
-    sources = map(source.__add__, span.starts)
-    deque(map(ctypes.memmove, span.addresses(pointers), sources, span.sizes), maxlen=0)
-    return span.num_bytes
 
 
 def _ignore(_: int) -> None:

@@ -1,91 +1,35 @@
 """A reload like the last one is not planned again; a reload like no other is, and both are right."""
 
-import ctypes
 import gc
-import threading
 import weakref
 
 import pytest
 import torch
 from folding import aiter
+from reloading import MODES, holds, model_of, named, reloaded, saved
 from safetensors.torch import save_file
 from torch import nn
 
 import fixpass  # noqa: F401  # registers the backend
 from fixpass.runtime.checkpoint import vectored
 from fixpass.runtime.checkpoint.mapping import Mapping, Stacked
-from fixpass.runtime.errors import CheckpointError, UpdateError
-from fixpass.runtime.weights import collected, repeat
+from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.alias import pack
-from fixpass.runtime.weights.fold import fold, logical
-from fixpass.runtime.weights.gate import gate_of
+from fixpass.runtime.weights.fold import fold
 from fixpass.runtime.weights.kept import kept_for
-from fixpass.runtime.weights.reload import reload
 from fixpass.runtime.weights.versions import version
-
-MODES = ("staged", "double")
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(64, 32), nn.Linear(32, 64)
-        self.norm = nn.BatchNorm1d(64)
-        self.register_buffer("scratch", torch.zeros(3), persistent=False)
-
-
-def model_of(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(Block(), Block()).requires_grad_(False)
-
-
-def saved(folder, seed, shards=2, model=None):
-    """A checkpoint of several files, and its tensors."""
-    found = (model or model_of()).state_dict()
-    torch.manual_seed(seed)
-    state = {n: torch.randn(v.shape).to(v.dtype) for n, v in found.items()}
-    names = list(state)
-    folder.mkdir(exist_ok=True)
-    for index in range(shards):
-        save_file({n: state[n] for n in names[index::shards]}, folder / f"m-{index}.safetensors")
-    return state
-
-
-def holds(model, state):
-    return all(torch.equal(logical(value), state[name]) for name, value in named(model))
-
-
-def named(model):
-    kept = model.state_dict().keys()
-    both = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    return [(name, value) for name, value in both if name in kept]
-
-
-@pytest.fixture
-def plans(monkeypatch):
-    """How many plans were made."""
-    made, make = [], collected.make_plan
-
-    def counting(*args, **kwargs):
-        made.append(args)
-        return make(*args, **kwargs)
-
-    monkeypatch.setattr(collected, "make_plan", counting)
-    return made
-
-
-def reloaded(model, folder, mode="staged", **options):
-    return reload(model, folder, mode, progress=False, **options)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_files_with_the_headers_of_the_last_are_not_planned_again(tmp_path, plans, mode, threads):
+@pytest.mark.parametrize("kind", ["files", "state dict"])
+def test_what_is_like_the_last_is_not_planned_again(tmp_path, plans, mode, threads, kind):
     model, reports = model_of(), []
     before = {name: (id(value), value._version) for name, value in named(model)}
     for number in range(1, 6):
         state = saved(tmp_path / str(number), number)
-        reports.append(reloaded(model, tmp_path / str(number), mode, threads=threads))
+        source = tmp_path / str(number) if kind == "files" else state
+        reports.append(reloaded(model, source, mode, threads=threads))
         assert holds(model, state)
         assert version(model) == reports[-1].version == number
         now = {name: (id(value), value._version) for name, value in named(model)}
@@ -109,6 +53,67 @@ def test_tensors_that_are_stacked_into_one_go_where_they_went(tmp_path, plans):
         reloaded(model, tmp_path, mapping=mapping)
         assert torch.equal(model["qkv"].weight, torch.cat([parts[name] for name in "qkv"]))
     assert len(plans) == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tensors_in_memory_are_stacked_where_they_were_and_cut_where_they_are_large(
+    plans, mode, monkeypatch
+):
+    monkeypatch.setattr(vectored, "MOST_BYTES", 1000)
+    model = nn.ModuleDict({"qkv": nn.Linear(64, 192, bias=False)}).requires_grad_(False)
+    mapping = Mapping(stacked=(Stacked("qkv", ("q", "k", "v")),))
+    for seed in range(4):
+        torch.manual_seed(seed)
+        parts = {f"{name}.weight": torch.randn(64, 64) for name in ("v", "q", "k")}
+        reloaded(model, parts, mode, mapping=mapping)
+        whole = torch.cat([parts[f"{name}.weight"] for name in "qkv"])
+        assert torch.equal(model["qkv"].weight, whole)
+    assert len(plans) == 1
+
+
+def test_weights_of_the_model_itself_may_be_given(plans):
+    """They lie in memory that the update writes over."""
+    model = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)}).requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for number in range(1, 5):
+        swapped = {"a": "b", "b": "a"}
+        state = {swapped[n[0]] + n[1:]: value for n, value in model.state_dict().items()}
+        reloaded(model, state)
+        other = before if number % 2 == 0 else {swapped[n[0]] + n[1:]: v for n, v in before.items()}
+        assert holds(model, other)
+    assert len(plans) == 1
+
+
+def _row_major(state):
+    state["0.up.weight"] = state["0.up.weight"].t().contiguous().t()
+
+
+def _negated(state):
+    state["0.up.weight"] = torch._neg_view(state["0.up.weight"])
+
+
+def _in_other_order(state):
+    state["0.up.weight"] = state.pop("0.up.weight")
+
+
+def _of_a_subclass(state):
+    state["0.up.weight"] = torch.Tensor._make_subclass(Odd, state["0.up.weight"])
+
+
+class Odd(torch.Tensor):
+    """Which may keep its values anywhere."""
+
+
+@pytest.mark.parametrize("change", [_row_major, _negated, _in_other_order, _of_a_subclass])
+def test_tensors_that_lie_otherwise_are_planned_again(tmp_path, plans, change):
+    model = model_of()
+    for seed in range(3):
+        state = saved(tmp_path, seed)
+        if seed == 2:
+            change(state)
+        reloaded(model, state)
+        assert holds(model, state)
+    assert len(plans) == 2
 
 
 def _fold(model):
@@ -236,107 +241,6 @@ def test_other_options_are_planned_again(tmp_path, plans, options):
         reloaded(model, tmp_path, **(options if seed == 2 else {}))
         assert holds(model, state)
     assert len(plans) == 2
-
-
-def test_nan_is_refused_in_a_reload_like_the_last(tmp_path):
-    model, state = model_of(), saved(tmp_path, 1)
-    reloaded(model, tmp_path)
-    bad = {**state, "1.down.weight": torch.full((64, 32), torch.nan)}
-    for index in range(2):
-        save_file({n: bad[n] for n in list(bad)[index::2]}, tmp_path / f"m-{index}.safetensors")
-    with pytest.raises(UpdateError, match=r"1\.down\.weight"):
-        reloaded(model, tmp_path, finite=True)
-    assert holds(model, state)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_file_that_breaks_while_it_is_read_changes_nothing(tmp_path, mode, monkeypatch):
-    model = model_of()
-    for seed in (1, 2):
-        state = saved(tmp_path, seed)
-        reloaded(model, tmp_path, mode)
-    saved(tmp_path, 3)
-    fill = vectored.fill
-
-    def truncating(path, offset, *rest):
-        with open(tmp_path / "m-1.safetensors", "r+b") as file:
-            file.truncate(offset + 8)
-        fill(path, offset, *rest)
-
-    monkeypatch.setattr(vectored, "fill", truncating)
-    with pytest.raises(CheckpointError, match=r"m-1\.safetensors: it became shorter") as caught:
-        reloaded(model, tmp_path, mode, threads=1)
-    assert "in m-1.safetensors" in caught.value.__notes__[0]
-    assert holds(model, state)
-    assert version(model) == 2
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_model_that_changes_while_files_are_read_is_planned_again(
-    tmp_path, plans, mode, monkeypatch
-):
-    model = model_of()
-    for seed in (1, 2):
-        saved(tmp_path, seed)
-        reloaded(model, tmp_path, mode)
-    state = saved(tmp_path, 3)
-    fill = vectored.fill
-
-    def meddling(*args):
-        monkeypatch.setattr(vectored, "fill", fill)
-        model[0].up.weight.data = torch.zeros(32, 64)
-        _other_parameter(model)
-        fill(*args)
-
-    monkeypatch.setattr(vectored, "fill", meddling)
-    reloaded(model, tmp_path, mode)
-    assert holds(model, state)
-    assert version(model) == 3
-    assert len(plans) == 2
-
-
-def test_an_interrupt_in_mid_commit_is_finished_first(tmp_path, monkeypatch):
-    model = model_of()
-    saved(tmp_path, 1)
-    reloaded(model, tmp_path)
-    state, moved, move = saved(tmp_path, 2), [], ctypes.memmove
-
-    def interrupted(*args):
-        moved.append(args)
-        if len(moved) == 3:
-            raise KeyboardInterrupt
-        move(*args)
-
-    monkeypatch.setattr(repeat.ctypes, "memmove", interrupted)
-    with pytest.raises(KeyboardInterrupt) as caught:
-        reloaded(model, tmp_path, threads=1)
-    assert "finished first" in caught.value.__notes__[0]
-    assert holds(model, state)
-    assert version(model) == 2
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_it_waits_for_calls_under_way(tmp_path, mode):
-    model = model_of()
-    for seed in (1, 2):
-        saved(tmp_path, seed)
-        reloaded(model, tmp_path, mode)
-    state, started = saved(tmp_path, 3), threading.Event()
-    with gate_of(model).reading():
-        before = {name: value.clone() for name, value in named(model)}
-
-        def work():
-            started.set()
-            reloaded(model, tmp_path, mode)
-
-        thread = threading.Thread(target=work)
-        thread.start()
-        started.wait()
-        thread.join(0.2)
-        assert thread.is_alive()
-        assert holds(model, before)
-    thread.join(60)
-    assert holds(model, state)
 
 
 def test_a_compiled_model_sees_the_weights(tmp_path):

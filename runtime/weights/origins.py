@@ -1,0 +1,204 @@
+"""Where the bytes of a reload come from: files, or tensors in memory.
+
+Two origins are equal where they hold tensors of equal names, dtypes and shapes at equal places:
+a plan that was made for one then holds for the other, whatever the values are. Nothing is known
+here of the model that the bytes go to, but addresses.
+"""
+
+import ctypes
+from array import array
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import accumulate
+from operator import add, attrgetter
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from fixpass.runtime.checkpoint import vectored
+from fixpass.runtime.checkpoint.box import Box
+from fixpass.runtime.checkpoint.read import Task
+from fixpass.runtime.checkpoint.safetensors_files import Files
+from fixpass.runtime.checkpoint.stored import Checkpoint, FilePiece, Stored
+from fixpass.runtime.errors import CheckpointError
+from fixpass.runtime.weights.collected import add_cut_off
+from fixpass.runtime.weights.look import PLAIN, pointers_of
+
+Part = tuple[int, int, int]
+"""The position of a tensor, a byte of it, and how many bytes from there on."""
+
+_facts = attrgetter("dtype", "device", "shape")
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes of an origin that follow each other, few enough for one task, and where they go.
+
+    file: which one, where there are several. A part goes to byte `inner` of the tensor at
+    `positions` of a model; it has a size, and it starts so many bytes behind `offset`. given and
+    given_inner: which tensor and byte of it that is, where the origin is tensors. Columns, for
+    speed.
+    """
+
+    file: int
+    offset: int
+    num_bytes: int
+    positions: tuple[int, ...]
+    inner: tuple[int, ...]
+    sizes: tuple[int, ...]
+    starts: tuple[int, ...]
+    given: tuple[int, ...] = ()
+    given_inner: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(file: int, offset: int, parts: Sequence[Part]) -> "Span":
+        positions, inner, sizes = zip(*parts, strict=True)
+        ends = tuple(accumulate(sizes))
+        return Span(file, offset, ends[-1], positions, inner, sizes, (0, *ends[:-1]))
+
+    def addresses(self, pointers: Sequence[int]) -> Iterator[int]:
+        """Where the parts go, with tensors at these addresses."""
+        return map(add, map(pointers.__getitem__, self.positions), self.inner)
+
+    def scatter(self, source: int, pointers: Sequence[int]) -> int:
+        """Bring the bytes of the span, which lie at the address `source`, to where they belong."""
+        _move(self.addresses(pointers), map(source.__add__, self.starts), self.sizes)
+        return self.num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FromFiles:
+    """Safetensors files."""
+
+    files: Files
+
+    def checkpoint(self) -> Checkpoint:
+        """The tensors."""
+        return self.files.tensors()
+
+    def paths(self) -> list[Path]:
+        """The files, in the order in which spans number them."""
+        return [header.path for header in self.files.headers]
+
+    def bare(self) -> Self:
+        """The origin for later comparisons."""
+        return self
+
+    def numbered(self, spans: Sequence[Span]) -> tuple[Span, ...]:
+        """The spans as they are: their offsets say all."""
+        return tuple(spans)
+
+    def into(self, spans: Sequence[Span], bases: Iterable[int]) -> Iterator[Task]:
+        """What brings each span as it is to an address."""
+        for span, base in zip(spans, bases, strict=True):
+            yield partial(_fill, self._path(span), span, array("Q", (base, span.num_bytes)))
+
+    def to(self, spans: Sequence[Span], pointers: Sequence[int]) -> Iterator[Task]:
+        """What brings the parts of each span to tensors at these addresses."""
+        for span in spans:
+            numbers = array("Q", bytes(16 * len(span.sizes)))
+            numbers[::2] = array("Q", span.addresses(pointers))
+            numbers[1::2] = array("Q", span.sizes)
+            yield partial(_fill, self._path(span), span, numbers)
+
+    def explain(self, error: CheckpointError) -> None:
+        """Say in a note which tensors cannot be read."""
+        add_cut_off(error, self.checkpoint().values())
+
+    def _path(self, span: Span) -> Path:
+        return self.files.headers[span.file].path
+
+
+@dataclass(frozen=True, slots=True)
+class FromMemory:
+    """Dense tensors in this process, as if they were one file, each behind the one before."""
+
+    names: list[str]
+    facts: list[tuple[torch.dtype, torch.device, torch.Size]]
+    tensors: Sequence[Tensor] = field(default=(), compare=False)
+
+    @staticmethod
+    def of(source: Mapping[str, Tensor]) -> "FromMemory | None":
+        """The tensors of a state dict; None where their values are not just their bytes."""
+        tensors = list(source.values())
+        facts = list(map(_facts, tensors))
+        able = (
+            PLAIN.issuperset(map(type, tensors))
+            and all(device.type == "cpu" and not dtype.is_complex for dtype, device, _ in facts)
+            and all(map(_is_strided, tensors))
+            and all(map(Tensor.is_contiguous, tensors))
+            and not any(map(Tensor.is_neg, tensors))
+        )
+        return FromMemory(list(source), facts, tensors) if able else None
+
+    def checkpoint(self) -> Checkpoint:
+        """The tensors, as that file would have them."""
+        found, offset = {}, 0
+        for name, (dtype, _, shape) in zip(self.names, self.facts, strict=True):
+            piece = FilePiece(_MEMORY, offset, Box.whole(tuple(shape)))
+            found[name] = Stored(name, dtype, tuple(shape), (piece,), "memory")
+            offset += found[name].num_bytes
+        return found
+
+    def paths(self) -> list[Path]:
+        """The file, as spans number it."""
+        return [_MEMORY]
+
+    def bare(self) -> "FromMemory":
+        """The origin for later comparisons, without its tensors."""
+        return replace(self, tensors=())
+
+    def into(self, spans: Sequence[Span], bases: Iterable[int]) -> Iterator[Task]:
+        """What brings each span as it is to an address."""
+        pointers = pointers_of(self.tensors)
+        for span, base in zip(spans, bases, strict=True):
+            yield partial(_gather, span, pointers, map(base.__add__, span.starts))
+
+    def to(self, spans: Sequence[Span], pointers: Sequence[int]) -> Iterator[Task]:
+        """What brings the parts of each span to tensors at these addresses."""
+        own = pointers_of(self.tensors)
+        for span in spans:
+            yield partial(_gather, span, own, span.addresses(pointers))
+
+    def explain(self, error: CheckpointError) -> None:
+        """Memory cannot break."""
+
+    def numbered(self, spans: Sequence[Span]) -> tuple[Span, ...]:
+        """The spans with the tensors here that their parts come from."""
+        ends = list(accumulate(stored.num_bytes for stored in self.checkpoint().values()))
+        result = []
+        for span in spans:
+            given = [bisect_right(ends, span.offset + start) for start in span.starts]
+            first = [ends[index - 1] if index else 0 for index in given]
+            inner = [span.offset + s - f for s, f in zip(span.starts, first, strict=True)]
+            result.append(replace(span, given=tuple(given), given_inner=tuple(inner)))
+        return tuple(result)
+
+
+Origin = FromFiles | FromMemory
+
+_MEMORY = Path("memory")
+
+
+def _is_strided(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided
+
+
+def _fill(path: Path, span: Span, numbers: "array[int]") -> int:
+    vectored.fill(path, span.offset, span.num_bytes, numbers)
+    return span.num_bytes
+
+
+def _gather(span: Span, pointers: Sequence[int], targets: Iterable[int]) -> int:
+    sources = map(add, map(pointers.__getitem__, span.given), span.given_inner)
+    _move(targets, sources, span.sizes)
+    return span.num_bytes
+
+
+def _move(targets: Iterable[int], sources: Iterable[int], sizes: Iterable[int]) -> None:
+    deque(map(ctypes.memmove, targets, sources, sizes), maxlen=0)

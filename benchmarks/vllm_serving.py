@@ -62,8 +62,9 @@ def run(quick: bool) -> Result:
 def run_starts(quick: bool) -> Result:
     """Start-up time."""
     with _prepared("vllm-start", STARTING, quick) as (result, folder, job, size):
-        for state in ("cold", "warm"):
-            _starts(result, folder, job, state, size.starts)
+        for ranks in (1, 2):
+            for state in ("cold", "warm"):
+                _starts(result, folder, job, ranks, state, size.starts)
     return result
 
 
@@ -211,20 +212,24 @@ def _throughput(
             result.checks.append(Check(claim, faster.median, bound, at_least=True))
 
 
-def _starts(result: Result, folder: Path, job: Mapping[str, Any], state: str, repeats: int) -> None:
+def _starts(
+    result: Result, folder: Path, job: Mapping[str, Any], ranks: int, state: str, repeats: int
+) -> None:
     """Starts in turn, with empty caches or with those of the start before."""
     seconds: dict[str, list[float]] = {"vllm": [], "fixpass": []}
+    many = f"{ranks} rank{'s' * (ranks > 1)}"
     for index in range(repeats):
         for name in list(seconds) if index % 2 else list(seconds)[::-1]:
-            caches = f"start-{name}-{index if state == 'cold' else 0}"
-            _say(f"{state} start {index + 1}/{repeats}: {name}")
-            with _engine(folder, job, 1, THROUGHPUT[1][name], caches) as engine:
+            caches = f"start-{name}-{ranks}-{index if state == 'cold' else 0}"
+            _say(f"{many}, {state} start {index + 1}/{repeats}: {name}")
+            with _engine(folder, job, ranks, THROUGHPUT[ranks][name], caches) as engine:
                 seconds[name].append(engine.seconds)
     slower = ratios(seconds["fixpass"], seconds["vllm"])
     for name, taken in seconds.items():
-        row = {"what": f"start, caches {state}", "engine": name, "seconds": spread(taken)}
+        row = {"what": f"start, {many}, caches {state}", "engine": name, "seconds": spread(taken)}
         result.rows.append({**row, "fixpass against it": slower if name == "vllm" else ""})
-    result.checks.append(Check(f"start with {state} caches, fixpass / vllm", slower.median, 1.1))
+    claim = f"start, {many}, with {state} caches, fixpass / vllm"
+    result.checks.append(Check(claim, slower.median, 1.1))
 
 
 def _say(text: str) -> None:

@@ -107,11 +107,12 @@ def pointers_of(tensors: Sequence[Tensor]) -> list[int]:
 def walk(model: nn.Module) -> tuple[list[Any], list[Tensor]]:
     """The names in a model, and its parameters and persistent buffers, in an order of its own.
 
-    Equal names are the same tree. A tensor with several names comes with each of them.
+    Equal names are the same tree. A tensor with several names may come several times.
     """
     names: list[Any] = []
     held: list[Tensor | None] = []
     stack: list[nn.Module | None] = [model]
+    seen: set[int] = set()
     pop, name, hold = stack.pop, names.extend, held.extend
     while stack:
         module = pop()
@@ -119,6 +120,9 @@ def walk(model: nn.Module) -> tuple[list[Any], list[Tensor]]:
             continue
         own = module.__dict__
         if modules := own["_modules"]:
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
             name(modules)
             stack.extend(modules.values())
         # Tells names of modules from those of tensors.

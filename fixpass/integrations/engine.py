@@ -39,15 +39,15 @@ def whose(function: object) -> str:
     return repr(function)
 
 
-def once(log: Logger) -> Callable[[str], None]:
+def once(log: Logger, *, in_workers: bool = False) -> Callable[[str], None]:
     """What warns in `log`, once a text, and in the process that the user started.
 
-    The others would only repeat it.
+    The others would only repeat it; `in_workers` is for what they alone know.
     """
 
     @cache
     def say_once(text: str) -> None:
-        if multiprocessing.parent_process() is None:
+        if in_workers or multiprocessing.parent_process() is None:
             log.warning("fixpass: %s", text)
 
     return say_once

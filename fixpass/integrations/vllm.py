@@ -79,14 +79,10 @@ def _hook_folds(configuration: type, engine: ModuleType) -> None:
 
 
 def _folding(compilation: Any) -> Config | None:
-    """Our options where our passes are; what is loaded later then goes by the folds."""
+    """Our options, where our passes stand in vLLM's configuration."""
     from fixpass.integrations.vllm_passes import options_of
-    from fixpass.integrations.vllm_reload import hook_reload
 
-    ours = options_of(compilation)
-    if ours is not None:
-        hook_reload()
-    return ours
+    return options_of(compilation)
 
 
 def _ours(function: Any) -> bool:

@@ -21,10 +21,11 @@ from torch._inductor.compile_fx import compile_fx
 from fixpass.backend import record
 from fixpass.config import Config
 from fixpass.entry import enter
-from fixpass.integrations.engine import check_written_in
+from fixpass.integrations.engine import check_written_in, once
+from fixpass.integrations.vllm_reload import hook_reload
 from fixpass.passes.functionalize_norms import FunctionalizeNorms
 
-log = logging.getLogger("vllm.fixpass")
+say_once = once(logging.getLogger("vllm.fixpass"), in_workers=True)
 TARGET = "CompilationConfig.init_backend"
 
 
@@ -61,10 +62,12 @@ def hook_backend(
     @wraps(original)
     def init_backend(self: Any, *args: Any, **kwargs: Any) -> Any:
         found, ours = original(self, *args, **kwargs), config_of(self)
+        if ours is not None:
+            hook_reload()
         if found != "inductor" or ours is None or ours.fold == "off":
             return found
         if importlib.import_module(f"{engine.__name__}.envs").VLLM_USE_AOT_COMPILE:
-            log.warning("fixpass: VLLM_USE_AOT_COMPILE is on: vLLM runs without fold-weights")
+            say_once("VLLM_USE_AOT_COMPILE is on: vLLM runs without fold-weights")
             return found
         return FoldingBackend(ours, self.inductor_compile_config)
 

@@ -8,20 +8,21 @@ is told of the writes, which it does not see. Whatever else writes needs `fixpas
 
 import importlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache, wraps
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fixpass.integrations.engine import check_written_in
+from fixpass.integrations.engine import check_written_in, once
 from fixpass.runtime.errors import EngineError
 from fixpass.runtime.weights.table import record_of
 from fixpass.runtime.weights.window import window
 
 log = logging.getLogger("vllm.fixpass")
+say_once = once(log, in_workers=True)
 
 
 class Landing:
@@ -32,7 +33,7 @@ class Landing:
 
     def copy_(self, values: Tensor) -> "Landing":
         """Bring values in vLLM's layout into the parameter."""
-        with torch.no_grad(), _written([self.param]):
+        with torch.no_grad(), _written(lambda: [self.param]):
             self.param.copy_(values)
         return self
 
@@ -43,7 +44,7 @@ def _around_copy(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def copy(layer: Any, info: Any) -> Any:
         held = [tensor for part in info.kernel_tensors for tensor in part.values()]
-        with _written(held):
+        with _written(lambda: held):
             return original(layer, info)
 
     return copy
@@ -54,22 +55,23 @@ def _around_load(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(original)
     def load_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _written(list(self.module.parameters())):
+        with _written(self.module.parameters):
             return original(self, *args, **kwargs)
 
     return load_weights
 
 
 @contextmanager
-def _written(tensors: Sequence[Tensor]) -> Iterator[None]:
+def _written(tensors: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
     """A context for writes through `.data`: into the folds, and torch is told."""
-    folded = [tensor for tensor in tensors if record_of(tensor) is not None]
+    folded = [tensor for tensor in tensors() if record_of(tensor) is not None]
     try:
         # Without a fold nothing is to be watched.
         with window(folded) if folded else nullcontext():
             yield
     finally:
-        torch.autograd.graph.increment_version(tensors)
+        # Those that are there now: a load may have put others in their places.
+        torch.autograd.graph.increment_version(list(tensors()))
 
 
 def _around_look_up(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,7 +105,7 @@ def hook_reload() -> None:
                 continue
             check_written_in(original, importlib.import_module("vllm"), target)
         except (ImportError, AttributeError, EngineError) as error:
-            _warn(f"{error}: what it writes does not go by the records of folds")
+            say_once(f"{error}: what it writes does not go by the records of folds")
             continue
         hooked = around(original)
         hooked.__module__ = __name__
@@ -118,8 +120,3 @@ def _owner(target: str) -> tuple[Any, str]:
     for each in classes:
         owner = getattr(owner, each)
     return owner, name
-
-
-@cache
-def _warn(text: str) -> None:
-    log.warning("fixpass: %s", text)

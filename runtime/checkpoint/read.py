@@ -11,7 +11,7 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -88,8 +88,9 @@ def run(work: Iterable[Task], threads: int, advance: Advance) -> None:
             advance(task())
         return
     with ThreadPoolExecutor(threads, thread_name_prefix="fixpass-read") as pool:
-        futures = [pool.submit(task) for task in work]
+        futures: list[Future[int]] = []
         try:
+            futures.extend(pool.submit(task) for task in work)
             for future in futures:
                 advance(future.result())
         finally:
@@ -146,7 +147,7 @@ class _Buffers(threading.local):
     """A staging buffer for each thread, made when first needed and used again."""
 
     def __init__(self) -> None:
-        self.buffer = torch.empty(0, dtype=torch.uint8)
+        self.buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 _buffers = _Buffers()
@@ -154,7 +155,7 @@ _buffers = _Buffers()
 
 def _buffer() -> Tensor:
     if not _buffers.buffer.numel():
-        _buffers.buffer = torch.empty(STAGING, dtype=torch.uint8)
+        _buffers.buffer = torch.empty(STAGING, dtype=torch.uint8, device="cpu")
     return _buffers.buffer
 
 

@@ -116,7 +116,10 @@ def in_staging(tensors: Iterable[Stored], threads: int) -> list[Stored]:
         if len(pieces) == len(stored.pieces):
             pieces = [MemoryPiece(piece.tensor.clone(), piece.box) for piece in pieces]
         else:
-            values, whole = torch.empty(stored.shape, dtype=stored.dtype), Box.whole(stored.shape)
+            values, whole = (
+                torch.empty(stored.shape, dtype=stored.dtype, device="cpu"),
+                Box.whole(stored.shape),
+            )
             work.extend(copies(stored, whole, values))
             pieces = [MemoryPiece(values, whole)]
         kept.append(replace(stored, pieces=tuple(pieces)))

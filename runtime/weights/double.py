@@ -17,7 +17,7 @@ from fixpass.runtime.errors import UpdateError
 from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights.alias import packed
 from fixpass.runtime.weights.gate import tensors_of
-from fixpass.runtime.weights.look import pointers_of
+from fixpass.runtime.weights.look import Layouts, pointers_of
 from fixpass.runtime.weights.table import any_folded, record, record_of
 
 
@@ -26,40 +26,61 @@ class Spare:
     """Memory that was in use before the last update.
 
     views: what tensors were, given their ids and the addresses that they have since; only where
-    each tensor is all of its memory. rest: other memory.
+    each tensor is all of its memory. rest: other memory. plan: for which it is known to lie right.
     """
 
     ids: Sequence[int] = ()
     pointers: Sequence[int] = ()
     views: Sequence[Tensor] = ()
     rest: Sequence[Tensor] = ()
+    plan: object = None
 
     def memory(self) -> list[Tensor]:
-        """All of it as bytes."""
-        return [_bytes_of(tensor) for tensor in (*self.views, *self.rest)]
+        """As bytes, what nobody else holds: tensors of the user may lie there by now."""
+        once = _holders(torch.empty(1, device="cpu"))
+        kept = [tensor for tensor in (*self.views, *self.rest) if _holders(tensor) == once]
+        return [_bytes_of(tensor) for tensor in kept]
 
 
 _SPARE: WeakKeyDictionary[nn.Module, Spare] = WeakKeyDictionary()
 
 
-def spare_of(model: nn.Module, ids: Sequence[int]) -> Spare | None:
-    """What just the tensors of these ids were before the last update, in this order, or None."""
-    spare = _SPARE.get(unwrapped(model), Spare())
-    if spare.ids == ids:
-        return spare
-    place = {each: index for index, each in enumerate(spare.ids)}
-    if place.keys() != set(ids):
-        return None
-    order = [place[each] for each in ids]
-    pointers, views = [spare.pointers[i] for i in order], [spare.views[i] for i in order]
-    return Spare(ids, pointers, views)
+def take_spare(
+    model: nn.Module, ids: Sequence[int], layouts: Layouts, plan: object
+) -> Spare | None:
+    """What just the tensors of these ids were before the last update, in this order, or None.
+
+    None also where they did not lie as `layouts` say, or where anybody else holds that memory. It
+    is the caller's now.
+    """
+    spare = _SPARE.pop(unwrapped(model), Spare())
+    if spare.ids != ids:
+        place = {each: index for index, each in enumerate(spare.ids)}
+        if not spare.views or place.keys() != set(ids):
+            return None
+        order = [place[each] for each in ids]
+        pointers, views = [spare.pointers[i] for i in order], [spare.views[i] for i in order]
+        spare = Spare(ids, pointers, views)
+    once = _holders(torch.empty(1, device="cpu"))
+    alone = all(_holders(view) == once for view in spare.views)
+    return spare if alone and (spare.plan is plan or layouts.lie_as(spare.views)) else None
+
+
+def _holders(tensor: Tensor) -> int:
+    """How many tensors, and other things that torch knows of, hold the memory of this one."""
+    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return count
 
 
 def keep_spare(
-    model: nn.Module, tensors: Sequence[Tensor], pointers: Sequence[int], views: Sequence[Tensor]
+    model: nn.Module,
+    tensors: Sequence[Tensor],
+    pointers: Sequence[int],
+    views: Sequence[Tensor],
+    plan: object = None,
 ) -> None:
     """Tensors were given memory at these addresses: keep what they were for the next update."""
-    _SPARE[unwrapped(model)] = Spare(list(map(id, tensors)), pointers, views)
+    _SPARE[unwrapped(model)] = Spare(list(map(id, tensors)), pointers, views, plan=plan)
 
 
 def exchange(tensors: Sequence[Tensor], views: Sequence[Tensor]) -> list[Tensor]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from fixpass.runtime.checkpoint import vectored
@@ -26,28 +27,53 @@ from fixpass.runtime.checkpoint.vectored import Range
 from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights.alias import packed
 from fixpass.runtime.weights.collected import Prepared
-from fixpass.runtime.weights.look import Layouts, walk
+from fixpass.runtime.weights.look import Layouts, pointers_of, walk
 from fixpass.runtime.weights.options import Options, Scope
 from fixpass.runtime.weights.origins import Origin, Part, Span
 from fixpass.runtime.weights.table import generation
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """A model as a walk finds it: names, and ids, layouts and marks of its tensors; no tensor."""
+
+    names: list[Any]
+    ids: list[int]
+    layouts: Layouts
+    marks: list[Any]
+    generation: int
+
+    @staticmethod
+    def of(names: list[Any], tensors: Sequence[Tensor]) -> "Seen":
+        ids = list(map(id, tensors))
+        return Seen(names, ids, Layouts.of(tensors), _marks(tensors), generation())
+
+    def holds(self, names: list[Any], tensors: Sequence[Tensor]) -> bool:
+        """Whether the model is still so, as a walk finds it now."""
+        return (
+            self.generation == generation()
+            and self.names == names
+            and self.ids == list(map(id, tensors))
+            and self.layouts.hold(tensors)
+            and self.marks == _marks(tensors)
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Kept:
     """The plan of a reload. It holds no tensor and no module.
 
-    ids: of all tensors of the walk. written: positions in the walk of the tensors that are.
+    seen: the model that it is for. written: positions in the walk of the tensors that are; `ids`
+    and `layouts` are theirs.
     """
 
     origin: Origin
     asked: tuple[Mapping, Scope, bool]
-    names: list[Any]
-    layouts: Layouts
-    marks: list[Any]
-    ids: list[int]
-    generation: int
+    seen: Seen
     spans: tuple[Span, ...]
     written: tuple[int, ...]
+    ids: list[int]
+    layouts: Layouts
     report: LoadReport
 
     def is_for(self, origin: Origin, options: Options) -> bool:
@@ -59,15 +85,12 @@ class Kept:
         """Those tensors of a walk that are written."""
         return [tensors[index] for index in self.written]
 
-    def fits(self, names: list[Any], tensors: Sequence[Tensor]) -> bool:
-        """Whether the model, as a walk finds it, is what the plan was made for."""
-        return (
-            self.generation == generation()
-            and self.names == names
-            and self.ids == list(map(id, tensors))
-            and self.layouts.hold(tensors)
-            and self.marks == _marks(tensors)
-        )
+    def others(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Those tensors of a walk that are not, by any name."""
+        if len(self.ids) == len(tensors):
+            return []
+        mine = set(self.ids)
+        return [tensor for tensor in tensors if id(tensor) not in mine]
 
 
 _KEPT: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
@@ -78,45 +101,45 @@ def kept_for(model: nn.Module) -> Kept | None:
     return _KEPT.get(unwrapped(model))
 
 
-def keep(
-    model: nn.Module,
-    origin: Origin,
-    prepared: Prepared,
-    before: Named[int, Tensor],
-    options: Options,
-) -> None:
-    """Keep the plan of a reload that was done, where it can be used again.
+class Keeping:
+    """A reload whose plan may be kept: what the model is before it, and `keep` for when it is done.
 
-    before: the model's tensors by the addresses that they had.
+    Made when the update is open. What is kept is what was there then, and what the commit found
+    to be there still: what becomes of the model later is seen by the next reload.
     """
-    inside = unwrapped(model)
-    _KEPT.pop(inside, None)
-    names, tensors = walk(inside)
-    position = {id(tensor): index for index, tensor in enumerate(tensors)}
-    if prepared.own or prepared.covered or prepared.places.foldings or not _are_apart(tensors):
-        return
-    starts = {pointer: position[id(t)] for pointer, t in before.items() if id(t) in position}
-    spans = _spans(origin, prepared.copies, starts, tensors)
-    if spans is None:
-        return
-    _KEPT[inside] = Kept(
-        origin.bare(),
-        _asked(options),
-        names,
-        Layouts.of(tensors),
-        _marks(tensors),
-        list(map(id, tensors)),
-        generation(),
-        origin.numbered(spans),
-        tuple(sorted({each for span in spans for each in span.positions})),
-        replace(prepared.report, seconds=0.0),
-    )
+
+    def __init__(self, model: nn.Module, origin: Origin) -> None:
+        names, tensors, _ = walk(unwrapped(model))
+        self._model, self._origin, self._tensors = unwrapped(model), origin, tensors
+        self._seen = Seen.of(names, tensors)
+        self._starts = {p: index for index, p in enumerate(pointers_of(tensors)) if p}
+        self._apart = _are_apart(tensors)
+        _KEPT.pop(self._model, None)
+
+    def keep(self, prepared: Prepared, options: Options) -> None:
+        """Keep the plan, where bytes go as they are into parameters with memory of their own."""
+        if prepared.own or prepared.covered or prepared.places.foldings or not self._apart:
+            return
+        spans = _spans(self._origin, prepared.copies, self._starts, self._tensors)
+        if not spans:
+            return
+        written = tuple(sorted({each for span in spans for each in span.positions}))
+        _KEPT[self._model] = Kept(
+            self._origin.bare(),
+            _asked(options),
+            self._seen,
+            self._origin.numbered(spans),
+            written,
+            [self._seen.ids[index] for index in written],
+            self._seen.layouts.of_some(written),
+            replace(prepared.report, seconds=0.0),
+        )
 
 
 def _are_apart(tensors: Sequence[Tensor]) -> bool:
-    """Whether each has memory of its own, and none is part of a pack."""
+    """Whether each has dense memory of its own, and none is part of a pack."""
     found = {id(tensor): tensor for tensor in tensors}.values()
-    if any(packed(tensor) is not None for tensor in found):
+    if any(t.layout != torch.strided or packed(t) is not None for t in found):
         return False
     storages = {local_part(tensor).untyped_storage()._cdata for tensor in found}
     return len(storages) == len(found)

@@ -1,8 +1,8 @@
 """What a model consists of and how each of its tensors lies in memory, looked at in one pass.
 
 It is what an update may not change, and what a plan that was made before depends on. Columns, not
-an object a tensor: a mixture of experts has thousands, and each reload looks at all of them twice.
-Values are not looked at.
+an object a tensor: a mixture of experts has thousands, and each reload looks at all of them. Values
+are not looked at.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fixpass.runtime.checkpoint.local import local_part
 
@@ -27,13 +28,14 @@ _gradient = attrgetter("requires_grad")
 class Layouts:
     """Class, requires_grad, dtype, device, shape and strides of each of some tensors.
 
-    Of a DTensor they are those of its part on this rank. It holds no tensor.
+    Of a DTensor they are those of its part on this rank, and where it lies. It holds no tensor.
     """
 
     kinds: list[type]
     gradients: list[bool]
     facts: list[tuple[torch.dtype, torch.device, torch.Size]]
     strides: list[tuple[int, ...]]
+    sharding: list[object]
 
     @staticmethod
     def of(tensors: Sequence[Tensor]) -> "Layouts":
@@ -43,6 +45,7 @@ class Layouts:
             list(map(_gradient, tensors)),
             list(map(_facts, parts)),
             _strides(parts),
+            _sharding(tensors),
         )
 
     def hold(self, tensors: Sequence[Tensor]) -> bool:
@@ -51,10 +54,20 @@ class Layouts:
         return (
             len(tensors) == len(self.kinds)
             and all(map(is_, map(type, tensors), self.kinds))
-            and all(map(eq, map(_facts, parts), self.facts))
-            and self._have_strides(parts)
+            and self.lie_as(parts)
             and all(map(eq, map(_gradient, tensors), self.gradients))
+            and (not self.sharding or self.sharding == _sharding(tensors))
         )
+
+    def lie_as(self, parts: Sequence[Tensor]) -> bool:
+        """Whether these, of whichever class, lie in memory so."""
+        return all(map(eq, map(_facts, parts), self.facts)) and self._have_strides(parts)
+
+    def of_some(self, positions: Sequence[int]) -> "Layouts":
+        """Those of the tensors at these positions."""
+        columns = (self.kinds, self.gradients, self.facts, self.strides)
+        kinds, gradients, facts, strides = ([c[i] for i in positions] for c in columns)
+        return Layouts(kinds, gradients, facts, strides, [])  # type: ignore[arg-type]
 
     def _have_strides(self, parts: Sequence[Tensor]) -> bool:
         # Some sparse tensors have none, and raise.
@@ -96,6 +109,16 @@ def parts_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return [local_part(tensor) for tensor in tensors]
 
 
+def _sharding(tensors: Sequence[Tensor]) -> list[object]:
+    """Mesh and placements of each DTensor; empty where there is none."""
+    if PLAIN.issuperset(map(type, tensors)):
+        return []
+    return [
+        (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
+        for tensor in tensors
+    ]
+
+
 def pointers_of(tensors: Sequence[Tensor]) -> list[int]:
     """Addresses; 0 for what has none."""
     parts = parts_of(tensors)
@@ -106,19 +129,22 @@ def pointers_of(tensors: Sequence[Tensor]) -> list[int]:
         return [part.data_ptr() if part.layout == torch.strided else 0 for part in parts]
 
 
-def walk(model: nn.Module) -> tuple[list[Any], list[Tensor]]:
-    """The names in a model, and its parameters and persistent buffers, in an order of its own.
+def walk(model: nn.Module) -> tuple[list[Any], list[Tensor], list[Tensor]]:
+    """The names in a model, its parameters and persistent buffers, and its other buffers.
 
-    Equal names are the same tree. A tensor with several names may come several times.
+    Equal names are the same tree, but for other buffers. The order is the walk's own; a tensor with
+    several names may come several times.
     """
     names: list[Any] = []
     held: list[Tensor | None] = []
+    transient: list[Tensor | None] = []
     stack: list[nn.Module | None] = [model]
     seen: set[int] = set()
     pop, name, hold = stack.pop, names.extend, held.extend
     while stack:
         module = pop()
         if module is None:
+            names.append(None)
             continue
         own = module.__dict__
         if modules := own["_modules"]:
@@ -137,10 +163,11 @@ def walk(model: nn.Module) -> tuple[list[Any], list[Tensor]]:
             saved = [buffer for buffer in buffers if buffer not in skip]
             name((None, *saved))
             hold([buffers[buffer] for buffer in saved])
+            transient.extend([buffers[buffer] for buffer in skip if buffer in buffers])
     tensors = [tensor for tensor in held if tensor is not None]
     if len(tensors) < len(held):
         names.append([index for index, tensor in enumerate(held) if tensor is None])
-    return names, tensors
+    return names, tensors, [tensor for tensor in transient if tensor is not None]
 
 
 def _strides(parts: Sequence[Tensor]) -> list[tuple[int, ...]]:

@@ -65,9 +65,10 @@ class Span:
         """Where the parts go, with tensors at these addresses."""
         return map(add, map(pointers.__getitem__, self.positions), self.inner)
 
-    def scatter(self, source: int, pointers: Sequence[int]) -> int:
-        """Bring the bytes of the span, which lie at the address `source`, to where they belong."""
-        _move(self.addresses(pointers), map(source.__add__, self.starts), self.sizes)
+    def scatter(self, memory: Tensor, pointers: Sequence[int]) -> int:
+        """Bring the bytes of the span, which are all of `memory`, to where they belong."""
+        sources = map(memory.data_ptr().__add__, self.starts)
+        _move(self.addresses(pointers), sources, self.sizes)
         return self.num_bytes
 
 
@@ -93,10 +94,10 @@ class FromFiles:
         """The spans as they are: their offsets say all."""
         return tuple(spans)
 
-    def into(self, spans: Sequence[Span], bases: Iterable[int]) -> Iterator[Task]:
-        """What brings each span as it is to an address."""
-        for span, base in zip(spans, bases, strict=True):
-            yield partial(_fill, self._path(span), span, array("Q", (base, span.num_bytes)))
+    def into(self, spans: Sequence[Span], memory: Sequence[Tensor]) -> Iterator[Task]:
+        """What brings each span as it is into memory of its size."""
+        for span, held in zip(spans, memory, strict=True):
+            yield partial(_fill_all, self._path(span), span, held)
 
     def to(self, spans: Sequence[Span], pointers: Sequence[int]) -> Iterator[Task]:
         """What brings the parts of each span to tensors at these addresses."""
@@ -133,6 +134,7 @@ class FromMemory:
             and all(map(_is_strided, tensors))
             and all(map(Tensor.is_contiguous, tensors))
             and not any(map(Tensor.is_neg, tensors))
+            and not any(map(_is_freed, tensors))
         )
         return FromMemory(list(source), facts, tensors) if able else None
 
@@ -153,11 +155,11 @@ class FromMemory:
         """The origin for later comparisons, without its tensors."""
         return replace(self, tensors=())
 
-    def into(self, spans: Sequence[Span], bases: Iterable[int]) -> Iterator[Task]:
-        """What brings each span as it is to an address."""
+    def into(self, spans: Sequence[Span], memory: Sequence[Tensor]) -> Iterator[Task]:
+        """What brings each span as it is into memory of its size."""
         pointers = pointers_of(self.tensors)
-        for span, base in zip(spans, bases, strict=True):
-            yield partial(_gather, span, pointers, map(base.__add__, span.starts))
+        for span, held in zip(spans, memory, strict=True):
+            yield partial(_gather_all, span, pointers, held)
 
     def to(self, spans: Sequence[Span], pointers: Sequence[int]) -> Iterator[Task]:
         """What brings the parts of each span to tensors at these addresses."""
@@ -185,8 +187,20 @@ Origin = FromFiles | FromMemory
 _MEMORY = Path("memory")
 
 
+def _is_freed(tensor: Tensor) -> bool:
+    return tensor.data_ptr() == 0 and tensor.numel() > 0
+
+
 def _is_strided(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided
+
+
+def _fill_all(path: Path, span: Span, memory: Tensor) -> int:
+    return _fill(path, span, array("Q", (memory.data_ptr(), span.num_bytes)))
+
+
+def _gather_all(span: Span, pointers: Sequence[int], memory: Tensor) -> int:
+    return _gather(span, pointers, map(memory.data_ptr().__add__, span.starts))
 
 
 def _fill(path: Path, span: Span, numbers: "array[int]") -> int:

@@ -14,9 +14,7 @@ from tqdm import tqdm
 
 from fixpass.runtime.checkpoint.mapping import Mapping
 from fixpass.runtime.checkpoint.sources import Source, files_of, opened
-from fixpass.runtime.modules import unwrapped
-from fixpass.runtime.weights.kept import keep
-from fixpass.runtime.weights.look import pointers_of, walk
+from fixpass.runtime.weights.kept import Keeping
 from fixpass.runtime.weights.options import SAME_NAMES, Mode, Options, Scope
 from fixpass.runtime.weights.origins import FromFiles, FromMemory, Origin
 from fixpass.runtime.weights.repeat import repeated
@@ -59,9 +57,8 @@ def reload(
             bar.total = origin.files.num_bytes
         if origin is not None and (report := repeated(model, origin, options)) is not None:
             return report
-        _, tensors = walk(unwrapped(model))
-        before = dict(zip(pointers_of(tensors), tensors, strict=True))
         with open_update(model, options) as tx:
+            tx.keeping = None if origin is None else Keeping(model, origin)
             if isinstance(origin, FromFiles):
                 tx.load_checkpoint(origin.checkpoint())
             elif isinstance(source, str | Path):
@@ -71,9 +68,6 @@ def reload(
             else:
                 tx.load_any(source)
     assert tx.report is not None
-    assert tx.prepared is not None
-    if origin is not None:
-        keep(model, origin, tx.prepared, before, options)
     return tx.report
 
 

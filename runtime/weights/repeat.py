@@ -63,41 +63,44 @@ class _Repeat:
     def staged(self) -> float:
         """Read everything into memory of the update's own; then write it. Seconds of the gate."""
         # In pieces that malloc uses again: fresh pages would take longer than all the rest.
-        staging = [torch.empty(span.num_bytes, dtype=torch.uint8) for span in self.kept.spans]
-        bases = pointers_of(staging)
-        self._read(self.origin.into(self.kept.spans, bases))
+        sizes = [span.num_bytes for span in self.kept.spans]
+        staging = [torch.empty(size, dtype=torch.uint8, device="cpu") for size in sizes]
+        self._read(self.origin.into(self.kept.spans, staging))
         gates, closing = over_ids(self.kept.ids), self._closing
         with closing.closed(gates) as began:
-            tensors = self._tensors()
+            tensors, _ = self._tensors()
+            written = parts_of(self.kept.of(tensors))
             # Should anybody give one of them other memory now, the old is still there.
-            held = [part.untyped_storage() for part in parts_of(tensors)]
+            held = [part.untyped_storage() for part in written]
             pointers = pointers_of(tensors)
             moves = [
-                partial(span.scatter, base, pointers)
-                for span, base in zip(self.kept.spans, bases, strict=True)
+                partial(span.scatter, memory, pointers)
+                for span, memory in zip(self.kept.spans, staging, strict=True)
             ]
 
             def write() -> None:
                 run(moves, self.options.threads, self.options.advance)
-                torch.autograd.graph.increment_version(parts_of(self.kept.of(tensors)))
+                torch.autograd.graph.increment_version(written)
 
             closing.forward(gates, write)
-        del staging, held
+            del held
         return time.perf_counter() - began
 
     def double(self) -> float:
         """Read into the second set of memory; then put it in place."""
-        spare = double.spare_of(self.model, [self.kept.ids[i] for i in self.kept.written])
+        spare = double.take_spare(self.model, self.kept.ids, self.kept.layouts, self.kept)
         if spare is None:
             raise _ChangedError
-        fresh, pointers = pointers_of(spare.views), [0] * len(self.kept.ids)
+        fresh, pointers = pointers_of(spare.views), [0] * len(self.kept.seen.ids)
         for index, pointer in zip(self.kept.written, fresh, strict=True):
             pointers[index] = pointer
         self._read(self.origin.to(self.kept.spans, pointers))
         gates, closing = over_ids(self.kept.ids), self._closing
         with closing.closed(gates) as began:
-            written = self.kept.of(self._tensors())
-            if pointers_of(written) != spare.pointers:
+            tensors, transient = self._tensors()
+            written = self.kept.of(tensors)
+            rest = [*self.kept.others(tensors), *transient]
+            if pointers_of(written) != spare.pointers or _share_memory(written, rest):
                 raise _ChangedError
             back = double.exchange(written, spare.views)
             try:
@@ -105,22 +108,22 @@ class _Repeat:
             except BaseException:
                 double.exchange(written, back)
                 raise
-            double.keep_spare(self.model, written, fresh, back)
+            double.keep_spare(self.model, written, fresh, back, self.kept)
         return time.perf_counter() - began
 
     @property
     def _closing(self) -> Closing:
         return Closing(self.model, self.base, self.options, _ignore)
 
-    def _tensors(self) -> Sequence[Tensor]:
-        """The tensors of the walk.
+    def _tensors(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The tensors of the walk, and other buffers.
 
         Nothing but bytes is written to them from here on, so they need no second look.
         """
-        names, tensors = walk(unwrapped(self.model))
-        if not self.kept.fits(names, tensors):
+        names, tensors, transient = walk(unwrapped(self.model))
+        if not self.kept.seen.holds(names, tensors) or 0 in pointers_of(self.kept.of(tensors)):
             raise _ChangedError
-        return tensors
+        return tensors, transient
 
     def _read(self, work: Iterable[Task]) -> None:
         advance = self.options.advance if self.options.mode == "double" else _ignore
@@ -129,6 +132,13 @@ class _Repeat:
         except CheckpointError as error:
             self.origin.explain(error)
             raise
+
+
+def _share_memory(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether any of the others lies in the memory of these."""
+    strided = [part for part in parts_of(others) if part.layout == torch.strided]
+    memory = {tensor.untyped_storage()._cdata for tensor in some} if strided else set()
+    return any(part.untyped_storage()._cdata in memory for part in strided)
 
 
 def _ignore(_: int) -> None:

@@ -50,8 +50,11 @@ def record_of(param: Tensor) -> Folded | None:
 
 
 def record(param: Tensor, folded: Folded) -> None:
+    before = record_of(param)
     _FOLDED[param] = folded
-    changed()
+    # The same fold at another address is none.
+    if before is None or before.plan is not folded.plan:
+        changed()
 
 
 def forget(param: Tensor) -> None:

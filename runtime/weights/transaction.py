@@ -32,6 +32,7 @@ from fixpass.runtime.weights.collected import Collected, Prepared, in_staging, v
 from fixpass.runtime.weights.commit import Commit
 from fixpass.runtime.weights.digest import digest
 from fixpass.runtime.weights.gate import Gate, closed, gate_of, over, tensors_of
+from fixpass.runtime.weights.kept import Keeping
 from fixpass.runtime.weights.manifest import Manifest
 from fixpass.runtime.weights.options import SAME_NAMES, Mode, Options, Scope
 from fixpass.runtime.weights.places import Places, places
@@ -71,8 +72,8 @@ class Update:
     def __init__(self, model: nn.Module, options: Options, stack: ExitStack) -> None:
         self.report: UpdateReport | None = None
         """What was done; None until it is."""
-        self.prepared: Prepared | None = None
-        """What was written; None until it is."""
+        self.keeping: Keeping | None = None
+        """Takes the plan of what was written, where the next update may be like it."""
         self._model = model
         self._options = options
         self._stack = stack
@@ -149,7 +150,8 @@ class Update:
 
     def _commit(self, work: Commit) -> None:
         prepared, seconds = work.run()
-        self.prepared = prepared
+        if self.keeping is not None:
+            self.keeping.keep(prepared, self._options)
         committed(self._model)
         self.report = UpdateReport(
             replace(prepared.report, seconds=time.perf_counter() - self._options.began),

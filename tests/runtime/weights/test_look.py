@@ -18,9 +18,10 @@ def weights():
 def test_it_finds_parameters_and_persistent_buffers():
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
     model[1].register_buffer("scratch", torch.zeros(1), persistent=False)
-    _, tensors = walk(model)
+    _, tensors, _ = walk(model)
     wanted = [*model.parameters(), *model[0].buffers()]
     assert {id(tensor) for tensor in tensors} == {id(tensor) for tensor in wanted}
+    assert walk(model)[2] == [model[1].scratch]
 
 
 def test_other_trees_of_the_same_tensors_have_other_names():
@@ -40,7 +41,7 @@ def test_other_trees_of_the_same_tensors_have_other_names():
 @pytest.mark.parametrize("bias", [None, nn.Parameter(torch.zeros(2))])
 def test_a_parameter_that_is_none_is_told_from_one_that_is_not(bias):
     model = tree(a=weights(), b=weights())
-    before, _ = walk(model)
+    before, *_ = walk(model)
     model["a"].bias = bias
     assert (walk(model)[0] == before) is (bias is None)
 
@@ -52,10 +53,18 @@ def test_a_name_of_a_module_is_told_from_that_of_a_parameter():
     assert walk(one)[0] != walk(other)[0]
 
 
+def test_a_module_that_is_none_has_its_place():
+    model = nn.Module()
+    model.a, model.b = weights(), None
+    before = walk(model)[0]
+    model.a, model.b = None, model.a
+    assert walk(model)[0] != before
+
+
 def test_modules_that_hold_each_other_end():
     model = tree(a=weights())
     model["a"].parent = model
-    _, tensors = walk(model)
+    _, tensors, _ = walk(model)
     assert tensors == [model["a"].weight]
 
 

@@ -60,9 +60,9 @@ class Block(nn.Module):
         return self.down(self.up(x).relu())
 
 
-def sharded():
+def sharded(make=lambda: nn.Sequential(Block(), Block())):
     torch.manual_seed(0)
-    model = nn.Sequential(Block(), Block())
+    model = make()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in model:
         fully_shard(block, mesh=mesh)
@@ -100,9 +100,20 @@ def update_sharded(mode, way):
     return wrong, same, version(model)
 
 
+class Whole(nn.Sequential):
+    """Two blocks, and a parameter of the root's own, which stays gathered after a forward."""
+
+    def __init__(self):
+        super().__init__(Block(), Block())
+        self.scale = nn.Parameter(torch.ones(16))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
 def reload_sharded(folder):
     """Reload a sharded model from files, each time after a forward; how often that was planned."""
-    model, wrong, plans, make = sharded(), [], [], collected.make_plan
+    model, wrong, plans, make = sharded(Whole), [], [], collected.make_plan
     collected.make_plan = lambda *args, **kwargs: plans.append(1) or make(*args, **kwargs)
     for number in (1, 2, 3):
         before = model(torch.ones(2, 16)).detach()
@@ -111,7 +122,7 @@ def reload_sharded(folder):
         wrong += [
             n for n, p in model.named_parameters() if not torch.equal(p.full_tensor(), state[n])
         ]
-        plain = nn.Sequential(Block(), Block())
+        plain = Whole()
         plain.load_state_dict(state)
         now = model(torch.ones(2, 16))
         wrong += (

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fixpass.runtime.checkpoint.read import Task, run
+from fixpass.runtime.checkpoint.targets import reshard
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights import double
@@ -40,6 +41,8 @@ def repeated(model: nn.Module, origin: Origin, options: Options) -> UpdateReport
     if kept is None or not kept.is_for(origin, options):
         return None
     with alone(model, options) as base:
+        if kept.seen.layouts.sharding:
+            reshard(model)
         repeat = _Repeat(model, options, kept, origin, base)
         try:
             seconds = repeat.staged() if options.mode == "staged" else repeat.double()
@@ -109,6 +112,7 @@ class _Repeat:
                 double.exchange(written, back)
                 raise
             double.keep_spare(self.model, written, fresh, back, self.kept)
+        self.options.advance(sum(span.num_bytes for span in self.kept.spans))
         return time.perf_counter() - began
 
     @property
@@ -126,9 +130,9 @@ class _Repeat:
         return tensors, transient
 
     def _read(self, work: Iterable[Task]) -> None:
-        advance = self.options.advance if self.options.mode == "double" else _ignore
+        # Progress is what is in place: all of this may have to be read again.
         try:
-            run(work, self.options.threads, advance)
+            run(work, self.options.threads, _ignore)
         except CheckpointError as error:
             self.origin.explain(error)
             raise

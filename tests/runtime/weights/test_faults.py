@@ -183,7 +183,7 @@ def test_a_sharded_model_is_updated_from_whole_tensors_and_from_shards(two, mode
 def test_a_sharded_model_is_reloaded_again_and_again_by_one_plan(two, tmp_path):
     for number in (1, 2, 3):
         torch.manual_seed(number)
-        model = nn.Sequential(workers.Block(), workers.Block())
+        model = workers.Whole()
         (tmp_path / str(number)).mkdir()
         save_file(model.state_dict(), tmp_path / str(number) / "w.safetensors")
     for wrong, plans, number in two.run(workers.reload_sharded, str(tmp_path)):

@@ -11,7 +11,7 @@ from torch import nn
 
 from fixpass.runtime.checkpoint import vectored
 from fixpass.runtime.errors import CheckpointError, UpdateError
-from fixpass.runtime.weights import origins
+from fixpass.runtime.weights import double, origins
 from fixpass.runtime.weights.gate import gate_of
 from fixpass.runtime.weights.versions import version
 
@@ -115,3 +115,134 @@ def test_it_waits_for_calls_under_way(tmp_path, mode):
         assert holds(model, before)
     thread.join(60)
     assert holds(model, state)
+
+
+# The second set of memory
+
+
+def twice(folder, model):
+    for seed in (1, 2):
+        state = saved(folder, seed, model=model)
+        reloaded(model, folder, "double")
+    return state
+
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8)).requires_grad_(False)
+
+
+def test_memory_of_another_layout_is_not_put_in_place(tmp_path):
+    """What was in use before the layout changed lies as the old one."""
+    model = small()
+    twice(tmp_path, model)
+    model[0].weight.data = model[0].weight.data.view(8, 4)
+    for mode in ("staged", "double", "double"):
+        state = saved(tmp_path, 3, model=model)
+        reloaded(model, tmp_path, mode)
+        assert model[0].weight.shape == (8, 4)
+        assert holds(model, state)
+
+
+def test_weights_that_were_brought_back_by_hand_are_not_written_before_the_gate_closes(
+    tmp_path, monkeypatch
+):
+    model = small()
+    state = twice(tmp_path, model)
+    old = [param.data for param in model.parameters()]
+    saved(tmp_path, 3, model=model)
+    reloaded(model, tmp_path, "double")
+    for param, data in zip(model.parameters(), old, strict=True):
+        param.data = data
+    assert holds(model, state)
+    fill, seen = vectored.fill, []
+
+    def looking(*args):
+        fill(*args)
+        seen.append(holds(model, state))
+
+    monkeypatch.setattr(vectored, "fill", looking)
+    fresh = saved(tmp_path, 4, model=model)
+    reloaded(model, tmp_path, "double")
+    assert holds(model, fresh)
+    assert all(seen)
+
+
+def test_tensors_that_the_user_keeps_are_not_written_over(tmp_path):
+    model = small()
+    twice(tmp_path, model)
+    kept = model.state_dict()
+    values = {name: value.clone() for name, value in kept.items()}
+    for seed in (3, 4, 5):
+        saved(tmp_path, seed, model=model)
+        reloaded(model, tmp_path, "double")
+    assert all(torch.equal(kept[name], values[name]) for name in kept)
+    reloaded(model, kept, "double")
+    assert holds(model, values)
+
+
+def test_what_came_to_share_memory_with_a_weight_goes_on_to_share_it(tmp_path):
+    model = small()
+    twice(tmp_path, model)
+    model.register_buffer("row", model[0].weight[1], persistent=False)
+    for seed in (3, 4, 5):
+        state = saved(tmp_path, seed, model=model)
+        reloaded(model, tmp_path, "double")
+        assert holds(model, state)
+        assert torch.equal(model.row, state["0.weight"][1])
+
+
+def test_an_interrupt_after_the_exchange_leaves_whole_weights_and_no_memory_to_write_over(
+    tmp_path, monkeypatch
+):
+    model = small()
+    state = twice(tmp_path, model)
+    fresh, keep = saved(tmp_path, 3, model=model), double.keep_spare
+
+    def interrupted(*args):
+        monkeypatch.setattr(double, "keep_spare", keep)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(double, "keep_spare", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reloaded(model, tmp_path, "double")
+    assert holds(model, state) or holds(model, fresh)
+    for seed in (4, 5):
+        state = saved(tmp_path, seed, model=model)
+        reloaded(model, tmp_path, "double")
+        assert holds(model, state)
+
+
+# Where it may be called
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_default_device_is_not_where_bytes_are_staged(tmp_path, mode):
+    model = small()
+    for seed in range(4):
+        state = saved(tmp_path, seed, model=model)
+        with torch.device("meta"):
+            reloaded(model, tmp_path if seed % 2 else state, mode)
+        assert holds(model, state)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_that_shares_what_is_not_loaded_is_not_kept_waiting(tmp_path, mode):
+    model, other = small(), small()
+    other[1] = model[1]
+    for seed in range(3):
+        state = saved(tmp_path, seed, model=model[0])
+        with gate_of(other).reading():
+            named_so = {f"0.{name}": value for name, value in state.items()}
+            reloaded(model, named_so, mode, scope="parameters")
+        assert torch.equal(model[0].weight, state["weight"])
+    assert (version(model), version(other)) == (3, 0)
+
+
+def test_a_sparse_buffer_is_no_reason_to_fail_after_the_commit(tmp_path):
+    model = small()
+    model.register_buffer("mask", torch.eye(4).to_sparse())
+    for seed in range(3):
+        state = {"0.weight": torch.full((4, 8), float(seed))}
+        reloaded(model, state, scope="parameters")
+        assert torch.equal(model[0].weight, state["0.weight"])

@@ -29,7 +29,8 @@ from fixpass.runtime.weights.alias import packed
 from fixpass.runtime.weights.collected import Prepared
 from fixpass.runtime.weights.look import Layouts, pointers_of, walk
 from fixpass.runtime.weights.options import Options, Scope
-from fixpass.runtime.weights.origins import Origin, Part, Span
+from fixpass.runtime.weights.origins import Origin
+from fixpass.runtime.weights.spans import Part, Span
 from fixpass.runtime.weights.table import generation
 
 

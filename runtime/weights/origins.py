@@ -5,10 +5,8 @@ a plan that was made for one then holds for the other, whatever the values are. 
 here of the model that the bytes go to, but addresses.
 """
 
-import ctypes
 from array import array
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,48 +26,9 @@ from fixpass.runtime.checkpoint.stored import Checkpoint, FilePiece, Stored
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.collected import add_cut_off
 from fixpass.runtime.weights.look import PLAIN, pointers_of
-
-Part = tuple[int, int, int]
-"""The position of a tensor, a byte of it, and how many bytes from there on."""
+from fixpass.runtime.weights.spans import Span, move
 
 _facts = attrgetter("dtype", "device", "shape")
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Bytes of an origin that follow each other, few enough for one task, and where they go.
-
-    file: which one, where there are several. A part goes to byte `inner` of the tensor at
-    `positions` of a model; it has a size, and it starts so many bytes behind `offset`. given and
-    given_inner: which tensor and byte of it that is, where the origin is tensors. Columns, for
-    speed.
-    """
-
-    file: int
-    offset: int
-    num_bytes: int
-    positions: tuple[int, ...]
-    inner: tuple[int, ...]
-    sizes: tuple[int, ...]
-    starts: tuple[int, ...]
-    given: tuple[int, ...] = ()
-    given_inner: tuple[int, ...] = ()
-
-    @staticmethod
-    def of(file: int, offset: int, parts: Sequence[Part]) -> "Span":
-        positions, inner, sizes = zip(*parts, strict=True)
-        ends = tuple(accumulate(sizes))
-        return Span(file, offset, ends[-1], positions, inner, sizes, (0, *ends[:-1]))
-
-    def addresses(self, pointers: Sequence[int]) -> Iterator[int]:
-        """Where the parts go, with tensors at these addresses."""
-        return map(add, map(pointers.__getitem__, self.positions), self.inner)
-
-    def scatter(self, memory: Tensor, pointers: Sequence[int]) -> int:
-        """Bring the bytes of the span, which are all of `memory`, to where they belong."""
-        sources = map(memory.data_ptr().__add__, self.starts)
-        _move(self.addresses(pointers), sources, self.sizes)
-        return self.num_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,9 +169,5 @@ def _fill(path: Path, span: Span, numbers: "array[int]") -> int:
 
 def _gather(span: Span, pointers: Sequence[int], targets: Iterable[int]) -> int:
     sources = map(add, map(pointers.__getitem__, span.given), span.given_inner)
-    _move(targets, sources, span.sizes)
+    move(targets, sources, span.sizes)
     return span.num_bytes
-
-
-def _move(targets: Iterable[int], sources: Iterable[int], sizes: Iterable[int]) -> None:
-    deque(map(ctypes.memmove, targets, sources, sizes), maxlen=0)

@@ -11,7 +11,7 @@ from torch import nn
 
 from fixpass.runtime.checkpoint import vectored
 from fixpass.runtime.errors import CheckpointError, UpdateError
-from fixpass.runtime.weights import double, origins
+from fixpass.runtime.weights import double, spans
 from fixpass.runtime.weights.gate import gate_of
 from fixpass.runtime.weights.versions import version
 
@@ -85,7 +85,7 @@ def test_an_interrupt_in_mid_commit_is_finished_first(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         move(*args)
 
-    monkeypatch.setattr(origins.ctypes, "memmove", interrupted)
+    monkeypatch.setattr(spans.ctypes, "memmove", interrupted)
     with pytest.raises(KeyboardInterrupt) as caught:
         reloaded(model, tmp_path, threads=1)
     assert "finished first" in caught.value.__notes__[0]

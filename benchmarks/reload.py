@@ -116,9 +116,11 @@ def _many(result: Result, folder: Path, quick: bool) -> None:
         for name, way in WAYS.items()
         if name != "load_file + load_state_dict"
     }
+    # Into models of their own: of each model the plan of the last reload is kept, and no more.
     states = [_state(folder / name) for name in ("0", "1")]
     for mode in ("double", "staged"):
-        ways[f"reload of a state dict, {mode}, 1 thread"] = _of_states(mode, states)
+        other = experts(2 if quick else LAYERS)
+        ways[f"reload of a state dict, {mode}, 1 thread"] = _of_states(other, mode, states)
     for mode, names in (("double", ("2", "3")), ("staged", ("4", "5"))):
         ways[f"reload, {mode}, 1 thread, planned anew"] = _in_turn(_reload(mode, 1), folder, names)
     ways["load_file + load_state_dict"] = _in_turn(_load_file, folder, ("0", "1"))
@@ -154,10 +156,10 @@ def _state(folder: Path) -> dict[str, Tensor]:
     return {k: v for file in sorted(folder.iterdir()) for k, v in load_file(file).items()}
 
 
-def _of_states(mode: str, states: Sequence[dict[str, Tensor]]) -> Way:
-    """Reloads from tensors in memory, each time from others."""
+def _of_states(model: Any, mode: str, states: Sequence[dict[str, Tensor]]) -> Way:
+    """Reloads of a model from tensors in memory, each time from others."""
     turn = cycle(states)
-    return lambda model, _: reload(model, next(turn), mode, threads=1, progress=False).closed  # type: ignore[arg-type]
+    return lambda *_: reload(model, next(turn), mode, threads=1, progress=False).closed  # type: ignore[arg-type]
 
 
 def _in_turn(way: Way, folder: Path, names: Sequence[str]) -> Way:

@@ -86,14 +86,15 @@ class FromMemory:
     def of(source: Mapping[str, Tensor]) -> "FromMemory | None":
         """The tensors of a state dict; None where their values are not just their bytes."""
         tensors = list(source.values())
+        if not PLAIN.issuperset(map(type, tensors)) or not all(map(_is_strided, tensors)):
+            return None
         facts = list(map(_facts, tensors))
+        kinds = {(dtype.is_complex, device.type) for dtype, device in {f[:2] for f in facts}}
         able = (
-            PLAIN.issuperset(map(type, tensors))
-            and all(device.type == "cpu" and not dtype.is_complex for dtype, device, _ in facts)
-            and all(map(_is_strided, tensors))
+            kinds <= {(False, "cpu")}
             and all(map(Tensor.is_contiguous, tensors))
             and not any(map(Tensor.is_neg, tensors))
-            and not any(map(_is_freed, tensors))
+            and (all(map(Tensor.data_ptr, tensors)) or not any(map(_is_freed, tensors)))
         )
         return FromMemory(list(source), facts, tensors) if able else None
 

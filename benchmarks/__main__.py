@@ -42,6 +42,7 @@ BENCHMARKS: dict[str, Callable[[bool], Result]] = {
     "fold": fold.run,
     "fold-decode": fold_decode.run,
     "reload": reload.run,
+    "reload-many": reload.run_many,
 }
 # What needs more than `make` installs runs only where it is named.
 BY_NAME = frozenset({"vllm-serving", "vllm-start"})

@@ -24,21 +24,32 @@ from benchmarks.ways import check, peak
 from fixpass.weights import load, reload
 
 ABOUT = (
-    "Seconds on the wall to give a live Llama (bfloat16, safetensors, warm page cache) other "
-    "weights. `memcpy` copies the same bytes from memory that was touched. `load` is the load that "
-    "promises nothing where a file breaks while it is read; the modes leave the old weights then. "
-    "held back: how long calls of the model wait. Peak is over the model; mode double keeps its "
-    "second set of memory between updates, which is in the peak. The experts are 16 x 16 in "
-    "float32, in four files. `planned anew`: no reload's files have the headers of the last."
+    "Seconds on the wall to give {what} other weights, from safetensors in a warm page cache. "
+    "`memcpy` copies the same bytes from memory that was touched. `load` is the load that promises "
+    "nothing where a file breaks while it is read; the modes leave the old weights then. held "
+    "back: how long calls of the model wait. Peak is over the model; mode double keeps its second "
+    "set of memory between updates, which is in the peak."
+)
+MANY = (
+    "The files of two folders in turn differ in values alone; `planned anew`: no reload's files "
+    "have the headers of the last. State dicts are loaded in a run of their own: of each model "
+    "the plan of the last reload is kept, and no more."
 )
 MODES = ("double", "journal", "staged")
+STATE_MODES = ("double", "staged")
 LAYERS, EXPERTS = 24, 66  # 4,752 matrices of experts, and 48 other tensors
 
 
 def run(quick: bool) -> Result:
-    result = Result("reload", ABOUT, quick=quick)
+    result = Result("reload", ABOUT.format(what="a live Llama (bfloat16)"), quick=quick)
     with tempfile.TemporaryDirectory(prefix="fixpass-bench-") as folder:
         _large(result, Path(folder), quick)
+    return result
+
+
+def run_many(quick: bool) -> Result:
+    about = ABOUT.format(what="4,800 tensors of experts (16 x 16, float32)")
+    result = Result("reload-many", f"{about} {MANY}", quick=quick)
     with tempfile.TemporaryDirectory(prefix="fixpass-bench-") as folder:
         _many(result, Path(folder), quick)
     return result
@@ -116,15 +127,15 @@ def _many(result: Result, folder: Path, quick: bool) -> None:
         for name, way in WAYS.items()
         if name != "load_file + load_state_dict"
     }
-    # Into models of their own: of each model the plan of the last reload is kept, and no more.
-    states = [_state(folder / name) for name in ("0", "1")]
-    for mode in ("double", "staged"):
-        other = experts(2 if quick else LAYERS)
-        ways[f"reload of a state dict, {mode}, 1 thread"] = _of_states(other, mode, states)
     for mode, names in (("double", ("2", "3")), ("staged", ("4", "5"))):
         ways[f"reload, {mode}, 1 thread, planned anew"] = _in_turn(_reload(mode, 1), folder, names)
     ways["load_file + load_state_dict"] = _in_turn(_load_file, folder, ("0", "1"))
     samples, held = _timed(model, folder, ways, 3 if quick else 11)
+    states = [_state(folder / name) for name in ("0", "1")]
+    ways = {f"reload of a state dict, {m}, 1 thread": _of_states(m, states) for m in STATE_MODES}
+    for name, way in ways.items():
+        more, held_more = _timed(model, folder, {name: way}, 3 if quick else 11)
+        samples[name], held[name] = more[name], held_more[name]
     for name, taken in samples.items():
         each = spread(taken).scaled(1e6 / count)
         result.rows.append(
@@ -156,10 +167,10 @@ def _state(folder: Path) -> dict[str, Tensor]:
     return {k: v for file in sorted(folder.iterdir()) for k, v in load_file(file).items()}
 
 
-def _of_states(model: Any, mode: str, states: Sequence[dict[str, Tensor]]) -> Way:
+def _of_states(mode: str, states: Sequence[dict[str, Tensor]]) -> Way:
     """Reloads of a model from tensors in memory, each time from others."""
     turn = cycle(states)
-    return lambda *_: reload(model, next(turn), mode, threads=1, progress=False).closed  # type: ignore[arg-type]
+    return lambda model, _: reload(model, next(turn), mode, threads=1, progress=False).closed  # type: ignore[arg-type]
 
 
 def _in_turn(way: Way, folder: Path, names: Sequence[str]) -> Way:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fixpass.runtime.errors import PoisonedError, UpdateError
 from fixpass.runtime.modules import unwrapped
+from fixpass.runtime.weights.look import walk
 
 Covers = Callable[[], Iterable[Tensor]]
 
@@ -146,9 +147,9 @@ def writing(module: nn.Module, timeout: float | None = None) -> AbstractContextM
 
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers of a module; one that is tied, more than once."""
-    for part in module.modules():
-        for held in (part._parameters, part._buffers):
-            yield from (tensor for tensor in held.values() if tensor is not None)
+    _, tensors, transient = walk(module)
+    yield from tensors
+    yield from transient
 
 
 def over(tensors: Iterable[Tensor]) -> tuple[Gate, ...]:
@@ -156,12 +157,13 @@ def over(tensors: Iterable[Tensor]) -> tuple[Gate, ...]:
     return over_ids([id(tensor) for tensor in tensors])
 
 
-def over_ids(ids: Iterable[int]) -> tuple[Gate, ...]:
-    """As `over`, of tensors by their ids."""
+def over_ids(ids: Iterable[int], but: Gate | None = None) -> tuple[Gate, ...]:
+    """As `over`, of tensors by their ids, and without a gate that is known to be one of them."""
     wanted = frozenset(ids)
     return tuple(
         gate
         for gate in list(_GATES)
+        if gate is not but
         if not wanted.isdisjoint(id(tensor) for tensor in gate.covers())
     )
 

@@ -69,7 +69,7 @@ class _Repeat:
         sizes = [span.num_bytes for span in self.kept.spans]
         staging = [torch.empty(size, dtype=torch.uint8, device="cpu") for size in sizes]
         self._read(self.origin.into(self.kept.spans, staging))
-        gates, closing = over_ids(self.kept.ids), self._closing
+        gates, closing = over_ids(self.kept.ids, gate_of(self.model)), self._closing
         with closing.closed(gates) as began:
             tensors, _ = self._tensors()
             written = parts_of(self.kept.of(tensors))
@@ -98,7 +98,7 @@ class _Repeat:
         for index, pointer in zip(self.kept.written, fresh, strict=True):
             pointers[index] = pointer
         self._read(self.origin.to(self.kept.spans, pointers))
-        gates, closing = over_ids(self.kept.ids), self._closing
+        gates, closing = over_ids(self.kept.ids, gate_of(self.model)), self._closing
         with closing.closed(gates) as began:
             tensors, transient = self._tensors()
             written = self.kept.of(tensors)

@@ -157,14 +157,13 @@ def over(tensors: Iterable[Tensor]) -> tuple[Gate, ...]:
     return over_ids([id(tensor) for tensor in tensors])
 
 
-def over_ids(ids: Iterable[int], but: Gate | None = None) -> tuple[Gate, ...]:
-    """As `over`, of tensors by their ids, and without a gate that is known to be one of them."""
+def over_ids(ids: Iterable[int], known: Gate | None = None) -> tuple[Gate, ...]:
+    """As `over`, of tensors by their ids; `known` is one of the gates, and is not looked at."""
     wanted = frozenset(ids)
     return tuple(
         gate
         for gate in list(_GATES)
-        if gate is not but
-        if not wanted.isdisjoint(id(tensor) for tensor in gate.covers())
+        if gate is known or not wanted.isdisjoint(id(tensor) for tensor in gate.covers())
     )
 
 

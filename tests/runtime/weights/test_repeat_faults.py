@@ -117,6 +117,19 @@ def test_it_waits_for_calls_under_way(tmp_path, mode):
     assert holds(model, state)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_that_were_a_mixture_are_whole_after_it(tmp_path, mode):
+    model = model_of()
+    for seed in (1, 2, 3):
+        state = saved(tmp_path, seed)
+        reloaded(model, tmp_path, mode)
+    gate_of(model).poisoned = "an update failed"
+    state = saved(tmp_path, 4)
+    reloaded(model, tmp_path, mode)
+    with gate_of(model).reading():
+        assert holds(model, state)
+
+
 # The second set of memory
 
 

@@ -32,6 +32,11 @@ def check_written_in(function: object, package: ModuleType, where: str) -> None:
         raise EngineError(f"{where} is {whose(function)}, not the engine's own")
 
 
+def is_hook_of(module: str, function: object) -> bool:
+    """Whether `function` was put in its place by that module of ours."""
+    return isinstance(function, FunctionType) and function.__module__ == module
+
+
 def whose(function: object) -> str:
     """A function in words: its name, and the file that it was written in."""
     if isinstance(function, FunctionType):

@@ -11,11 +11,17 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
-from types import FunctionType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from fixpass.config import Config, is_switched_on
-from fixpass.integrations.engine import check_version, check_written_in, once, whose
+from fixpass.integrations.engine import (
+    check_version,
+    check_written_in,
+    is_hook_of,
+    once,
+    whose,
+)
 from fixpass.integrations.vllm_folding import hook_backend
 from fixpass.runtime.errors import EngineError
 
@@ -50,7 +56,7 @@ def _supported(engine: ModuleType) -> ModuleType:
 def _hook(configuration: type, engine: ModuleType) -> None:
     """Put ourselves around `configuration.__post_init__`, once."""
     original: Any = configuration.__dict__.get("__post_init__")
-    if _ours(original):
+    if is_hook_of(__name__, original):
         return
     where = f"{configuration.__name__}.__post_init__"
     try:
@@ -83,10 +89,6 @@ def _folding(compilation: Any) -> Config | None:
     from fixpass.integrations.vllm_passes import options_of
 
     return options_of(compilation)
-
-
-def _ours(function: Any) -> bool:
-    return isinstance(function, FunctionType) and function.__module__ == __name__
 
 
 def _configure(config: Any, original: Callable[[Any], None], in_front: Any) -> None:

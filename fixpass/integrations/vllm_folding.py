@@ -21,7 +21,7 @@ from torch._inductor.compile_fx import compile_fx
 from fixpass.backend import record
 from fixpass.config import Config
 from fixpass.entry import enter
-from fixpass.integrations.engine import check_written_in, once
+from fixpass.integrations.engine import check_written_in, is_hook_of, once
 from fixpass.integrations.vllm_reload import hook_reload
 from fixpass.passes.functionalize_norms import FunctionalizeNorms
 
@@ -55,7 +55,7 @@ def hook_backend(
     where the method is not the engine's own.
     """
     original: Any = configuration.__dict__.get("init_backend")
-    if getattr(original, "__module__", None) == __name__:
+    if is_hook_of(__name__, original):
         return
     check_written_in(original, engine, TARGET)
 

@@ -11,12 +11,13 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fixpass.integrations.engine import check_written_in, once
+from fixpass.integrations.engine import check_written_in, is_hook_of, once
 from fixpass.runtime.errors import EngineError
 from fixpass.runtime.weights.table import record_of
 from fixpass.runtime.weights.window import window
@@ -99,9 +100,11 @@ def hook_reload() -> None:
     """Put all hooks in place, each once; one whose target is not there is left out and named."""
     for target, around in HOOKS:
         try:
-            owner, name = _owner(target)
+            module, _, names = target.partition(":")
+            within, _, name = names.rpartition(".")
+            owner = resolve_name(f"{module}:{within}")
             original = vars(owner).get(name)
-            if getattr(original, "__module__", None) == __name__:
+            if is_hook_of(__name__, original):
                 continue
             check_written_in(original, importlib.import_module("vllm"), target)
         except (ImportError, AttributeError, EngineError) as error:
@@ -110,13 +113,3 @@ def hook_reload() -> None:
         hooked = around(original)
         hooked.__module__ = __name__
         setattr(owner, name, hooked)
-
-
-def _owner(target: str) -> tuple[Any, str]:
-    """The module or class that a target is looked up in, and its name there."""
-    path, _, names = target.partition(":")
-    *classes, name = names.split(".")
-    owner: Any = importlib.import_module(path)
-    for each in classes:
-        owner = getattr(owner, each)
-    return owner, name

@@ -20,7 +20,7 @@ from fixpass.runtime.checkpoint.local import local_part
 PLAIN = frozenset((nn.Parameter, Tensor))
 """Classes whose memory is their own."""
 
-_facts = attrgetter("dtype", "device", "shape")
+facts_of = attrgetter("dtype", "device", "shape")
 _gradient = attrgetter("requires_grad")
 
 
@@ -43,7 +43,7 @@ class Layouts:
         return Layouts(
             list(map(type, tensors)),
             list(map(_gradient, tensors)),
-            list(map(_facts, parts)),
+            list(map(facts_of, parts)),
             _strides(parts),
             _sharding(tensors),
         )
@@ -61,7 +61,7 @@ class Layouts:
 
     def lie_as(self, parts: Sequence[Tensor]) -> bool:
         """Whether these, of whichever class, lie in memory so."""
-        return all(map(eq, map(_facts, parts), self.facts)) and self._have_strides(parts)
+        return all(map(eq, map(facts_of, parts), self.facts)) and self._have_strides(parts)
 
     def of_some(self, positions: Sequence[int]) -> "Layouts":
         """Those of the tensors at these positions."""

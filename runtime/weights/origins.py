@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
-from operator import add, attrgetter
+from operator import add
 from pathlib import Path
 from typing import Self
 
@@ -25,10 +25,8 @@ from fixpass.runtime.checkpoint.safetensors_files import Files
 from fixpass.runtime.checkpoint.stored import Checkpoint, FilePiece, Stored
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.collected import add_cut_off
-from fixpass.runtime.weights.look import PLAIN, pointers_of
+from fixpass.runtime.weights.look import PLAIN, facts_of, pointers_of
 from fixpass.runtime.weights.spans import Span, move
-
-_facts = attrgetter("dtype", "device", "shape")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +86,7 @@ class FromMemory:
         tensors = list(source.values())
         if not PLAIN.issuperset(map(type, tensors)) or not all(map(_is_strided, tensors)):
             return None
-        facts = list(map(_facts, tensors))
+        facts = list(map(facts_of, tensors))
         kinds = {(dtype.is_complex, device.type) for dtype, device in {f[:2] for f in facts}}
         able = (
             kinds <= {(False, "cpu")}

@@ -6,6 +6,7 @@ of the target counts as installed. Guards and caches of other compiles are left 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fixpass.entry import enter
 from fixpass.lowering.target import Target, target_named
 from fixpass.passes.base import Remark
 from fixpass.passes.pipeline import Pipeline
+from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.passes.report import Report
 from fixpass.plan import check_torch, graph_pipeline, preferred, present_target
 from fixpass.retarget import claim_device
@@ -38,6 +40,9 @@ def explain(
     check_torch()
     config = Config.resolve(options)
     asked = preferred(target_named(target), config) if target else None
+    if asked and asked.device_type != "cpu":
+        # What is packed for the CPU that traces is no tensor that another device could claim.
+        config = replace(config, disable=(*config.disable, PrepackLinears.name))
     reports: list[Report] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

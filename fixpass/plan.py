@@ -18,9 +18,11 @@ from fixpass.passes.base import Pass
 from fixpass.passes.fold_weights import FoldWeights
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
+from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.runtime.errors import ConfigError, UnsupportedTorchError
 from fixpass.runtime.providers import is_available
 from fixpass.runtime.symmetric_memory.policy import Policy
+from fixpass.runtime.weights.prepack import packable_dtypes
 
 OLDEST, NEWEST = (2, 11), (2, 14)
 
@@ -55,7 +57,7 @@ def entry_pipeline(config: Config, *, touch: bool = False) -> Pipeline:
     folds = FoldWeights(
         config.fold or "derived", touch, asked=config.fold is not None, sharded=_is_sharded()
     )
-    steps = _enabled(entry_passes(folds), config)
+    steps = _enabled(entry_passes(folds, PrepackLinears(packable_dtypes())), config)
     return Pipeline(steps, strict=config.strict, fuel=config.fuel)
 
 

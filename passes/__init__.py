@@ -10,19 +10,24 @@ from fixpass.passes.insert_relayout import InsertRelayout
 from fixpass.passes.join_qk_norms import JoinQkNorms
 from fixpass.passes.lower_norms import LowerNorms
 from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
+from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.passes.select_norm_kernel import SelectNormKernel
 
 
-def entry_passes(folds: FoldWeights | None = None) -> tuple[Pass, ...]:
+def entry_passes(
+    folds: FoldWeights | None = None, prepack: PrepackLinears | None = None
+) -> tuple[Pass, ...]:
     """What runs on Dynamo's graph, on every compile, also when a cache is warm.
 
-    folds: the pass for weights, with what is known of this process.
+    folds, prepack: the passes for weights, with what is known of this process and machine.
     """
     return (
         # Before AOTAutograd, which would wrap an op that writes into its arguments.
         FunctionalizeNorms(),
         # Here and nowhere later: the live parameters are at hand, and no cache skips it.
         folds or FoldWeights(),
+        # Behind the folds, whose values it packs.
+        prepack or PrepackLinears(),
     )
 
 

@@ -9,7 +9,8 @@ from torch.nn.functional import linear
 
 from fixpass.testing import f32
 
-EAGER = {"lower": "eager", "verify": True, "strict": True}
+# Without the pass that hands products to another kernel, which rounds in another order.
+EAGER = {"lower": "eager", "verify": True, "strict": True, "disable": ("prepack-linears",)}
 
 
 class Folds(nn.Module):

@@ -11,6 +11,7 @@ from torch import fx
 from fixpass.capture import compile_graphs, copy_graph
 from fixpass.config import Config
 from fixpass.entry import enter
+from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.passes.printer import format_graph
 from fixpass.specialize import specialize_eps
 
@@ -31,7 +32,8 @@ def trace(
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         specialize_eps(gm.graph)
-        entry = enter(gm, example_inputs, Config())
+        # One graph on every machine: what is packed depends on the CPU.
+        entry = enter(gm, example_inputs, Config(disable=(PrepackLinears.name,)))
         names = [_short(node.name) for node in entry.gm.graph.find_nodes(op="placeholder")]
 
         def keep(graph: fx.Graph, stage: str) -> None:

@@ -7,6 +7,7 @@ whether either is allowed, is the pass's affair.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -90,14 +91,7 @@ def derive(
         return
     if not result.take_fuel():
         return
-    with graph.inserting_after(inputs[-1]):
-        new = graph.placeholder(f"folded_{cut.node.name}")
-    new.meta = {key: item for key, item in cut.node.meta.items() if key != "grapharg"}
-    new.meta |= {
-        DERIVED: derived,
-        VALUE: value,
-        "tensor_dict": {"_dynamo_static_input_type": "unguarded"},
-    }
+    new = introduce(graph, f"folded_{cut.node.name}", cut.node.meta, derived, value)
     names = ", ".join(weights[source].name for source in cut.sources)
     if not (cut.layout and is_folded(weights[cut.sources[0]].tensor, cut.layout)):
         text = f"{cut.steps} of {names} kept as {Layout.of(cut.val)}, {cut.nbytes:,} bytes{aside}"
@@ -106,6 +100,21 @@ def derive(
     result.applied(new, text, bytes_saved=cut.moved)
     cut.node.replace_all_uses_with(new)
     _erase(graph, cut)
+
+
+def introduce(
+    graph: fx.Graph, name: str, meta: Mapping[str, Any], derived: Derived, value: Tensor
+) -> fx.Node:
+    """A new last input for what `derived` gives, at first `value`; it lends `meta`."""
+    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+        new = graph.placeholder(name)
+    new.meta = {key: item for key, item in meta.items() if key != "grapharg"}
+    new.meta |= {
+        DERIVED: derived,
+        VALUE: value,
+        "tensor_dict": {"_dynamo_static_input_type": "unguarded"},
+    }
+    return new
 
 
 def _named(cut: Cut, compute: fx.GraphModule) -> Recipe:

@@ -94,6 +94,17 @@ def works(nodes: Sequence[fx.Node], weights: Mapping[fx.Node, Tensor]) -> bool:
     return False
 
 
+def view_of(node: fx.Node) -> fx.Node | None:
+    """The only tensor that the node reads, where the node is a view of it."""
+    if node.op not in ("call_function", "call_method") or len(node.all_input_nodes) != 1:
+        return None
+    source = node.all_input_nodes[0]
+    val = _fresh(source.meta.get("example_value"))
+    if not isinstance(val, Tensor) or _untrusted(node) or works([node], {source: val}):
+        return None
+    return source
+
+
 def candidates_in(graph: fx.Graph, weights: Mapping[fx.Node, Weight]) -> bool:
     """Whether any node reads weights alone: a cheap question that comes first."""
     return any(

@@ -10,7 +10,7 @@ updates weights while calls are under way needs the gate.
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakSet, WeakValueDictionary
 
 import torch
@@ -22,6 +22,15 @@ from fixpass.runtime.weights.sources import Source, can_be_watched
 Compute = Callable[..., Tensor]
 
 
+class Form(Protocol):
+    """Makes of a value what calls are given in its place: another object each time."""
+
+    def __call__(self, value: Tensor) -> Tensor: ...
+
+    def nbytes(self, formed: Tensor) -> int:
+        """Bytes that are kept for it."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a value is computed from weights.
@@ -30,7 +39,8 @@ class Recipe:
     is_value: whether a weight, the only argument, is what `compute` would make of it, as it lies; a
     write has to change that. like: a tensor without data of the shape, strides and dtype that
     graphs were compiled for; None takes what is computed as it is. signature: equal for recipes
-    that compute the same; "" is equal to no other.
+    that compute the same; "" is equal to no other. form: what calls are given of the value, if it
+    is not the value.
     """
 
     name: str
@@ -38,6 +48,7 @@ class Recipe:
     is_value: Callable[[Tensor], bool] | None = None
     like: Tensor | None = None
     signature: str = ""
+    form: Form | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,7 @@ class Store:
             sources = tuple(Source(weight) for weight in weights)
             own = not self._is_itself(weights)
             value = self._compute(weights) if own else weights[0].detach()
-            old = entry.value if entry is not None else None
+            old = entry.value if entry is not None and self.recipe.form is None else None
             if own and old is not None and all(s.has_memory_of(weight) for s, weight in pairs):
                 with torch.no_grad(), torch.inference_mode(False):
                     value = old.copy_(value)
@@ -101,7 +112,8 @@ class Store:
         with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
             # The objects themselves: whether a weight is folded is known of those.
             value = self.recipe.compute(*weights)
-            return value if self.recipe.like is None else _as_compiled(value, self.recipe)
+            value = value if self.recipe.like is None else _as_compiled(value, self.recipe)
+            return value if self.recipe.form is None else self.recipe.form(value)
 
 
 class Derived:
@@ -143,7 +155,9 @@ class Derived:
     def nbytes(self) -> int:
         """Bytes that are held at present, for all graphs that share the recipe."""
         values = [entry.value for entry in list(self._entries.values())]
-        return sum(value.nbytes for value in values if value is not None)
+        form = self.store.recipe.form
+        kept = [value for value in values if value is not None]
+        return sum(value.nbytes if form is None else form.nbytes(value) for value in kept)
 
 
 def _as_compiled(value: Tensor, recipe: Recipe) -> Tensor:

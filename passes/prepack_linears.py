@@ -1,0 +1,106 @@
+"""Linear layers over folded values read them as oneDNN packs them, in place of the plain value.
+
+On CPU a layer of a few rows is up to three times as fast so. Only values that `fold-weights` keeps
+beside their weights are packed, which takes no more memory; parameters, which would be kept twice,
+are left alone. Which types oneDNN packs is a field of the pass.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from fixpass.passes.base import Pass, PassResult
+from fixpass.passes.rewrite import Missed
+from fixpass.passes.rewrites.folded_linear import Linear, linears_of, weight_of
+from fixpass.passes.rewrites.weight_fold import DERIVED, VALUE, introduce
+from fixpass.passes.rewrites.weight_sources import weights_of
+from fixpass.runtime.weights.derived import Derived
+from fixpass.runtime.weights.prepack import Prepacked
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class PrepackLinears(Pass):
+    """Folded weights of linear layers, packed for oneDNN."""
+
+    name: ClassVar[str] = "prepack-linears"
+
+    dtypes: tuple[torch.dtype, ...] = ()
+    """The types that oneDNN packs on this machine."""
+
+    def run(self, graph: fx.Graph, result: PassResult) -> None:
+        folded = [n for n in graph.find_nodes(op="placeholder") if DERIVED in n.meta]
+        if not folded:
+            return
+        weights = weights_of(graph)
+        inputs = graph.find_nodes(op="placeholder")
+        examples = [weights[node].tensor if node in weights else None for node in inputs]
+        for node in folded:
+            found = self._linears(node)
+            if isinstance(found, Missed):
+                if found.why:
+                    result.missed(node, found.why)
+            elif why := _pack(graph, node, found, examples, result):
+                result.missed(node, why)
+
+    def _linears(self, folded: fx.Node) -> list[Linear] | Missed:
+        value, recipe = folded.meta[VALUE], folded.meta[DERIVED].store.recipe
+        # A layout of a kernel's is for that kernel, and a weight in it is its own value.
+        if value.device.type != "cpu" or value.dtype not in _FLOATS or recipe.is_value is not None:
+            return Missed("")
+        found = linears_of(folded)
+        if found and value.dtype not in self.dtypes:
+            return Missed(f"oneDNN packs no {value.dtype} here".replace("torch.", ""))
+        return found or Missed("")
+
+
+def _pack(
+    graph: fx.Graph,
+    folded: fx.Node,
+    linears: Sequence[Linear],
+    examples: Sequence[Tensor | None],
+    result: PassResult,
+) -> str:
+    """Let the layers read packed weights in place of `folded`; why that cannot be, or ""."""
+    packed: dict[fx.Node, Derived] = {}
+    values: dict[fx.Node, Tensor] = {}
+    for linear in linears:
+        derived = packed.setdefault(linear.weight, _packed(folded.meta[DERIVED], linear))
+        try:
+            values[linear.weight] = derived.value(examples)
+        # No memory, or a shape for which this oneDNN has no kernel.
+        except RuntimeError as error:
+            return f"it could not be packed: {error}"
+    if not result.take_fuel():
+        return ""
+    handles = {
+        weight: introduce(graph, f"packed_{weight.name}", {}, derived, values[weight])
+        for weight, derived in packed.items()
+    }
+    for linear in linears:
+        args = (linear.x, handles[linear.weight], linear.bias, linear.out_features)
+        with graph.inserting_before(linear.node):
+            new = graph.call_function(torch.ops.fixpass.prepacked_linear.default, args)
+        new.meta = dict(linear.node.meta)
+        result.applied(linear.node, f"reads {folded.name} as oneDNN packs it")
+        linear.node.replace_all_uses_with(new)
+        graph.erase_node(linear.node)
+    _erase(graph, folded)
+    return ""
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    """Take out the node and what is left of its users: views that nothing reads."""
+    for view in list(node.users):
+        _erase(graph, view)
+    graph.erase_node(node)
+
+
+def _packed(plain: Derived, linear: Linear) -> Derived:
+    view, recipe = weight_of(linear), plain.store.recipe
+    signature = f"{recipe.signature}\npacked\n{view.code}"
+    return Derived(replace(recipe, form=Prepacked(view), signature=signature), plain.positions)

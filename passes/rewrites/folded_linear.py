@@ -1,0 +1,110 @@
+"""Linear layers of Dynamo's graph whose weight is a value that was folded out of it.
+
+Between the folded input and the layer there may be views. All that reads the input, itself or a
+view of it, has to be such a layer: else the value is needed as it is. Nothing is changed here.
+"""
+
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fixpass.lowering.layout import Layout
+from fixpass.passes.rewrite import Missed
+from fixpass.passes.rewrites.weight_values import view_of
+
+_LINEAR = torch.nn.functional.linear
+_MATMULS = (operator.matmul, torch.matmul, torch.mm)
+_METHODS = ("matmul", "mm", "__matmul__")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One layer, x (..., in_features) by `weight`, a view of the folded input.
+
+    views: the nodes from the input to `weight`. transposed: `weight` is (in_features,
+    out_features), as a product has it, and not (out_features, in_features).
+    """
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node
+    views: tuple[fx.Node, ...]
+    bias: fx.Node | None
+    transposed: bool
+
+    @property
+    def out_features(self) -> int:
+        return int(self.weight.meta["example_value"].shape[1 if self.transposed else 0])
+
+
+def linears_of(folded: fx.Node) -> list[Linear] | Missed:
+    """All that reads the folded input, if that is nothing but linear layers."""
+    found = []
+    for views, node in _readers(folded, ()):
+        linear = _linear(node, (folded, *views)[-1], views)
+        why = "is no linear layer over it" if linear is None else _against(linear)
+        if linear is None or why:
+            return Missed(f"{node.name} {why}")
+        found.append(linear)
+    return found
+
+
+def weight_of(linear: Linear) -> fx.GraphModule:
+    """What makes the layer's weight (out_features, in_features) of the folded value."""
+    graph = fx.Graph()
+    last = graph.placeholder("value")
+    for node in linear.views:
+        last = graph.node_copy(node, lambda _, source=last: source)  # type: ignore[misc]
+        last.meta = {}
+    graph.output(graph.call_method("t", (last,)) if linear.transposed else last)
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def _readers(
+    node: fx.Node, views: tuple[fx.Node, ...]
+) -> Iterator[tuple[tuple[fx.Node, ...], fx.Node]]:
+    """What reads the node and is no view of it, with the views in between."""
+    for user in node.users:
+        if view_of(user) is node:
+            yield from _readers(user, (*views, user))
+        else:
+            yield views, user
+
+
+def _linear(node: fx.Node, weight: fx.Node, views: tuple[fx.Node, ...]) -> Linear | None:
+    kwargs: Mapping[str, Any] = node.kwargs
+    is_call, target = node.op == "call_function", node.target
+    if is_call and target is _LINEAR and set(kwargs) <= {"bias"}:
+        x, operand, *rest = node.args
+        bias = rest[0] if rest else kwargs.get("bias")
+        transposed = False
+    elif (target in (_MATMULS if is_call else _METHODS)) and not kwargs and len(node.args) == 2:
+        x, operand = node.args
+        bias, transposed = None, True
+    else:
+        return None
+    if operand is not weight or not isinstance(x, fx.Node) or weight in (x, bias):
+        return None
+    if not isinstance(bias, fx.Node | None):
+        return None
+    return Linear(node, x, weight, views, bias, transposed)
+
+
+def _against(linear: Linear) -> str:
+    """What oneDNN's layer cannot do here, or ""."""
+    x, weight, out = (n.meta.get("example_value") for n in (linear.x, linear.weight, linear.node))
+    if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or not isinstance(out, Tensor):
+        return "gives no tensor"
+    if weight.dim() != 2 or x.dim() < 2:
+        return f"multiplies {x.dim()} by {weight.dim()} dimensions"
+    if x.dtype != weight.dtype or x.device != weight.device:
+        return f"reads {Layout.of(x)} on {x.device}"
+    if out.requires_grad:
+        return "gets a gradient"
+    if Layout.of(out).is_dense() is not True:
+        return f"gives {Layout.of(out)}, which is not dense"
+    return ""

@@ -1,0 +1,84 @@
+"""The op `fixpass::prepacked_linear`: a linear layer over a weight that oneDNN laid out for itself.
+
+oneDNN computes on blocks of a weight. A plain one of a 16-bit type it brings into blocks in each
+call; for a plain one of float32 torch calls MKL, which many processors run slower. What oneDNN has
+packed is a tensor that no graph takes as an input. So a graph takes a handle: one number, under
+which the packed weight is kept for as long as the handle lives. On CPU, without a gradient.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from weakref import finalize
+
+import torch
+from torch import Tensor
+
+from fixpass.runtime import ops
+from fixpass.runtime.errors import WeightError
+
+_NUMBERS = itertools.count(1)
+_PACKED: dict[int, Tensor] = {}
+
+
+def packable_dtypes() -> tuple[torch.dtype, ...]:
+    """The types of weights that oneDNN packs on this CPU."""
+    mkldnn = torch.backends.mkldnn
+    if not (mkldnn.is_available() and torch._C._get_mkldnn_enabled()):
+        return ()
+    supported = {
+        torch.float32: True,
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    return tuple(dtype for dtype, yes in supported.items() if yes)
+
+
+@dataclass(frozen=True)
+class Prepacked:
+    """A form of values: packed, in place of the value.
+
+    weight_of: the weight (out_features, in_features) of a linear layer, made of a value.
+    """
+
+    weight_of: Callable[[Tensor], Tensor]
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """A new handle, an int64 tensor of one element."""
+        packed = torch.ops.mkldnn._reorder_linear_weight(self.weight_of(value).contiguous())
+        number = next(_NUMBERS)
+        handle = torch.tensor([number])
+        _PACKED[number] = packed
+        finalize(handle, _PACKED.pop, number, None)
+        return handle
+
+    def nbytes(self, handle: Tensor) -> int:
+        """Bytes of the packed weight."""
+        return _PACKED[int(handle)].nbytes
+
+
+def _run(x: Tensor, handle: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    packed = _PACKED[int(handle)]
+    if packed.shape[0] != out_features:
+        raise WeightError(
+            f"a linear layer of {out_features} features was compiled, and its weight gives "
+            f"{packed.shape[0]} now: compile again after torch._dynamo.reset()"
+        )
+    result: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
+    return result
+
+
+def _fake(x: Tensor, handle: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _define(library: torch.library.Library) -> None:
+    library.define(
+        "prepacked_linear(Tensor x, Tensor handle, Tensor? bias, int out_features) -> Tensor",
+        tags=torch.Tag.pt2_compliant_tag,
+    )
+    library.impl("prepacked_linear", _run, "CPU")
+    torch.library.register_fake("fixpass::prepacked_linear", _fake, lib=library)
+
+
+_define(ops.DEFINITIONS)

@@ -1,0 +1,244 @@
+"""prepack-linears: layers over folded values, packed; the rest, and why; every update is seen."""
+
+import gc
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import nn
+from torch.nn.functional import linear
+from weight_updates import COUNTED, UNCOUNTED, Folds
+
+import fixpass
+from fixpass import Config, Report
+from fixpass.entry import enter
+from fixpass.passes.pipeline import Pipeline
+from fixpass.passes.prepack_linears import PrepackLinears
+from fixpass.runtime.weights import prepack
+from fixpass.runtime.weights.prepack import packable_dtypes
+from fixpass.testing import bf16, f32
+
+needs_onednn = pytest.mark.skipif(
+    not packable_dtypes(), reason="this torch has no oneDNN, which packs the weights"
+)
+pytestmark = needs_onednn
+OPTIONS = {"verify": True, "strict": True, "lower": "eager"}
+
+
+class Joined(nn.Module):
+    """A layer over two concatenated weights, in a type of one's own, and what else reads them."""
+
+    def __init__(self, use=linear, dtype=torch.float32):
+        super().__init__()
+        self.gate = nn.Parameter(torch.randn(256, 128).to(dtype))
+        self.up = nn.Parameter(torch.randn(512, 128).to(dtype))
+        self.bias = nn.Parameter(torch.randn(768).to(dtype))
+        self.use = use
+
+    def forward(self, x):
+        return self.use(x, torch.cat([self.gate, self.up]), self.bias)
+
+
+def compiled(module, **options):
+    torch._dynamo.reset()
+    return torch.compile(module, backend="fixpass", options=OPTIONS | options, fullgraph=True)
+
+
+@torch.no_grad()
+def same(run, module, x):
+    """One kernel sums a row in another order than the other: 128 products of normal values."""
+    wanted = module(x)
+    bound = 1e-4 if x.dtype == torch.float32 else 0.25
+    torch.testing.assert_close(run(x), wanted, rtol=1e-2, atol=bound, check_stride=True)
+
+
+@torch.no_grad()
+def report_of(module, x=None, **options):
+    torch._dynamo.reset()
+    found = fixpass.explain(module, f32(3, 128) if x is None else x, options=options)
+    return str(Report(found.of_pass("prepack-linears")))
+
+
+@torch.no_grad()
+def graph_of(module, x, dtypes=None):
+    """Dynamo's graph after the entry passes."""
+    found = []
+
+    def backend(gm, example_inputs):
+        entry = enter(gm, example_inputs, Config(disable=("prepack-linears",)))
+        step = PrepackLinears(packable_dtypes() if dtypes is None else dtypes)
+        report = Pipeline((step,), strict=True).run(entry.gm.graph)
+        found.append((entry.gm.graph, report))
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(module, backend=backend, fullgraph=True)(x)
+    return found[0]
+
+
+def test_a_layer_over_a_folded_weight_reads_it_packed():
+    graph, report = graph_of(Joined(), f32(3, 128))
+    calls = [str(node) for node in graph.nodes if node.op == "call_function"]
+    inputs = [str(node) for node in graph.find_nodes(op="placeholder")]
+    assert calls == ["prepacked_linear_default"]
+    assert inputs[-1] == "packed_folded_cat"
+    assert "folded_cat" not in inputs
+    assert_expected_inline(
+        str(report),
+        """\
+prepack-linears
+    applied linear: reads folded_cat as oneDNN packs it
+""",
+    )
+
+
+def test_views_between_the_weight_and_the_layer_are_packed_with_it():
+    def halves(x, weight, bias):
+        first, second = weight[:256], weight[256:]
+        return linear(x, first), linear(x, second), linear(x, first, bias[:256])
+
+    module = Joined(halves)
+    assert_expected_inline(
+        report_of(module),
+        """\
+prepack-linears
+    applied linear: reads folded_cat as oneDNN packs it
+    applied linear_2: reads folded_cat as oneDNN packs it
+    applied linear_1: reads folded_cat as oneDNN packs it
+""",
+    )
+    graph, _ = graph_of(module, f32(3, 128))
+    packed = [str(n) for n in graph.find_nodes(op="placeholder") if str(n).startswith("packed")]
+    assert packed == ["packed_first", "packed_second"]
+    same(compiled(module), module, f32(3, 128))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, weight, bias: x @ weight.t().contiguous(),
+        lambda x, weight, bias: torch.matmul(x, weight.t()) + bias,
+        lambda x, weight, bias: x.matmul(weight.t().contiguous()),
+        lambda x, weight, bias: linear(x, weight, bias=bias),
+        lambda x, weight, bias: linear(x, weight.view(2, -1, 128)[1]),
+        lambda x, weight, bias: (linear(x, weight), weight.view(-1) is None)[0].relu(),
+    ],
+)
+@pytest.mark.parametrize("shape", [(1, 128), (3, 128), (2, 5, 128), (2, 0, 128)])
+def test_every_spelling_of_a_layer_gives_what_eager_gives(use, shape):
+    module, x = Joined(use), f32(*shape)
+    assert "applied" in report_of(module, x)
+    same(compiled(module), module, x)
+
+
+def test_rows_of_any_strides_are_read():
+    module = Joined()
+    run = compiled(module)
+    for x in (f32(128, 3).t(), f32(3, 256)[:, ::2], f32(5, 2, 128).transpose(0, 1)):
+        same(run, module, x)
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("dtype", packable_dtypes())
+@torch.no_grad()
+def test_through_inductor_with_lengths_that_change(dtype):
+    module = Joined(dtype=dtype)
+    run = compiled(module, lower="inductor")
+    for rows in (1, 3, 7, 64):
+        same(run, module, torch.randn(rows, 128).to(dtype))
+
+
+def test_a_value_that_something_else_reads_is_kept_as_it_is():
+    def normed(x, weight, bias):
+        return linear(x, weight) / weight.norm(dim=-1)
+
+    assert_expected_inline(
+        report_of(Joined(normed)),
+        """\
+prepack-linears
+    applied linear: reads folded_cat as oneDNN packs it
+""",
+    )
+
+
+def test_a_product_with_a_vector_is_left_alone():
+    def one(x, weight, bias):
+        return (x[0] @ weight.t()) * 2
+
+    assert_expected_inline(
+        report_of(Joined(one)),
+        """\
+
+""",
+    )
+
+
+def test_a_layer_whose_input_needs_a_gradient_is_left_alone():
+    module = Joined().requires_grad_(False)
+    x = f32(3, 128).requires_grad_()
+    found = fixpass.explain(module, x)
+    assert_expected_inline(
+        str(Report(found.of_pass("prepack-linears"))),
+        """\
+
+""",
+    )
+    compiled(module)(x).sum().backward()
+    wanted = torch.cat([module.gate, module.up]).sum(0)
+    torch.testing.assert_close(x.grad[0], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_type_that_this_machine_does_not_pack_is_named():
+    _, report = graph_of(Joined(dtype=torch.bfloat16), bf16(3, 128), dtypes=(torch.float32,))
+    assert_expected_inline(
+        str(report),
+        """\
+prepack-linears
+    missed  folded_cat: oneDNN packs no bfloat16 here
+""",
+    )
+
+
+def test_nothing_is_said_of_parameters_that_are_read_as_they_are():
+    assert report_of(nn.Linear(128, 512)).strip() == ""
+
+
+def test_for_another_device_nothing_is_packed():
+    module = Joined()
+    with torch.no_grad():
+        found = fixpass.explain(module, f32(3, 128), target="cuda:sm_90")
+    assert not found.of_pass("prepack-linears")
+    assert not found.of_kind("failed")
+
+
+@pytest.mark.parametrize(
+    "update", [*COUNTED.values(), *UNCOUNTED.values()], ids=[*COUNTED, *UNCOUNTED]
+)
+@torch.no_grad()
+def test_a_call_after_any_update_reads_the_new_weights(update):
+    module, x = Folds(), f32(3, 64)
+    run = compiled(module)
+    for _ in range(2):
+        for got, wanted in zip(run(x), module(x), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+        with torch.enable_grad():
+            update(module)
+    assert "prepack-linears" in str(fixpass.last_reports()[-1])
+
+
+@torch.no_grad()
+def test_one_packed_weight_is_held_whatever_happens_and_none_when_the_model_is_gone():
+    gc.collect()
+    before = len(prepack._PACKED)
+    module, x = Joined(), f32(3, 128)
+    run = compiled(module)
+    for step in range(5):
+        run(x)
+        assert len(prepack._PACKED) == before + 1, step
+        module.gate.mul_(0.5)
+        module.up = nn.Parameter(torch.randn(512, 128))
+    run(x)
+    del run, module
+    torch._dynamo.reset()
+    gc.collect()
+    assert len(prepack._PACKED) == before

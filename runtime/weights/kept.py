@@ -29,8 +29,9 @@ from fixpass.runtime.weights.alias import packed
 from fixpass.runtime.weights.collected import Prepared
 from fixpass.runtime.weights.look import Layouts, pointers_of, walk
 from fixpass.runtime.weights.options import Options, Scope
-from fixpass.runtime.weights.origins import Origin
+from fixpass.runtime.weights.origins import FromMemory, Origin
 from fixpass.runtime.weights.spans import Part, Span
+from fixpass.runtime.weights.stream import Stream
 from fixpass.runtime.weights.table import generation
 
 
@@ -77,10 +78,13 @@ class Kept:
     layouts: Layouts
     report: LoadReport
 
-    def is_for(self, origin: Origin, options: Options) -> bool:
-        """Whether the same is asked for."""
-        able = options.mode != "journal" and not options.finite
-        return able and self.origin == origin and self.asked == _asked(options)
+    def is_for(self, origin: Origin | Stream, options: Options) -> bool:
+        """Whether the same is asked for, as far as that is known before it is read."""
+        if options.finite or self.asked != _asked(options):
+            return False
+        if isinstance(origin, Stream):
+            return options.mode == "staged" and isinstance(self.origin, FromMemory)
+        return options.mode != "journal" and self.origin == origin
 
     def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Those tensors of a walk that are written."""
@@ -109,7 +113,7 @@ class Keeping:
     to be there still: what becomes of the model later is seen by the next reload.
     """
 
-    def __init__(self, model: nn.Module, origin: Origin) -> None:
+    def __init__(self, model: nn.Module, origin: Origin | Stream) -> None:
         names, tensors, _ = walk(unwrapped(model))
         self._model, self._origin, self._tensors = unwrapped(model), origin, tensors
         self._seen = Seen.of(names, tensors)
@@ -121,15 +125,16 @@ class Keeping:
         """Keep the plan, where bytes go as they are into parameters with memory of their own."""
         if prepared.own or prepared.covered or prepared.places.foldings or not self._apart:
             return
-        spans = _spans(self._origin, prepared.copies, self._starts, self._tensors)
-        if not spans:
+        origin = self._origin.bare()
+        spans = origin and _spans(origin, prepared.copies, self._starts, self._tensors)
+        if not origin or not spans:
             return
         written = tuple(sorted({each for span in spans for each in span.positions}))
         _KEPT[self._model] = Kept(
-            self._origin.bare(),
+            origin,
             _asked(options),
             self._seen,
-            self._origin.numbered(spans),
+            origin.numbered(spans),
             written,
             [self._seen.ids[index] for index in written],
             self._seen.layouts.of_some(written),

@@ -28,6 +28,12 @@ from fixpass.runtime.weights.collected import add_cut_off
 from fixpass.runtime.weights.look import PLAIN, facts_of, pointers_of
 from fixpass.runtime.weights.spans import Span, move
 
+Facts = tuple[torch.dtype, torch.device, torch.Size]
+
+
+class UnlikeError(Exception):
+    """A reload is not like the one that a plan was made for."""
+
 
 @dataclass(frozen=True, slots=True)
 class FromFiles:
@@ -77,7 +83,7 @@ class FromMemory:
     """Dense tensors in this process, as if they were one file, each behind the one before."""
 
     names: list[str]
-    facts: list[tuple[torch.dtype, torch.device, torch.Size]]
+    facts: list[Facts]
     tensors: Sequence[Tensor] = field(default=(), compare=False)
 
     @staticmethod

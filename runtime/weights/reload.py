@@ -18,6 +18,7 @@ from fixpass.runtime.weights.kept import Keeping
 from fixpass.runtime.weights.options import SAME_NAMES, Mode, Options, Scope
 from fixpass.runtime.weights.origins import FromFiles, FromMemory, Origin
 from fixpass.runtime.weights.repeat import repeated
+from fixpass.runtime.weights.stream import Stream
 from fixpass.runtime.weights.transaction import UpdateReport, open_update
 
 
@@ -65,15 +66,17 @@ def reload(
                 checkpoint = stack.enter_context(opened(source, weights_only=weights_only))
                 bar.total = sum(stored.num_bytes for stored in checkpoint.values())
                 tx.load_checkpoint(checkpoint)
+            elif isinstance(origin, Stream):
+                tx.load_weights(origin)
             else:
                 tx.load_any(source)
     assert tx.report is not None
     return tx.report
 
 
-def _origin(source: Source) -> Origin | None:
+def _origin(source: Source) -> Origin | Stream | None:
     """The source, where the next one may be like it."""
     if isinstance(source, str | Path):
         files = files_of(source)
         return None if files is None else FromFiles(files)
-    return FromMemory.of(source) if isinstance(source, Named) else None
+    return FromMemory.of(source) if isinstance(source, Named) else Stream(source)

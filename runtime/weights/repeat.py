@@ -23,16 +23,13 @@ from fixpass.runtime.weights.gate import gate_of, over_ids
 from fixpass.runtime.weights.kept import Kept, kept_for
 from fixpass.runtime.weights.look import parts_of, pointers_of, walk
 from fixpass.runtime.weights.options import Options
-from fixpass.runtime.weights.origins import Origin
+from fixpass.runtime.weights.origins import FromMemory, Origin, UnlikeError
+from fixpass.runtime.weights.stream import Stream
 from fixpass.runtime.weights.transaction import UpdateReport, alone
 from fixpass.runtime.weights.writes import committed
 
 
-class _ChangedError(Exception):
-    """The model is not what the plan was made for."""
-
-
-def repeated(model: nn.Module, origin: Origin, options: Options) -> UpdateReport | None:
+def repeated(model: nn.Module, origin: Origin | Stream, options: Options) -> UpdateReport | None:
     """Do the reload from this origin as the last one was done; None where it is not like it.
 
     Raises what the ordinary way raises; then the weights are those of before.
@@ -46,7 +43,7 @@ def repeated(model: nn.Module, origin: Origin, options: Options) -> UpdateReport
         repeat = _Repeat(model, options, kept, origin, base)
         try:
             seconds = repeat.staged() if options.mode == "staged" else repeat.double()
-        except _ChangedError:
+        except UnlikeError:
             return None
         committed(model)
         load = replace(kept.report, seconds=time.perf_counter() - options.began)
@@ -60,7 +57,7 @@ class _Repeat:
     model: nn.Module
     options: Options
     kept: Kept
-    origin: Origin
+    origin: Origin | Stream
     base: int
 
     def staged(self) -> float:
@@ -68,7 +65,7 @@ class _Repeat:
         # In pieces that malloc uses again: fresh pages would take longer than all the rest.
         sizes = [span.num_bytes for span in self.kept.spans]
         staging = [torch.empty(size, dtype=torch.uint8, device="cpu") for size in sizes]
-        self._read(self.origin.into(self.kept.spans, staging))
+        self._stage(staging)
         gates, closing = over_ids(self.kept.ids, gate_of(self.model)), self._closing
         with closing.closed(gates) as began:
             tensors, _ = self._tensors()
@@ -93,18 +90,19 @@ class _Repeat:
         """Read into the second set of memory; then put it in place."""
         spare = double.take_spare(self.model, self.kept.ids, self.kept.layouts, self.kept)
         if spare is None:
-            raise _ChangedError
+            raise UnlikeError
         fresh, pointers = pointers_of(spare.views), [0] * len(self.kept.seen.ids)
         for index, pointer in zip(self.kept.written, fresh, strict=True):
             pointers[index] = pointer
-        self._read(self.origin.to(self.kept.spans, pointers))
+        assert not isinstance(self.origin, Stream)
+        self._read(self.origin, self.origin.to(self.kept.spans, pointers))
         gates, closing = over_ids(self.kept.ids, gate_of(self.model)), self._closing
         with closing.closed(gates) as began:
             tensors, transient = self._tensors()
             written = self.kept.of(tensors)
             rest = [*self.kept.others(tensors), *transient]
             if pointers_of(written) != spare.pointers or _share_memory(written, rest):
-                raise _ChangedError
+                raise UnlikeError
             back = double.exchange(written, spare.views)
             try:
                 closing.finish(gates, moved=True)
@@ -126,15 +124,22 @@ class _Repeat:
         """
         names, tensors, transient = walk(unwrapped(self.model))
         if not self.kept.seen.holds(names, tensors) or 0 in pointers_of(self.kept.of(tensors)):
-            raise _ChangedError
+            raise UnlikeError
         return tensors, transient
 
-    def _read(self, work: Iterable[Task]) -> None:
+    def _stage(self, memory: Sequence[Tensor]) -> None:
+        if not isinstance(self.origin, Stream):
+            self._read(self.origin, self.origin.into(self.kept.spans, memory))
+            return
+        assert isinstance(self.kept.origin, FromMemory)
+        self.origin.read(self.kept.origin, self.kept.spans, memory)
+
+    def _read(self, origin: Origin, work: Iterable[Task]) -> None:
         # Progress is what is in place: all of this may have to be read again.
         try:
             run(work, self.options.threads, _ignore)
         except CheckpointError as error:
-            self.origin.explain(error)
+            origin.explain(error)
             raise
 
 

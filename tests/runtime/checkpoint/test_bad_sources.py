@@ -50,6 +50,13 @@ def test_what_has_no_values_is_refused(tensor, said):
     assert_refused(two(), {"a": torch.ones(4, 3), "b": tensor}, said)
 
 
+def test_a_tensor_whose_memory_was_freed_is_refused():
+    freed = torch.ones(2)
+    freed.untyped_storage().resize_(0)
+    assert_refused(two(), {"a": torch.ones(4, 3), "b": freed}, "it was freed")
+    assert_refused(two(), iter([("a", torch.ones(4, 3)), ("b", freed)]), "it was freed")
+
+
 def test_a_parameter_without_memory_is_refused_with_the_way_out():
     with torch.device("meta"):
         model = nn.Linear(2, 2, bias=False)

@@ -1,0 +1,184 @@
+"""Reloads from iterators: like the last they are copied as they come, unlike it planned again."""
+
+import pytest
+import torch
+from reloading import holds, model_of, named, reloaded
+from torch import nn
+
+from fixpass.runtime.checkpoint import vectored
+from fixpass.runtime.checkpoint.mapping import Mapping, Stacked
+from fixpass.runtime.errors import CheckpointError
+from fixpass.runtime.weights.versions import version
+
+
+def values(seed):
+    torch.manual_seed(seed)
+    return {n: torch.randn(v.shape).to(v.dtype) for n, v in model_of().state_dict().items()}
+
+
+def in_one_buffer(state):
+    """The tensors, each over the memory of the one before."""
+    memory = torch.empty(max(value.nbytes for value in state.values()), dtype=torch.uint8)
+    for name, value in state.items():
+        view = memory[: value.nbytes].view(value.dtype).view(value.shape)
+        yield name, view.copy_(value)
+    memory.fill_(0)
+
+
+def column_major(state):
+    return ((n, v.t().contiguous().t() if v.dim() == 2 else v) for n, v in state.items())
+
+
+def negated(state):
+    return ((n, torch._neg_view(-v) if v.is_floating_point() else v) for n, v in state.items())
+
+
+def listed(state):
+    return list(state.items())
+
+
+@pytest.mark.parametrize("give", [in_one_buffer, column_major, negated, listed])
+def test_what_is_like_the_last_is_not_planned_again(plans, give):
+    model, reports = model_of(), []
+    ids = {name: id(value) for name, value in named(model)}
+    for number in range(1, 5):
+        state = values(number)
+        reports.append(reloaded(model, give(state)))
+        assert holds(model, state)
+        assert version(model) == reports[-1].version == number
+    assert ids == {name: id(value) for name, value in named(model)}
+    assert len(plans) == 1
+    assert reports[0].load.loaded == reports[-1].load.loaded
+
+
+def test_an_iterator_may_follow_a_state_dict_and_be_followed_by_one(plans):
+    model = model_of()
+    for number, give in enumerate((dict, in_one_buffer, dict, in_one_buffer)):
+        state = values(number)
+        reloaded(model, give(state))
+        assert holds(model, state)
+    assert len(plans) == 1
+
+
+def test_tensors_that_are_cut_up_go_where_they_went(plans, monkeypatch):
+    monkeypatch.setattr(vectored, "MOST_BYTES", 1000)
+    model = nn.ModuleDict({"qkv": nn.Linear(64, 192, bias=False)}).requires_grad_(False)
+    mapping = Mapping(stacked=(Stacked("qkv", ("q", "k", "v")),))
+    for seed in range(4):
+        torch.manual_seed(seed)
+        parts = {f"{name}.weight": torch.randn(64, 64) for name in ("v", "q", "k")}
+        if seed == 3:
+            parts["q.weight"] = parts.pop("q.weight")
+        reloaded(model, in_one_buffer(parts), mapping=mapping)
+        whole = torch.cat([parts[f"{name}.weight"] for name in "qkv"])
+        assert torch.equal(model["qkv"].weight, whole)
+    assert len(plans) == 2, "another order is another plan, and what was copied first is given it"
+
+
+def renamed(items, at):
+    name, value = items[at]
+    return [*items[:at], *items[at + 1 :], (name, value)]
+
+
+def of_another_class(items, at):
+    name, value = items[at]
+    return [*items[:at], (name, nn.Buffer(value)), *items[at + 1 :]]
+
+
+@pytest.mark.parametrize("change", [renamed, of_another_class])
+@pytest.mark.parametrize("at", [0, 1, 7, 12])
+def test_what_is_unlike_from_some_tensor_on_is_planned_again_from_the_first(plans, change, at):
+    model = model_of()
+    for seed in (1, 2):
+        reloaded(model, in_one_buffer(values(seed)))
+    assert len(plans) == 1
+    state = values(3)
+    reloaded(model, in_one_buffer(dict(change(listed(state), at))))
+    assert holds(model, state)
+    assert version(model) == 3
+
+
+@pytest.mark.parametrize("at", [0, 1, 7, 12])
+@pytest.mark.parametrize("fault", ["shape", "missing", "unexpected", "dtype", "freed", "dies"])
+def test_what_does_not_fit_is_refused_and_the_weights_are_those_of_before(fault, at):
+    model, before = model_of(), values(2)
+    for state in (values(1), before):
+        reloaded(model, in_one_buffer(state))
+
+    def bad():
+        for index, (name, value) in enumerate(values(3).items()):
+            if index != at:
+                yield name, value
+            elif fault == "shape":
+                yield name, torch.cat([value.view(-1), value.view(-1)])
+            elif fault == "unexpected":
+                yield name, value
+                yield "other", value
+            elif fault == "dtype":
+                yield name, value.to(torch.float64)
+            elif fault == "freed":
+                value.untyped_storage().resize_(0)
+                yield name, value
+            elif fault == "dies":
+                raise ConnectionError("the trainer is gone")
+
+    with pytest.raises(ConnectionError if fault == "dies" else (CheckpointError, RuntimeError)):
+        reloaded(model, bad())
+    assert holds(model, before)
+    assert version(model) == 2
+    state = values(4)
+    reloaded(model, in_one_buffer(state))
+    assert holds(model, state)
+
+
+def test_one_that_ends_early_or_goes_on_is_like_no_other():
+    model = model_of()
+    for seed in (1, 2):
+        reloaded(model, in_one_buffer(values(seed)))
+    before, items = values(2), listed(values(3))
+    for wrong in (items[:-1], [*items, ("other", torch.zeros(1))], []):
+        with pytest.raises(CheckpointError):
+            reloaded(model, iter(wrong))
+        assert holds(model, before)
+
+
+def test_a_model_that_changes_while_tensors_come_is_planned_again(plans):
+    model = model_of()
+    for seed in (1, 2):
+        reloaded(model, in_one_buffer(values(seed)))
+    state = values(3)
+
+    def meanwhile():
+        yield from in_one_buffer(state)
+        model[1].down.weight = nn.Parameter(torch.zeros(64, 32), requires_grad=False)
+
+    reloaded(model, meanwhile())
+    assert holds(model, state)
+    assert len(plans) == 2
+
+
+def test_a_tensor_that_nothing_takes_is_taken_when_something_does(plans):
+    """Of tied weights a checkpoint may have both; which is skipped may change."""
+    model = model_of()
+    model[1].up.weight = model[0].up.weight
+    state = {}
+    for seed in (1, 2, 3):
+        state = values(seed)
+        reloaded(model, in_one_buffer(state))
+        assert torch.equal(model[0].up.weight, state["0.up.weight"])
+    assert len(plans) == 1
+    model[1].up.weight = nn.Parameter(torch.zeros(32, 64), requires_grad=False)
+    state = values(4)
+    reloaded(model, in_one_buffer(state))
+    assert holds(model, state)
+    assert len(plans) == 2
+
+
+@pytest.mark.parametrize("options", [{"mode": "double"}, {"mode": "journal"}, {"finite": True}])
+def test_other_modes_and_checks_are_planned_each_time(plans, options):
+    model = model_of()
+    for seed in range(3):
+        state = values(seed)
+        reloaded(model, in_one_buffer(state), **options)
+        assert holds(model, state)
+    assert len(plans) == 3

@@ -7,7 +7,7 @@ from torch import nn
 from fixpass.runtime.weights.fold import logical
 from fixpass.runtime.weights.reload import reload
 
-MODES = ("staged", "double")
+MODES = ("staged", "double", "journal")
 
 
 class Block(nn.Module):

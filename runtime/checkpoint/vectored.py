@@ -1,4 +1,4 @@
-"""Vectored reads: many memory ranges filled from one file by few calls of `preadv`.
+"""Vectored reads and writes: many memory ranges by few calls of `preadv` and `pwritev`.
 
 Addresses go to the kernel as plain numbers: a memoryview a tensor would cost more than the read of
 a small one. Nothing here knows of tensors; who calls keeps the memory alive.
@@ -7,7 +7,7 @@ a small one. Nothing here knows of tensors; who calls keeps the memory alive.
 import ctypes
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +18,11 @@ MOST_RANGES = 512
 # Large enough that a call costs nothing, small enough to share out between threads.
 MOST_BYTES = 16 << 20
 
-_preadv = ctypes.CDLL(None, use_errno=True).preadv
-_preadv.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64]
-_preadv.restype = ctypes.c_ssize_t
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_preadv, _pwritev = _LIBC.preadv, _LIBC.pwritev
+for _call in (_preadv, _pwritev):
+    _call.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64]
+    _call.restype = ctypes.c_ssize_t
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +78,28 @@ def fill(path: Path, offset: int, num_bytes: int, numbers: "array[int]") -> None
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _fill(descriptor, path, offset, offset + num_bytes, numbers)
+        _move(_preadv, descriptor, path, offset, offset + num_bytes, numbers)
     finally:
         os.close(descriptor)
 
 
-def _fill(descriptor: int, path: Path, offset: int, end: int, numbers: "array[int]") -> None:
+def write(descriptor: int, path: Path, offset: int, num_bytes: int, numbers: "array[int]") -> None:
+    """Write memory to an open file, from `offset` on; `numbers` as for `fill`."""
+    _move(_pwritev, descriptor, path, offset, offset + num_bytes, numbers)
+
+
+def _move(
+    call: Callable[..., int],
+    descriptor: int,
+    path: Path,
+    offset: int,
+    end: int,
+    numbers: "array[int]",
+) -> None:
     first, count = 0, len(numbers) // 2
     while offset < end:
         address = numbers.buffer_info()[0] + 16 * first
-        done = _preadv(descriptor, address, count - first, offset)
+        done = call(descriptor, address, count - first, offset)
         if done < 0:
             error = ctypes.get_errno()
             raise CheckpointError(f"{path}: {os.strerror(error)} at byte {offset:,}")

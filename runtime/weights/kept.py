@@ -84,7 +84,7 @@ class Kept:
             return False
         if isinstance(origin, Stream):
             return options.mode == "staged" and isinstance(self.origin, FromMemory)
-        return options.mode != "journal" and self.origin == origin
+        return self.origin == origin
 
     def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Those tensors of a walk that are written."""

@@ -22,6 +22,7 @@ PLAIN = frozenset((nn.Parameter, Tensor))
 
 facts_of = attrgetter("dtype", "device", "shape")
 _gradient = attrgetter("requires_grad")
+_count = attrgetter("_version")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,6 +128,15 @@ def pointers_of(tensors: Sequence[Tensor]) -> list[int]:
     # One of them is sparse, or has no memory at all.
     except RuntimeError:
         return [part.data_ptr() if part.layout == torch.strided else 0 for part in parts]
+
+
+def writes_of(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each was written, as torch counts."""
+    try:
+        return list(map(_count, tensors))
+    # Of one that was made in inference mode nobody counts.
+    except RuntimeError:
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def walk(model: nn.Module) -> tuple[list[Any], list[Tensor], list[Tensor]]:

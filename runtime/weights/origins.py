@@ -65,10 +65,7 @@ class FromFiles:
     def to(self, spans: Sequence[Span], pointers: Sequence[int]) -> Iterator[Task]:
         """What brings the parts of each span to tensors at these addresses."""
         for span in spans:
-            numbers = array("Q", bytes(16 * len(span.sizes)))
-            numbers[::2] = array("Q", span.addresses(pointers))
-            numbers[1::2] = array("Q", span.sizes)
-            yield partial(_fill, self._path(span), span, numbers)
+            yield partial(_fill, self._path(span), span, span.ranges(pointers))
 
     def explain(self, error: CheckpointError) -> None:
         """Say in a note which tensors cannot be read."""

@@ -2,26 +2,27 @@
 
 Where the bytes come from, and then the model, are compared with what the kept plan was made for,
 at a few microseconds a tensor, and bytes go where they went before. Anything that is different goes
-the ordinary way, and so do mode "journal" and checks for NaN.
+the ordinary way, and so do checks for NaN.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from fixpass.runtime.checkpoint.read import Task, run
+from fixpass.runtime.checkpoint.read import Advance, Task, run
 from fixpass.runtime.checkpoint.targets import reshard
-from fixpass.runtime.errors import CheckpointError
+from fixpass.runtime.errors import CheckpointError, UpdateError
 from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights import double
 from fixpass.runtime.weights.closing import Closing
-from fixpass.runtime.weights.gate import gate_of, over_ids
+from fixpass.runtime.weights.gate import Gate, gate_of, over_ids
 from fixpass.runtime.weights.kept import Kept, kept_for
-from fixpass.runtime.weights.look import parts_of, pointers_of, walk
+from fixpass.runtime.weights.look import parts_of, pointers_of, walk, writes_of
+from fixpass.runtime.weights.old_bytes import OldBytes
 from fixpass.runtime.weights.options import Options
 from fixpass.runtime.weights.origins import FromMemory, Origin, UnlikeError
 from fixpass.runtime.weights.stream import Stream
@@ -42,12 +43,17 @@ def repeated(model: nn.Module, origin: Origin | Stream, options: Options) -> Upd
             reshard(model)
         repeat = _Repeat(model, options, kept, origin, base)
         try:
-            seconds = repeat.staged() if options.mode == "staged" else repeat.double()
+            ways = {"staged": repeat.staged, "double": repeat.double, "journal": repeat.journal}
+            seconds = ways[options.mode]()
         except UnlikeError:
             return None
         committed(model)
         load = replace(kept.report, seconds=time.perf_counter() - options.began)
         return UpdateReport(load, gate_of(model).version, options.mode, seconds, {})
+
+
+def _ignore(_: int) -> None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,42 @@ class _Repeat:
         self.options.advance(sum(span.num_bytes for span in self.kept.spans))
         return time.perf_counter() - began
 
+    def journal(self) -> float:
+        """Write the old bytes down while calls go on; then read over them. Seconds of the gate."""
+        assert not isinstance(self.origin, Stream)
+        tensors, _ = self._tensors()
+        written, pointers = parts_of(self.kept.of(tensors)), pointers_of(tensors)
+        if isinstance(self.origin, FromMemory) and _share_memory(written, self.origin.tensors):
+            raise UnlikeError
+        # Should anybody give one of them other memory now, the old is still there.
+        held, before = [part.untyped_storage() for part in written], writes_of(written)
+        gates, closing = over_ids(self.kept.ids, gate_of(self.model)), self._closing
+        with OldBytes(self.kept.spans, pointers) as old, closing.closed(gates) as began:
+            if pointers_of(tensors) != pointers:
+                raise UnlikeError
+            if writes_of(written) != before:
+                raise UpdateError("weights were written while an update was open: begin again")
+            try:
+                work = self.origin.to(self.kept.spans, pointers)
+                self._read(self.origin, work, self.options.advance)
+                # Until here the model may have been given other memory.
+                if pointers_of(self._tensors()[0]) != pointers:
+                    raise UnlikeError
+                torch.autograd.graph.increment_version(written)
+                closing.finish(gates)
+            except BaseException as error:
+                self._restore(old, gates, error)
+                raise
+        del held
+        return time.perf_counter() - began
+
+    def _restore(self, old: OldBytes, gates: Collection[Gate], error: BaseException) -> None:
+        try:
+            old.restore()
+        except BaseException:
+            self._closing.poison(gates, error)
+            raise
+
     @property
     def _closing(self) -> Closing:
         return Closing(self.model, self.base, self.options, _ignore)
@@ -134,10 +176,10 @@ class _Repeat:
         assert isinstance(self.kept.origin, FromMemory)
         self.origin.read(self.kept.origin, self.kept.spans, memory)
 
-    def _read(self, origin: Origin, work: Iterable[Task]) -> None:
-        # Progress is what is in place: all of this may have to be read again.
+    def _read(self, origin: Origin, work: Iterable[Task], advance: Advance = _ignore) -> None:
+        # By default no progress: all of this may have to be read again.
         try:
-            run(work, self.options.threads, _ignore)
+            run(work, self.options.threads, advance)
         except CheckpointError as error:
             origin.explain(error)
             raise
@@ -148,7 +190,3 @@ def _share_memory(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     strided = [part for part in parts_of(others) if part.layout == torch.strided]
     memory = {tensor.untyped_storage()._cdata for tensor in some} if strided else set()
     return any(part.untyped_storage()._cdata in memory for part in strided)
-
-
-def _ignore(_: int) -> None:
-    return None

@@ -4,6 +4,7 @@ Addresses are given as plain numbers: who calls keeps the memory alive.
 """
 
 import ctypes
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,13 @@ class Span:
     def addresses(self, pointers: Sequence[int]) -> Iterator[int]:
         """Where the parts go, with tensors at these addresses."""
         return map(add, map(pointers.__getitem__, self.positions), self.inner)
+
+    def ranges(self, pointers: Sequence[int]) -> "array[int]":
+        """Addresses and sizes of the parts in turn, with tensors at these addresses."""
+        numbers = array("Q", bytes(16 * len(self.sizes)))
+        numbers[::2] = array("Q", self.addresses(pointers))
+        numbers[1::2] = array("Q", self.sizes)
+        return numbers
 
     def scatter(self, memory: Tensor, pointers: Sequence[int]) -> int:
         """Bring the bytes of the span, which are all of `memory`, to where they belong."""

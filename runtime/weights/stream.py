@@ -149,7 +149,7 @@ def _dense(tensor: Tensor) -> Tensor:
 def _together(facts: Facts, parts: Parts) -> Tensor:
     """A tensor as it came."""
     dtype, _, shape = facts
-    value = torch.empty(shape, dtype=dtype)
+    value = torch.empty(shape, dtype=dtype, device="cpu")
     for target, inner, size in parts:
         ctypes.memmove(value.data_ptr() + inner, target, size)
     return value

@@ -44,7 +44,7 @@ def from_iterator(tensors: Iterable[tuple[str, Tensor]], file: Path) -> dict[str
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The values of a tensor as they lie in dense memory."""
-    dense = tensor.detach().cpu().contiguous().reshape(-1)
+    dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     data: memoryview = dense.view(torch.uint8).numpy().data
     return data
 

@@ -31,7 +31,7 @@ from fixpass.runtime.weights.look import Layouts, pointers_of, walk
 from fixpass.runtime.weights.options import Options, Scope
 from fixpass.runtime.weights.origins import FromMemory, Origin
 from fixpass.runtime.weights.spans import Part, Span
-from fixpass.runtime.weights.stream import Stream
+from fixpass.runtime.weights.stream import Stream, may_stream
 from fixpass.runtime.weights.table import generation
 
 
@@ -66,7 +66,7 @@ class Kept:
     """The plan of a reload. It holds no tensor and no module.
 
     seen: the model that it is for. written: positions in the walk of the tensors that are; `ids`
-    and `layouts` are theirs.
+    and `layouts` are theirs. streams: whether tensors may come one after another.
     """
 
     origin: Origin
@@ -77,13 +77,14 @@ class Kept:
     ids: list[int]
     layouts: Layouts
     report: LoadReport
+    streams: bool
 
     def is_for(self, origin: Origin | Stream, options: Options) -> bool:
         """Whether the same is asked for, as far as that is known before it is read."""
         if options.finite or self.asked != _asked(options):
             return False
         if isinstance(origin, Stream):
-            return options.mode == "staged" and isinstance(self.origin, FromMemory)
+            return options.mode != "journal" and self.streams
         return self.origin == origin
 
     def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -129,16 +130,18 @@ class Keeping:
         spans = origin and _spans(origin, prepared.copies, self._starts, self._tensors)
         if not origin or not spans:
             return
+        numbered = origin.numbered(spans)
         written = tuple(sorted({each for span in spans for each in span.positions}))
         _KEPT[self._model] = Kept(
             origin,
             _asked(options),
             self._seen,
-            origin.numbered(spans),
+            numbered,
             written,
             [self._seen.ids[index] for index in written],
             self._seen.layouts.of_some(written),
             replace(prepared.report, seconds=0.0),
+            isinstance(origin, FromMemory) and may_stream(origin, numbered),
         )
 
 

@@ -161,7 +161,7 @@ def _fill_all(path: Path, span: Span, memory: Tensor) -> int:
 
 
 def _gather_all(span: Span, pointers: Sequence[int], memory: Tensor) -> int:
-    return _gather(span, pointers, map(memory.data_ptr().__add__, span.starts))
+    return _gather(span, pointers, span.within(memory))
 
 
 def _fill(path: Path, span: Span, numbers: "array[int]") -> int:

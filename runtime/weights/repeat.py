@@ -25,6 +25,7 @@ from fixpass.runtime.weights.look import parts_of, pointers_of, walk, writes_of
 from fixpass.runtime.weights.old_bytes import OldBytes
 from fixpass.runtime.weights.options import Options
 from fixpass.runtime.weights.origins import FromMemory, Origin, UnlikeError
+from fixpass.runtime.weights.spans import Span
 from fixpass.runtime.weights.stream import Stream
 from fixpass.runtime.weights.transaction import UpdateReport, alone
 from fixpass.runtime.weights.writes import committed
@@ -71,7 +72,11 @@ class _Repeat:
         # In pieces that malloc uses again: fresh pages would take longer than all the rest.
         sizes = [span.num_bytes for span in self.kept.spans]
         staging = [torch.empty(size, dtype=torch.uint8, device="cpu") for size in sizes]
-        self._stage(staging)
+        if isinstance(self.origin, Stream):
+            addresses = list(map(Span.within, self.kept.spans, staging))
+            self._take(self.origin, addresses, staging)
+        else:
+            self._read(self.origin, self.origin.into(self.kept.spans, staging))
         gates, closing = over_ids(self.kept.ids, gate_of(self.model)), self._closing
         with closing.closed(gates) as began:
             tensors, _ = self._tensors()
@@ -100,8 +105,11 @@ class _Repeat:
         fresh, pointers = pointers_of(spare.views), [0] * len(self.kept.seen.ids)
         for index, pointer in zip(self.kept.written, fresh, strict=True):
             pointers[index] = pointer
-        assert not isinstance(self.origin, Stream)
-        self._read(self.origin, self.origin.to(self.kept.spans, pointers))
+        if isinstance(self.origin, Stream):
+            addresses = [span.addresses(pointers) for span in self.kept.spans]
+            self._take(self.origin, addresses, spare.views)
+        else:
+            self._read(self.origin, self.origin.to(self.kept.spans, pointers))
         gates, closing = over_ids(self.kept.ids, gate_of(self.model)), self._closing
         with closing.closed(gates) as began:
             tensors, transient = self._tensors()
@@ -169,12 +177,11 @@ class _Repeat:
             raise UnlikeError
         return tensors, transient
 
-    def _stage(self, memory: Sequence[Tensor]) -> None:
-        if not isinstance(self.origin, Stream):
-            self._read(self.origin, self.origin.into(self.kept.spans, memory))
-            return
+    def _take(
+        self, origin: Stream, addresses: Iterable[Iterable[int]], memory: Sequence[Tensor]
+    ) -> None:
         assert isinstance(self.kept.origin, FromMemory)
-        self.origin.read(self.kept.origin, self.kept.spans, memory)
+        origin.read(self.kept.origin, self.kept.spans, addresses, memory)
 
     def _read(self, origin: Origin, work: Iterable[Task], advance: Advance = _ignore) -> None:
         # By default no progress: all of this may have to be read again.

@@ -47,6 +47,10 @@ class Span:
         """Where the parts go, with tensors at these addresses."""
         return map(add, map(pointers.__getitem__, self.positions), self.inner)
 
+    def within(self, memory: Tensor) -> Iterator[int]:
+        """Where the parts are in memory that holds the span."""
+        return map(memory.data_ptr().__add__, self.starts)
+
     def ranges(self, pointers: Sequence[int]) -> "array[int]":
         """Addresses and sizes of the parts in turn, with tensors at these addresses."""
         numbers = array("Q", bytes(16 * len(self.sizes)))
@@ -56,8 +60,7 @@ class Span:
 
     def scatter(self, memory: Tensor, pointers: Sequence[int]) -> int:
         """Bring the bytes of the span, which are all of `memory`, to where they belong."""
-        sources = map(memory.data_ptr().__add__, self.starts)
-        move(self.addresses(pointers), sources, self.sizes)
+        move(self.addresses(pointers), self.within(memory), self.sizes)
         return self.num_bytes
 
 

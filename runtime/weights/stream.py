@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fixpass.runtime.weights.look import PLAIN
+from fixpass.runtime.weights.look import PLAIN, facts_of
 from fixpass.runtime.weights.origins import Facts, FromMemory, UnlikeError
 from fixpass.runtime.weights.spans import Span
 
@@ -70,59 +70,74 @@ class Stream:
         """What came by iterating, as tensors in memory; None where one was not just its bytes."""
         return FromMemory(self._names, self._facts) if self._is_plain else None
 
-    def read(self, kept: FromMemory, spans: Sequence[Span], memory: Sequence[Tensor]) -> None:
-        """Bring each span into memory of its size, in this thread.
+    def read(
+        self,
+        kept: FromMemory,
+        spans: Sequence[Span],
+        addresses: Iterable[Iterable[int]],
+        memory: Sequence[Tensor],
+    ) -> None:
+        """Bring the parts of each span to addresses, which are those of `memory`, in this thread.
 
         Raises UnlikeError where something is not as in `kept`.
         """
-        sizes = [dtype.itemsize * shape.numel() for dtype, _, shape in kept.facts]
-        self._copied = copied = _Copied(kept, _targets(spans, memory, sizes), memory)
-        expected = zip(kept.names, kept.facts, copied.targets, strict=True)
-        move = ctypes.memmove
+        targets = _targets(spans, addresses, kept.facts)
+        self._copied = copied = _Copied(kept, targets, memory)
+        expected = zip(kept.names, kept.facts, targets, strict=True)
+        move, plain, strided = ctypes.memmove, PLAIN, torch.strided
         for item in self._source:
-            name, (dtype, _, shape), parts = next(expected, _NOTHING)
-            tensor = item[1]
-            if (
-                item[0] != name
-                or type(tensor) not in PLAIN
-                or tensor.dtype is not dtype
-                or tensor.shape != shape
-                or not _has_values(tensor)
-            ):
+            name, tensor = item
+            wanted, facts, parts = next(expected, _NOTHING)
+            if name != wanted or type(tensor) not in plain or tensor.layout is not strided:
+                copied.last = item
+                raise UnlikeError
+            pointer, is_lazy = 0, tensor.is_neg() or tensor.is_conj()
+            if facts_of(tensor) == facts and tensor.is_contiguous() and not is_lazy:
+                pointer = tensor.data_ptr()
+            elif (dense := _dense(tensor, facts)) is not None:
+                tensor, pointer = dense, dense.data_ptr()
+            if not pointer and facts[2].numel():
                 copied.last = item
                 raise UnlikeError
             if not parts:
                 # Nothing takes it. Another plan might.
                 copied.aside[copied.count] = tensor.detach().clone()
-            else:
-                dense = tensor if _is_dense(tensor) else _dense(tensor)
-                for target, inner, size in parts:
-                    move(target, dense.data_ptr() + inner, size)
+            for target, inner, size in parts:
+                move(target, pointer + inner, size)
             copied.count += 1
-        if copied.count < len(sizes):
+        if copied.count < len(targets):
             raise UnlikeError
 
 
 _NOTHING: tuple[None, Facts, Parts] = (None, (torch.uint8, _CPU, torch.Size()), [])
 
 
-def _targets(spans: Sequence[Span], memory: Sequence[Tensor], sizes: Sequence[int]) -> list[Parts]:
-    """For each tensor where its bytes go; UnlikeError where some do not, but others."""
-    targets: list[Parts] = [[] for _ in sizes]
-    for span, held in zip(spans, memory, strict=True):
-        columns = span.given, span.given_inner, span.starts, span.sizes
-        base = held.data_ptr()
-        for index, inner, start, size in zip(*columns, strict=True):
-            targets[index].append((base + start, inner, size))
-    for parts, whole in zip(targets, sizes, strict=True):
+def may_stream(origin: FromMemory, spans: Sequence[Span]) -> bool:
+    """Whether each tensor of an origin goes somewhere as a whole, or nowhere.
+
+    What is taken in part, as by a rank, could not be given again.
+    """
+    sizes = [dtype.itemsize * shape.numel() for dtype, _, shape in origin.facts]
+    for parts, whole in zip(_targets(spans, [s.starts for s in spans], sizes), sizes, strict=True):
         end = 0
-        for _, inner, size in sorted(parts, key=_inner) if len(parts) > 1 else parts:
+        for _, inner, size in sorted(parts, key=_inner):
             if inner != end:
-                raise UnlikeError
+                return False
             end += size
-        # What a rank takes in part could not be given again.
         if parts and end != whole:
-            raise UnlikeError
+            return False
+    return True
+
+
+def _targets(
+    spans: Sequence[Span], addresses: Iterable[Iterable[int]], tensors: Sequence[object]
+) -> list[Parts]:
+    """For each of the tensors where its bytes go."""
+    targets: list[Parts] = [[] for _ in tensors]
+    for span, goals in zip(spans, addresses, strict=True):
+        columns = span.given, goals, span.given_inner, span.sizes
+        for index, target, inner, size in zip(*columns, strict=True):
+            targets[index].append((target, inner, size))
     return targets
 
 
@@ -130,19 +145,11 @@ def _inner(part: tuple[int, int, int]) -> int:
     return part[1]
 
 
-def _has_values(tensor: Tensor) -> bool:
-    if tensor.layout is not torch.strided or tensor.is_meta:
-        return False
-    return bool(tensor.data_ptr()) or not tensor.numel()
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the bytes of the values are those in this process's memory."""
-    is_lazy = tensor.is_neg() or tensor.is_conj()
-    return tensor.is_cpu and tensor.is_contiguous() and not is_lazy
-
-
-def _dense(tensor: Tensor) -> Tensor:
+def _dense(tensor: Tensor, facts: Facts) -> Tensor | None:
+    """Its values in dense memory of this process, if it has any and is of this dtype and shape."""
+    alike = (tensor.dtype, tensor.shape) == (facts[0], facts[2])
+    if not alike or tensor.is_meta or not tensor.data_ptr():
+        return None
     return tensor.detach().to("cpu").resolve_neg().resolve_conj().contiguous()
 
 

@@ -10,6 +10,8 @@ from fixpass.runtime.checkpoint.mapping import Mapping, Stacked
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.versions import version
 
+pytestmark = pytest.mark.parametrize("mode", ["staged", "double"])
+
 
 def values(seed):
     torch.manual_seed(seed)
@@ -38,12 +40,12 @@ def listed(state):
 
 
 @pytest.mark.parametrize("give", [in_one_buffer, column_major, negated, listed])
-def test_what_is_like_the_last_is_not_planned_again(plans, give):
+def test_what_is_like_the_last_is_not_planned_again(plans, give, mode):
     model, reports = model_of(), []
     ids = {name: id(value) for name, value in named(model)}
     for number in range(1, 5):
         state = values(number)
-        reports.append(reloaded(model, give(state)))
+        reports.append(reloaded(model, give(state), mode))
         assert holds(model, state)
         assert version(model) == reports[-1].version == number
     assert ids == {name: id(value) for name, value in named(model)}
@@ -51,16 +53,16 @@ def test_what_is_like_the_last_is_not_planned_again(plans, give):
     assert reports[0].load.loaded == reports[-1].load.loaded
 
 
-def test_an_iterator_may_follow_a_state_dict_and_be_followed_by_one(plans):
+def test_an_iterator_may_follow_a_state_dict_and_be_followed_by_one(plans, mode):
     model = model_of()
     for number, give in enumerate((dict, in_one_buffer, dict, in_one_buffer)):
         state = values(number)
-        reloaded(model, give(state))
+        reloaded(model, give(state), mode)
         assert holds(model, state)
     assert len(plans) == 1
 
 
-def test_tensors_that_are_cut_up_go_where_they_went(plans, monkeypatch):
+def test_tensors_that_are_cut_up_go_where_they_went(plans, monkeypatch, mode):
     monkeypatch.setattr(vectored, "MOST_BYTES", 1000)
     model = nn.ModuleDict({"qkv": nn.Linear(64, 192, bias=False)}).requires_grad_(False)
     mapping = Mapping(stacked=(Stacked("qkv", ("q", "k", "v")),))
@@ -69,7 +71,7 @@ def test_tensors_that_are_cut_up_go_where_they_went(plans, monkeypatch):
         parts = {f"{name}.weight": torch.randn(64, 64) for name in ("v", "q", "k")}
         if seed == 3:
             parts["q.weight"] = parts.pop("q.weight")
-        reloaded(model, in_one_buffer(parts), mapping=mapping)
+        reloaded(model, in_one_buffer(parts), mode, mapping=mapping)
         whole = torch.cat([parts[f"{name}.weight"] for name in "qkv"])
         assert torch.equal(model["qkv"].weight, whole)
     assert len(plans) == 2, "another order is another plan, and what was copied first is given it"
@@ -87,23 +89,25 @@ def of_another_class(items, at):
 
 @pytest.mark.parametrize("change", [renamed, of_another_class])
 @pytest.mark.parametrize("at", [0, 1, 7, 12])
-def test_what_is_unlike_from_some_tensor_on_is_planned_again_from_the_first(plans, change, at):
+def test_what_is_unlike_from_some_tensor_on_is_planned_again_from_the_first(
+    plans, change, at, mode
+):
     model = model_of()
     for seed in (1, 2):
-        reloaded(model, in_one_buffer(values(seed)))
+        reloaded(model, in_one_buffer(values(seed)), mode)
     assert len(plans) == 1
     state = values(3)
-    reloaded(model, in_one_buffer(dict(change(listed(state), at))))
+    reloaded(model, in_one_buffer(dict(change(listed(state), at))), mode)
     assert holds(model, state)
     assert version(model) == 3
 
 
 @pytest.mark.parametrize("at", [0, 1, 7, 12])
 @pytest.mark.parametrize("fault", ["shape", "missing", "unexpected", "dtype", "freed", "dies"])
-def test_what_does_not_fit_is_refused_and_the_weights_are_those_of_before(fault, at):
+def test_what_does_not_fit_is_refused_and_the_weights_are_those_of_before(fault, at, mode):
     model, before = model_of(), values(2)
     for state in (values(1), before):
-        reloaded(model, in_one_buffer(state))
+        reloaded(model, in_one_buffer(state), mode)
 
     def bad():
         for index, (name, value) in enumerate(values(3).items()):
@@ -123,62 +127,62 @@ def test_what_does_not_fit_is_refused_and_the_weights_are_those_of_before(fault,
                 raise ConnectionError("the trainer is gone")
 
     with pytest.raises(ConnectionError if fault == "dies" else (CheckpointError, RuntimeError)):
-        reloaded(model, bad())
+        reloaded(model, bad(), mode)
     assert holds(model, before)
     assert version(model) == 2
     state = values(4)
-    reloaded(model, in_one_buffer(state))
+    reloaded(model, in_one_buffer(state), mode)
     assert holds(model, state)
 
 
-def test_one_that_ends_early_or_goes_on_is_like_no_other():
+def test_one_that_ends_early_or_goes_on_is_like_no_other(mode):
     model = model_of()
     for seed in (1, 2):
-        reloaded(model, in_one_buffer(values(seed)))
+        reloaded(model, in_one_buffer(values(seed)), mode)
     before, items = values(2), listed(values(3))
     for wrong in (items[:-1], [*items, ("other", torch.zeros(1))], []):
         with pytest.raises(CheckpointError):
-            reloaded(model, iter(wrong))
+            reloaded(model, iter(wrong), mode)
         assert holds(model, before)
 
 
-def test_a_model_that_changes_while_tensors_come_is_planned_again(plans):
+def test_a_model_that_changes_while_tensors_come_is_planned_again(plans, mode):
     model = model_of()
     for seed in (1, 2):
-        reloaded(model, in_one_buffer(values(seed)))
+        reloaded(model, in_one_buffer(values(seed)), mode)
     state = values(3)
 
     def meanwhile():
         yield from in_one_buffer(state)
         model[1].down.weight = nn.Parameter(torch.zeros(64, 32), requires_grad=False)
 
-    reloaded(model, meanwhile())
+    reloaded(model, meanwhile(), mode)
     assert holds(model, state)
     assert len(plans) == 2
 
 
-def test_a_tensor_that_nothing_takes_is_taken_when_something_does(plans):
+def test_a_tensor_that_nothing_takes_is_taken_when_something_does(plans, mode):
     """Of tied weights a checkpoint may have both; which is skipped may change."""
     model = model_of()
     model[1].up.weight = model[0].up.weight
     state = {}
     for seed in (1, 2, 3):
         state = values(seed)
-        reloaded(model, in_one_buffer(state))
+        reloaded(model, in_one_buffer(state), mode)
         assert torch.equal(model[0].up.weight, state["0.up.weight"])
     assert len(plans) == 1
     model[1].up.weight = nn.Parameter(torch.zeros(32, 64), requires_grad=False)
     state = values(4)
-    reloaded(model, in_one_buffer(state))
+    reloaded(model, in_one_buffer(state), mode)
     assert holds(model, state)
     assert len(plans) == 2
 
 
-@pytest.mark.parametrize("options", [{"mode": "double"}, {"mode": "journal"}, {"finite": True}])
-def test_other_modes_and_checks_are_planned_each_time(plans, options):
+@pytest.mark.parametrize("options", [{"finite": True}, {"mode": "journal"}])
+def test_checks_for_nan_and_mode_journal_are_planned_each_time(plans, options, mode):
     model = model_of()
     for seed in range(3):
         state = values(seed)
-        reloaded(model, in_one_buffer(state), **options)
+        reloaded(model, in_one_buffer(state), **{"mode": mode} | options)
         assert holds(model, state)
     assert len(plans) == 3

@@ -9,7 +9,7 @@ process for each way.
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ ABOUT = (
 )
 MANY = (
     "The files of two folders in turn differ in values alone; `planned anew`: no reload's files "
-    "have the headers of the last. State dicts are loaded in a run of their own: of each model "
-    "the plan of the last reload is kept, and no more."
+    "have the headers of the last. State dicts and iterators are loaded in runs of their own: of "
+    "each model the plan of the last reload is kept, and no more. An iterator's tensors are copied "
+    "as they come."
 )
 MODES = ("double", "journal", "staged")
 STATE_MODES = ("double", "staged")
@@ -132,7 +133,11 @@ def _many(result: Result, folder: Path, quick: bool) -> None:
     ways["load_file + load_state_dict"] = _in_turn(_load_file, folder, ("0", "1"))
     samples, held = _timed(model, folder, ways, 3 if quick else 11)
     states = [_state(folder / name) for name in ("0", "1")]
-    ways = {f"reload of a state dict, {m}, 1 thread": _of_states(m, states) for m in STATE_MODES}
+    ways = {
+        f"reload of {what}, {mode}, 1 thread": _of_tensors(mode, states, give)
+        for what, give in (("a state dict", dict), ("an iterator", _one_by_one))
+        for mode in STATE_MODES
+    }
     for name, way in ways.items():
         more, held_more = _timed(model, folder, {name: way}, 3 if quick else 11)
         samples[name], held[name] = more[name], held_more[name]
@@ -167,10 +172,16 @@ def _state(folder: Path) -> dict[str, Tensor]:
     return {k: v for file in sorted(folder.iterdir()) for k, v in load_file(file).items()}
 
 
-def _of_states(mode: str, states: Sequence[dict[str, Tensor]]) -> Way:
+def _of_tensors(
+    mode: str, states: Sequence[dict[str, Tensor]], give: Callable[[dict[str, Tensor]], Any]
+) -> Way:
     """Reloads of a model from tensors in memory, each time from others."""
     turn = cycle(states)
-    return lambda model, _: reload(model, next(turn), mode, threads=1, progress=False).closed  # type: ignore[arg-type]
+    return lambda model, _: reload(model, give(next(turn)), mode, threads=1, progress=False).closed  # type: ignore[arg-type]
+
+
+def _one_by_one(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    yield from state.items()
 
 
 def _in_turn(way: Way, folder: Path, names: Sequence[str]) -> Way:

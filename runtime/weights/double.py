@@ -5,8 +5,9 @@ good. Addresses change at each commit: not for captured graphs, and not for memo
 with other processes.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,6 +20,8 @@ from fixpass.runtime.weights.alias import packed
 from fixpass.runtime.weights.gate import tensors_of
 from fixpass.runtime.weights.look import Layouts, pointers_of
 from fixpass.runtime.weights.table import any_folded, record, record_of
+
+_address = attrgetter("_cdata")
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,8 @@ class Spare:
 
     def memory(self) -> list[Tensor]:
         """As bytes, what nobody else holds: tensors of the user may lie there by now."""
-        once = _holders(torch.empty(1, device="cpu"))
-        kept = [tensor for tensor in (*self.views, *self.rest) if _holders(tensor) == once]
-        return [_bytes_of(tensor) for tensor in kept]
+        mine = [*self.views, *self.rest]
+        return [_bytes_of(t) for t, alone in zip(mine, _are_alone(mine), strict=True) if alone]
 
 
 _SPARE: WeakKeyDictionary[nn.Module, Spare] = WeakKeyDictionary()
@@ -61,15 +63,17 @@ def take_spare(
         order = [place[each] for each in ids]
         pointers, views = [spare.pointers[i] for i in order], [spare.views[i] for i in order]
         spare = Spare(ids, pointers, views)
-    once = _holders(torch.empty(1, device="cpu"))
-    alone = all(_holders(view) == once for view in spare.views)
+    alone = all(_are_alone(spare.views))
     return spare if alone and (spare.plan is plan or layouts.lie_as(spare.views)) else None
 
 
-def _holders(tensor: Tensor) -> int:
-    """How many tensors, and other things that torch knows of, hold the memory of this one."""
-    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-    return count
+def _are_alone(tensors: Sequence[Tensor]) -> Iterator[bool]:
+    """Of each whether no other tensor, nor anything that torch knows of, holds its memory."""
+    lone = torch.empty(1, device="cpu")
+    # All are held while they are counted, as the address of one that is not may be used again.
+    storages = list(map(Tensor.untyped_storage, (lone, *tensors)))
+    once, *counts = map(torch._C._storage_Use_Count, map(_address, storages))
+    return map(once.__eq__, counts)
 
 
 def keep_spare(

@@ -11,7 +11,7 @@ from collections.abc import Mapping as Named
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,6 +33,8 @@ from fixpass.runtime.weights.origins import FromMemory, Origin
 from fixpass.runtime.weights.spans import Part, Span
 from fixpass.runtime.weights.stream import Stream, may_stream
 from fixpass.runtime.weights.table import generation
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,9 +89,9 @@ class Kept:
             return options.mode != "journal" and self.streams
         return self.origin == origin
 
-    def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Those tensors of a walk that are written."""
-        return [tensors[index] for index in self.written]
+    def of(self, column: Sequence[T]) -> list[T]:
+        """Of something for each tensor of a walk, that for those that are written."""
+        return [column[index] for index in self.written]
 
     def others(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Those tensors of a walk that are not, by any name."""

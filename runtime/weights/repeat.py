@@ -79,11 +79,10 @@ class _Repeat:
             self._read(self.origin, self.origin.into(self.kept.spans, staging))
         gates, closing = over_ids(self.kept.ids, gate_of(self.model)), self._closing
         with closing.closed(gates) as began:
-            tensors, _ = self._tensors()
+            tensors, pointers, _ = self._tensors()
             written = parts_of(self.kept.of(tensors))
             # Should anybody give one of them other memory now, the old is still there.
-            held = [part.untyped_storage() for part in written]
-            pointers = pointers_of(tensors)
+            held = list(map(Tensor.untyped_storage, written))
             moves = [
                 partial(span.scatter, memory, pointers)
                 for span, memory in zip(self.kept.spans, staging, strict=True)
@@ -112,10 +111,10 @@ class _Repeat:
             self._read(self.origin, self.origin.to(self.kept.spans, pointers))
         gates, closing = over_ids(self.kept.ids, gate_of(self.model)), self._closing
         with closing.closed(gates) as began:
-            tensors, transient = self._tensors()
+            tensors, now, transient = self._tensors()
             written = self.kept.of(tensors)
             rest = [*self.kept.others(tensors), *transient]
-            if pointers_of(written) != spare.pointers or _share_memory(written, rest):
+            if self.kept.of(now) != spare.pointers or _share_memory(written, rest):
                 raise UnlikeError
             back = double.exchange(written, spare.views)
             try:
@@ -130,12 +129,12 @@ class _Repeat:
     def journal(self) -> float:
         """Write the old bytes down while calls go on; then read over them. Seconds of the gate."""
         assert not isinstance(self.origin, Stream)
-        tensors, _ = self._tensors()
-        written, pointers = parts_of(self.kept.of(tensors)), pointers_of(tensors)
+        tensors, pointers, _ = self._tensors()
+        written = parts_of(self.kept.of(tensors))
         if isinstance(self.origin, FromMemory) and _share_memory(written, self.origin.tensors):
             raise UnlikeError
         # Should anybody give one of them other memory now, the old is still there.
-        held, before = [part.untyped_storage() for part in written], writes_of(written)
+        held, before = list(map(Tensor.untyped_storage, written)), writes_of(written)
         gates, closing = over_ids(self.kept.ids, gate_of(self.model)), self._closing
         with OldBytes(self.kept.spans, pointers) as old, closing.closed(gates) as began:
             if pointers_of(tensors) != pointers:
@@ -146,7 +145,7 @@ class _Repeat:
                 work = self.origin.to(self.kept.spans, pointers)
                 self._read(self.origin, work, self.options.advance)
                 # Until here the model may have been given other memory.
-                if pointers_of(self._tensors()[0]) != pointers:
+                if self._tensors()[1] != pointers:
                     raise UnlikeError
                 torch.autograd.graph.increment_version(written)
                 closing.finish(gates)
@@ -167,15 +166,18 @@ class _Repeat:
     def _closing(self) -> Closing:
         return Closing(self.model, self.base, self.options, _ignore)
 
-    def _tensors(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """The tensors of the walk, and other buffers.
+    def _tensors(self) -> tuple[Sequence[Tensor], list[int], Sequence[Tensor]]:
+        """The tensors of the walk, their addresses, and other buffers.
 
         Nothing but bytes is written to them from here on, so they need no second look.
         """
         names, tensors, transient = walk(unwrapped(self.model))
-        if not self.kept.seen.holds(names, tensors) or 0 in pointers_of(self.kept.of(tensors)):
+        if not self.kept.seen.holds(names, tensors):
             raise UnlikeError
-        return tensors, transient
+        pointers = pointers_of(tensors)
+        if 0 in self.kept.of(pointers):
+            raise UnlikeError
+        return tensors, pointers, transient
 
     def _take(
         self, origin: Stream, addresses: Iterable[Iterable[int]], memory: Sequence[Tensor]

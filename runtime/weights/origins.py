@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
-from operator import add
+from operator import add, eq
 from pathlib import Path
 from typing import Self
 
@@ -84,20 +84,30 @@ class FromMemory:
     tensors: Sequence[Tensor] = field(default=(), compare=False)
 
     @staticmethod
-    def of(source: Mapping[str, Tensor]) -> "FromMemory | None":
-        """The tensors of a state dict; None where their values are not just their bytes."""
-        tensors = list(source.values())
+    def of(source: Mapping[str, Tensor], like: object = None) -> "FromMemory | None":
+        """The tensors of a state dict; None where their values are not just their bytes.
+
+        like: an origin that they may be equal to, whose columns are used then: of thousands of
+        tuples that are kept, Python's garbage collector would look at each.
+        """
+        names, tensors = list(source), list(source.values())
         if not PLAIN.issuperset(map(type, tensors)) or not all(map(_is_strided, tensors)):
             return None
-        facts = list(map(facts_of, tensors))
-        kinds = {(dtype.is_complex, device.type) for dtype, device in {f[:2] for f in facts}}
+        if isinstance(like, FromMemory) and like._are_like(names, tensors):
+            names, facts = like.names, like.facts
+        else:
+            facts = list(map(facts_of, tensors))
+            if any(dtype.is_complex or device.type != "cpu" for dtype, device, _ in facts):
+                return None
         able = (
-            kinds <= {(False, "cpu")}
-            and all(map(Tensor.is_contiguous, tensors))
+            all(map(Tensor.is_contiguous, tensors))
             and not any(map(Tensor.is_neg, tensors))
             and (all(map(Tensor.data_ptr, tensors)) or not any(map(_is_freed, tensors)))
         )
-        return FromMemory(list(source), facts, tensors) if able else None
+        return FromMemory(names, facts, tensors) if able else None
+
+    def _are_like(self, names: list[str], tensors: Sequence[Tensor]) -> bool:
+        return self.names == names and all(map(eq, map(facts_of, tensors), self.facts))
 
     def checkpoint(self) -> Checkpoint:
         """The tensors, as that file would have them."""

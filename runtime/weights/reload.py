@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fixpass.runtime.checkpoint.mapping import Mapping
 from fixpass.runtime.checkpoint.sources import Source, files_of, opened
-from fixpass.runtime.weights.kept import Keeping
+from fixpass.runtime.weights.kept import Keeping, kept_for
 from fixpass.runtime.weights.options import SAME_NAMES, Mode, Options, Scope
 from fixpass.runtime.weights.origins import FromFiles, FromMemory, Origin
 from fixpass.runtime.weights.repeat import repeated
@@ -53,7 +53,7 @@ def reload(
         tqdm(unit="B", unit_scale=True, desc="reloading", disable=disable) as bar,
     ):
         options = replace(options, advance=bar.update)
-        origin = _origin(source)
+        origin = _origin(source, model)
         if isinstance(origin, FromFiles):
             bar.total = origin.files.num_bytes
         if origin is not None and (report := repeated(model, origin, options)) is not None:
@@ -74,9 +74,12 @@ def reload(
     return tx.report
 
 
-def _origin(source: Source) -> Origin | Stream | None:
+def _origin(source: Source, model: nn.Module) -> Origin | Stream | None:
     """The source, where the next one may be like it."""
     if isinstance(source, str | Path):
         files = files_of(source)
         return None if files is None else FromFiles(files)
-    return FromMemory.of(source) if isinstance(source, Named) else Stream(source)
+    if not isinstance(source, Named):
+        return Stream(source)
+    kept = kept_for(model)
+    return FromMemory.of(source, None if kept is None else kept.origin)

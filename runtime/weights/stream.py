@@ -19,8 +19,49 @@ from fixpass.runtime.weights.spans import Span
 _CPU = torch.device("cpu")
 
 Item = tuple[str, Tensor]
-Parts = list[tuple[int, int, int]]
-"""Addresses, each with the byte of a tensor that comes there and how many from there on."""
+
+
+@dataclass
+class Targets:
+    """For each of some tensors where its bytes go.
+
+    at: the address for all of a tensor, which are so many bytes as `sizes` says; 0 where it goes
+    nowhere, or to the several places in `parts`: addresses, each with the byte of the tensor that
+    comes there and how many from there on. Columns, for speed.
+    """
+
+    at: list[int]
+    sizes: list[int]
+    parts: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(spans: Sequence[Span], addresses: Iterable[Iterable[int]], count: int) -> "Targets":
+        """Of `count` tensors in spans, whose parts go to these addresses."""
+        found = Targets([0] * count, [0] * count)
+        for span, goals in zip(spans, addresses, strict=True):
+            first, end = span.given[0], span.given[-1] + 1
+            apart = not any(span.given_inner) and not any(found.sizes[first:end])
+            if apart and span.given == tuple(range(first, end)):
+                found.at[first:end], found.sizes[first:end] = goals, span.sizes
+                continue
+            columns = span.given, goals, span.given_inner, span.sizes
+            for part in zip(*columns, strict=True):
+                found._add(*part)
+        return found
+
+    def of_one(self, index: int) -> list[tuple[int, int, int]]:
+        """The parts of one tensor."""
+        if self.sizes[index]:
+            return [(self.at[index], 0, self.sizes[index])]
+        return self.parts.get(index, [])
+
+    def _add(self, index: int, target: int, inner: int, size: int) -> None:
+        before = self.of_one(index)
+        if not before and not inner:
+            self.at[index], self.sizes[index] = target, size
+            return
+        self.at[index] = self.sizes[index] = 0
+        self.parts[index] = [*before, (target, inner, size)]
 
 
 @dataclass
@@ -32,7 +73,7 @@ class _Copied:
     """
 
     kept: FromMemory
-    targets: list[Parts]
+    targets: Targets
     memory: Sequence[Tensor]
     count: int = 0
     aside: dict[int, Tensor] = field(default_factory=dict)
@@ -40,10 +81,18 @@ class _Copied:
 
     def __iter__(self) -> Iterator[Item]:
         for index in range(self.count):
-            name, facts = self.kept.names[index], self.kept.facts[index]
-            yield name, self.aside.get(index, _together(facts, self.targets[index]))
+            value = self.aside.get(index)
+            yield self.kept.names[index], self._together(index) if value is None else value
         if self.last is not None:
             yield self.last
+
+    def _together(self, index: int) -> Tensor:
+        """A tensor as it came."""
+        dtype, _, shape = self.kept.facts[index]
+        value = torch.empty(shape, dtype=dtype, device="cpu")
+        for target, inner, size in self.targets.of_one(index):
+            ctypes.memmove(value.data_ptr() + inner, target, size)
+        return value
 
 
 class Stream:
@@ -81,13 +130,13 @@ class Stream:
 
         Raises UnlikeError where something is not as in `kept`.
         """
-        targets = _targets(spans, addresses, kept.facts)
+        targets = Targets.of(spans, addresses, len(kept.facts))
         self._copied = copied = _Copied(kept, targets, memory)
-        expected = zip(kept.names, kept.facts, targets, strict=True)
+        expected = zip(kept.names, kept.facts, targets.at, targets.sizes, strict=True)
         move, plain, strided = ctypes.memmove, PLAIN, torch.strided
         for item in self._source:
             name, tensor = item
-            wanted, facts, parts = next(expected, _NOTHING)
+            wanted, facts, target, size = next(expected, _NOTHING)
             if name != wanted or type(tensor) not in plain or tensor.layout is not strided:
                 copied.last = item
                 raise UnlikeError
@@ -99,17 +148,20 @@ class Stream:
             if not pointer and facts[2].numel():
                 copied.last = item
                 raise UnlikeError
-            if not parts:
+            if size:
+                move(target, pointer, size)
+            elif parts := targets.parts.get(copied.count):
+                for target, inner, size in parts:
+                    move(target, pointer + inner, size)
+            else:
                 # Nothing takes it. Another plan might.
                 copied.aside[copied.count] = tensor.detach().clone()
-            for target, inner, size in parts:
-                move(target, pointer + inner, size)
             copied.count += 1
-        if copied.count < len(targets):
+        if copied.count < len(kept.facts):
             raise UnlikeError
 
 
-_NOTHING: tuple[None, Facts, Parts] = (None, (torch.uint8, _CPU, torch.Size()), [])
+_NOTHING: tuple[None, Facts, int, int] = (None, (torch.uint8, _CPU, torch.Size()), 0, 0)
 
 
 def may_stream(origin: FromMemory, spans: Sequence[Span]) -> bool:
@@ -117,28 +169,16 @@ def may_stream(origin: FromMemory, spans: Sequence[Span]) -> bool:
 
     What is taken in part, as by a rank, could not be given again.
     """
-    sizes = [dtype.itemsize * shape.numel() for dtype, _, shape in origin.facts]
-    for parts, whole in zip(_targets(spans, [s.starts for s in spans], sizes), sizes, strict=True):
-        end = 0
+    targets = Targets.of(spans, [span.starts for span in spans], len(origin.facts))
+    for index, (dtype, _, shape) in enumerate(origin.facts):
+        end, parts = 0, targets.of_one(index)
         for _, inner, size in sorted(parts, key=_inner):
             if inner != end:
                 return False
             end += size
-        if parts and end != whole:
+        if parts and end != dtype.itemsize * shape.numel():
             return False
     return True
-
-
-def _targets(
-    spans: Sequence[Span], addresses: Iterable[Iterable[int]], tensors: Sequence[object]
-) -> list[Parts]:
-    """For each of the tensors where its bytes go."""
-    targets: list[Parts] = [[] for _ in tensors]
-    for span, goals in zip(spans, addresses, strict=True):
-        columns = span.given, goals, span.given_inner, span.sizes
-        for index, target, inner, size in zip(*columns, strict=True):
-            targets[index].append((target, inner, size))
-    return targets
 
 
 def _inner(part: tuple[int, int, int]) -> int:
@@ -151,12 +191,3 @@ def _dense(tensor: Tensor, facts: Facts) -> Tensor | None:
     if not alike or tensor.is_meta or not tensor.data_ptr():
         return None
     return tensor.detach().to("cpu").resolve_neg().resolve_conj().contiguous()
-
-
-def _together(facts: Facts, parts: Parts) -> Tensor:
-    """A tensor as it came."""
-    dtype, _, shape = facts
-    value = torch.empty(shape, dtype=dtype, device="cpu")
-    for target, inner, size in parts:
-        ctypes.memmove(value.data_ptr() + inner, target, size)
-    return value

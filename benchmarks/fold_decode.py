@@ -22,7 +22,7 @@ ABOUT = (
     "Milliseconds of one call of a linear layer on one token whose weight is shuffled for a "
     "kernel, transposed, concatenated or cast in `forward`. Frozen is Inductor with "
     "`freezing=True`, which is stale after an update; fixpass is not. In the last rows nothing is "
-    "rearranged: what frozen gains there, in bf16, is oneDNN's own packing of weights."
+    "rearranged, and fixpass does nothing: frozen keeps each weight once more, packed."
 )
 ASKING = 2.0  # microseconds a value and call
 AGAINST_INDUCTOR = 0.8

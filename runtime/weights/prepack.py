@@ -7,6 +7,7 @@ which the packed weight is kept for as long as the handle lives. On CPU, without
 """
 
 import itertools
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import finalize
@@ -22,9 +23,10 @@ _PACKED: dict[int, Tensor] = {}
 
 
 def packable_dtypes() -> tuple[torch.dtype, ...]:
-    """The types of weights that oneDNN packs on this CPU."""
+    """The types of weights that oneDNN packs on this CPU; x86 only, where that was measured."""
     mkldnn = torch.backends.mkldnn
-    if not (mkldnn.is_available() and torch._C._get_mkldnn_enabled()):
+    is_known = platform.machine().lower() in ("x86_64", "amd64")
+    if not (is_known and mkldnn.is_available() and torch._C._get_mkldnn_enabled()):
         return ()
     supported = {
         torch.float32: True,
@@ -58,7 +60,12 @@ class Prepacked:
 
 
 def _run(x: Tensor, handle: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    packed = _PACKED[int(handle)]
+    packed = _PACKED.get(int(handle))
+    if packed is None:
+        raise WeightError(
+            f"no packed weight has the handle {int(handle)} in this process: handles are of one "
+            "process and one compiled graph, and are not saved with it"
+        )
     if packed.shape[0] != out_features:
         raise WeightError(
             f"a linear layer of {out_features} features was compiled, and its weight gives "

@@ -19,7 +19,7 @@ from fixpass.runtime.weights.prepack import packable_dtypes
 from fixpass.testing import bf16, f32
 
 needs_onednn = pytest.mark.skipif(
-    not packable_dtypes(), reason="this torch has no oneDNN, which packs the weights"
+    not packable_dtypes(), reason="no oneDNN here, which packs the weights, or no x86"
 )
 pytestmark = needs_onednn
 OPTIONS = {"verify": True, "strict": True, "lower": "eager"}

@@ -44,6 +44,8 @@ class PrepackLinears(Pass):
             if isinstance(found, Missed):
                 if found.why:
                     result.missed(node, found.why)
+            elif not found:
+                continue
             elif why := _pack(graph, node, found, examples, result):
                 result.missed(node, why)
 
@@ -55,7 +57,7 @@ class PrepackLinears(Pass):
         found = linears_of(folded)
         if found and value.dtype not in self.dtypes:
             return Missed(f"oneDNN packs no {value.dtype} here".replace("torch.", ""))
-        return found or Missed("")
+        return found
 
 
 def _pack(
@@ -97,10 +99,12 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
     """Take out the node and what is left of its users: views that nothing reads."""
     for view in list(node.users):
         _erase(graph, view)
+    # The graph goes on to know the name of the node, and so the node, and the value that it holds.
+    node.meta.clear()
     graph.erase_node(node)
 
 
 def _packed(plain: Derived, linear: Linear) -> Derived:
     view, recipe = weight_of(linear), plain.store.recipe
-    signature = f"{recipe.signature}\npacked\n{view.code}"
+    signature = f"{recipe.signature}\npacked\n{view.code}" if recipe.signature else ""
     return Derived(replace(recipe, form=Prepacked(view), signature=signature), plain.positions)

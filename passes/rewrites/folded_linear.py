@@ -7,12 +7,13 @@ view of it, has to be such a layer: else the value is needed as it is. Nothing i
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fixpass.lowering.layout import Layout
+from fixpass.lowering.layout import Layout, known_equal
 from fixpass.passes.rewrite import Missed
 from fixpass.passes.rewrites.weight_values import view_of
 
@@ -96,15 +97,34 @@ def _linear(node: fx.Node, weight: fx.Node, views: tuple[fx.Node, ...]) -> Linea
 
 def _against(linear: Linear) -> str:
     """What oneDNN's layer cannot do here, or ""."""
-    x, weight, out = (n.meta.get("example_value") for n in (linear.x, linear.weight, linear.node))
-    if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or not isinstance(out, Tensor):
-        return "gives no tensor"
+    nodes = (linear.x, linear.weight, linear.node, *([linear.bias] if linear.bias else []))
+    found = [val for node in nodes if _is_plain(val := node.meta.get("example_value"))]
+    if len(found) < len(nodes):
+        return "reads or gives what is no plain tensor"
+    x, weight, out, *bias = found
     if weight.dim() != 2 or x.dim() < 2:
         return f"multiplies {x.dim()} by {weight.dim()} dimensions"
-    if x.dtype != weight.dtype or x.device != weight.device:
+    alike = weight.dtype, weight.device
+    if (x.dtype, x.device) != alike:
         return f"reads {Layout.of(x)} on {x.device}"
+    if bias and not _is_vector(bias[0], weight, linear.out_features):
+        return f"has the bias {Layout.of(bias[0])}"
     if out.requires_grad:
         return "gets a gradient"
     if Layout.of(out).is_dense() is not True:
         return f"gives {Layout.of(out)}, which is not dense"
     return ""
+
+
+def _is_vector(bias: Tensor, weight: Tensor, size: int) -> bool:
+    alike = (bias.dtype, bias.device) == (weight.dtype, weight.device)
+    return alike and bias.dim() == 1 and known_equal(bias.shape[0], size) is True
+
+
+def _is_plain(val: object) -> TypeGuard[Tensor]:
+    return (
+        isinstance(val, Tensor)
+        and not is_traceable_wrapper_subclass(val)
+        and val.layout is torch.strided
+        and not val.is_nested
+    )

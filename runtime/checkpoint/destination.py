@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fixpass.runtime.checkpoint.box import Box, Shape
-from fixpass.runtime.checkpoint.local import local_box
+from fixpass.runtime.checkpoint.local import is_freed, local_box
 from fixpass.runtime.errors import CheckpointError
 
 
@@ -39,6 +39,8 @@ def destination(param: Tensor, name: str = "the parameter") -> Destination:
     if param.layout != torch.strided:
         raise CheckpointError(f"{name} is {param.layout}: only strided parameters are loaded")
     local, box = local_box(param.detach())
+    if is_freed(local):
+        raise CheckpointError(f"{name} has no memory any more: it was freed")
     if any(
         stride == 0 and size > 1 for stride, size in zip(local.stride(), local.shape, strict=True)
     ):

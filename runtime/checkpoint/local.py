@@ -1,6 +1,6 @@
 """The part of a tensor that this rank holds: the local tensor of a DTensor, and where it lies."""
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -11,6 +11,12 @@ from fixpass.runtime.errors import CheckpointError
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, to look at: no gradient goes through it."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def is_freed(tensor: Tensor) -> bool:
+    """Whether a plain tensor has values and no memory: torch itself would read at address 0."""
+    is_plain = type(tensor) in (Tensor, nn.Parameter)
+    return is_plain and tensor.numel() > 0 and not tensor.untyped_storage().nbytes()
 
 
 def local_box(tensor: Tensor) -> tuple[Tensor, Box]:

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fixpass.runtime.checkpoint.box import Box
-from fixpass.runtime.checkpoint.local import local_box, local_part
+from fixpass.runtime.checkpoint.local import is_freed, local_box, local_part
 from fixpass.runtime.checkpoint.stored import FilePiece, MemoryPiece, Stored
 from fixpass.runtime.errors import CheckpointError
 
@@ -64,7 +64,5 @@ def _check(name: object, tensor: object, origin: str) -> None:
         raise CheckpointError(f"{name!r} from {origin} is {tensor.layout}: give to_dense()")
     if tensor.device.type == "meta":
         raise CheckpointError(f"{name!r} from {origin} is on the meta device: it has no values")
-    part = local_part(tensor)
-    if type(part) in (Tensor, nn.Parameter) and part.numel() and not part.data_ptr():
-        # torch itself would read at address 0.
+    if is_freed(local_part(tensor)):
         raise CheckpointError(f"{name!r} from {origin} has no memory any more: it was freed")

@@ -12,6 +12,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from fixpass.runtime.checkpoint.destination import Destination, destination
+from fixpass.runtime.checkpoint.local import is_freed
 from fixpass.runtime.checkpoint.mapping import Mapping
 from fixpass.runtime.checkpoint.own_loaders import OwnLoads, own_loader
 from fixpass.runtime.checkpoint.place import Placed, check_dtype, missing_parts, place
@@ -136,6 +137,8 @@ def _plain_copy(target: Target, routed: Sequence[Routed], mapping: Mapping) -> C
     if len(routed) > 1 or item.candidate.branch != "default" or mapping.tensor_parallel:
         return None
     if isinstance(tensor, DTensor) or tensor.is_meta or tensor.layout != torch.strided:
+        return None
+    if is_freed(tensor):
         return None
     shape, pieces = item.stored.shape, item.stored.pieces
     if tuple(tensor.shape) != shape or not tensor.is_contiguous() or not tensor.numel():

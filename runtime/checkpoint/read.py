@@ -31,7 +31,7 @@ Advance = Callable[[int], object]
 Put = Callable[[Tensor, Tensor], None]
 
 # Bits are moved, not values: some dtypes have no copy kernel of their own.
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +182,6 @@ def _copy(source: Tensor, target: Tensor) -> None:
     with torch.no_grad():
         if source.dtype == target.dtype:
             bits = _BITS[source.dtype.itemsize]
-            target.view(bits).copy_(source.view(bits))
+            target.view(bits).copy_(source.resolve_conj().resolve_neg().view(bits))
         else:
             target.copy_(source)

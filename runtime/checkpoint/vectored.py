@@ -107,6 +107,8 @@ def _move(
             raise CheckpointError(
                 f"{path}: it became shorter while it was read: no byte {offset:,}, and "
                 f"{end:,} are wanted"
+                if call is _preadv
+                else f"{path}: no byte was written at {offset:,}"
             )
         offset += done
         # A call may stop early, in the middle of a range.

@@ -2,9 +2,9 @@
 
 One compiled graph may serve many modules, each with weights of its own, and one weight many graphs:
 there is one value for each recipe and set of weights. A weight that was written gets its value at
-the same address; one that was replaced gets a new value, so that a call under way keeps the old
-one. A value whose weights are gone is dropped when anything is derived next, not at once. Who
-updates weights while calls are under way needs the gate.
+the same address, but for values of which calls are given a form; one that was replaced gets a new
+value, so that a call under way keeps the old one. A value whose weights are gone is dropped when
+anything is derived next, not at once. Who updates weights while calls are under way needs the gate.
 """
 
 import threading

@@ -5,6 +5,7 @@ good. Addresses change at each commit: not for captured graphs, and not for memo
 with other processes.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -68,12 +69,14 @@ def take_spare(
 
 
 def _are_alone(tensors: Sequence[Tensor]) -> Iterator[bool]:
-    """Of each whether no other tensor, nor anything that torch knows of, holds its memory."""
+    """Of each whether no other tensor or storage object holds its memory."""
     lone = torch.empty(1, device="cpu")
     # All are held while they are counted, as the address of one that is not may be used again.
     storages = list(map(Tensor.untyped_storage, (lone, *tensors)))
-    once, *counts = map(torch._C._storage_Use_Count, map(_address, storages))
-    return map(once.__eq__, counts)
+    counts = map(torch._C._storage_Use_Count, map(_address, storages))
+    # A storage has one object in Python, however many hold that.
+    once, *held = zip(counts, map(sys.getrefcount, storages), strict=True)
+    return map(once.__eq__, held)
 
 
 def keep_spare(

@@ -1,9 +1,10 @@
 """What a reload found out and the next one may use: which bytes of it go to which parameter.
 
-It holds as long as files have the same headers, byte for byte, or a state dict tensors of the same
-names and layouts; and the model the same names, objects, layouts and attributes. It is kept only
-where bytes go as they are into parameters that have memory of their own: not for folds, packs,
-casts and loaders of parameters' own. Nothing is read or written here.
+It holds as long as files have the same headers, byte for byte, or a state dict or an iterator
+tensors of the same names and layouts in the same order; and the model the same names, objects,
+layouts and attributes. It is kept only where bytes go as they are into parameters that have memory
+of their own: not for folds, packs, casts and loaders of parameters' own. Nothing is read or written
+here.
 """
 
 from bisect import bisect_right

@@ -1,7 +1,8 @@
 """The bytes that a reload like the last one writes over, in a temporary file until it is done.
 
 A file and not memory: a model's parameters may be most of the memory there is. Only bytes come
-back; nothing else of a parameter changes in such a reload.
+back; nothing else of a parameter changes in such a reload. A write that torch does not count, made
+while the old bytes are written down, may be undone with the rest.
 """
 
 import tempfile

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fixpass.runtime.checkpoint import vectored
 from fixpass.runtime.checkpoint.box import Box
+from fixpass.runtime.checkpoint.local import is_freed
 from fixpass.runtime.checkpoint.read import Task
 from fixpass.runtime.checkpoint.safetensors_files import Files
 from fixpass.runtime.checkpoint.stored import Checkpoint, FilePiece, Stored
@@ -102,7 +103,7 @@ class FromMemory:
         able = (
             all(map(Tensor.is_contiguous, tensors))
             and not any(map(Tensor.is_neg, tensors))
-            and (all(map(Tensor.data_ptr, tensors)) or not any(map(_is_freed, tensors)))
+            and (all(map(Tensor.data_ptr, tensors)) or not any(map(is_freed, tensors)))
         )
         return FromMemory(names, facts, tensors) if able else None
 
@@ -156,10 +157,6 @@ class FromMemory:
 Origin = FromFiles | FromMemory
 
 _MEMORY = Path("memory")
-
-
-def _is_freed(tensor: Tensor) -> bool:
-    return tensor.data_ptr() == 0 and tensor.numel() > 0
 
 
 def _is_strided(tensor: Tensor) -> bool:

@@ -14,6 +14,7 @@ from weakref import finalize
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fixpass.runtime import ops
 from fixpass.runtime.errors import WeightError
@@ -49,7 +50,7 @@ class Prepacked:
         """A new handle, an int64 tensor of one element."""
         packed = torch.ops.mkldnn._reorder_linear_weight(self.weight_of(value).contiguous())
         number = next(_NUMBERS)
-        handle = torch.tensor([number])
+        handle = torch.tensor([number], device="cpu")
         _PACKED[number] = packed
         finalize(handle, _PACKED.pop, number, None)
         return handle
@@ -66,13 +67,20 @@ def _run(x: Tensor, handle: Tensor, bias: Tensor | None, out_features: int) -> T
             f"no packed weight has the handle {int(handle)} in this process: handles are of one "
             "process and one compiled graph, and are not saved with it"
         )
-    if packed.shape[0] != out_features:
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, (x, bias))):
         raise WeightError(
-            f"a linear layer of {out_features} features was compiled, and its weight gives "
-            f"{packed.shape[0]} now: compile again after torch._dynamo.reset()"
+            "fixpass::prepacked_linear has no forward-mode derivative: compile with "
+            'options={"disable": ["prepack-linears"]}'
         )
+    if bias is not None:
+        # oneDNN takes it for dense.
+        bias = bias.contiguous()
     result: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
     return result
+
+
+def _has_tangent(tensor: Tensor | None) -> bool:
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _fake(x: Tensor, handle: Tensor, bias: Tensor | None, out_features: int) -> Tensor:

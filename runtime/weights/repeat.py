@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fixpass.runtime.checkpoint.read import Advance, Task, run
+from fixpass.runtime.checkpoint.read import Task, run
 from fixpass.runtime.checkpoint.targets import reshard
 from fixpass.runtime.errors import CheckpointError, UpdateError
 from fixpass.runtime.modules import unwrapped
@@ -22,6 +22,7 @@ from fixpass.runtime.weights.closing import Closing
 from fixpass.runtime.weights.gate import Gate, gate_of, over_ids
 from fixpass.runtime.weights.kept import Kept, kept_for
 from fixpass.runtime.weights.look import parts_of, pointers_of, walk, writes_of
+from fixpass.runtime.weights.occupied import Occupied
 from fixpass.runtime.weights.old_bytes import OldBytes
 from fixpass.runtime.weights.options import Options
 from fixpass.runtime.weights.origins import FromMemory, Origin, UnlikeError
@@ -123,7 +124,7 @@ class _Repeat:
                 double.exchange(written, back)
                 raise
             double.keep_spare(self.model, written, fresh, back, self.kept)
-        self.options.advance(sum(span.num_bytes for span in self.kept.spans))
+        self._advance()
         return time.perf_counter() - began
 
     def journal(self) -> float:
@@ -131,7 +132,8 @@ class _Repeat:
         assert not isinstance(self.origin, Stream)
         tensors, pointers, _ = self._tensors()
         written = parts_of(self.kept.of(tensors))
-        if isinstance(self.origin, FromMemory) and _share_memory(written, self.origin.tensors):
+        given = self.origin.tensors if isinstance(self.origin, FromMemory) else ()
+        if given and Occupied.by(written).holds_any(given):
             raise UnlikeError
         # Should anybody give one of them other memory now, the old is still there.
         held, before = list(map(Tensor.untyped_storage, written)), writes_of(written)
@@ -143,7 +145,7 @@ class _Repeat:
                 raise UpdateError("weights were written while an update was open: begin again")
             try:
                 work = self.origin.to(self.kept.spans, pointers)
-                self._read(self.origin, work, self.options.advance)
+                self._read(self.origin, work)
                 # Until here the model may have been given other memory.
                 if self._tensors()[1] != pointers:
                     raise UnlikeError
@@ -153,6 +155,7 @@ class _Repeat:
                 self._restore(old, gates, error)
                 raise
         del held
+        self._advance()
         return time.perf_counter() - began
 
     def _restore(self, old: OldBytes, gates: Collection[Gate], error: BaseException) -> None:
@@ -185,10 +188,13 @@ class _Repeat:
         assert isinstance(self.kept.origin, FromMemory)
         origin.read(self.kept.origin, self.kept.spans, addresses, memory)
 
-    def _read(self, origin: Origin, work: Iterable[Task], advance: Advance = _ignore) -> None:
-        # By default no progress: all of this may have to be read again.
+    def _advance(self) -> None:
+        self.options.advance(sum(span.num_bytes for span in self.kept.spans))
+
+    def _read(self, origin: Origin, work: Iterable[Task]) -> None:
+        # Progress is what is in place: all of this may have to be read again.
         try:
-            run(work, self.options.threads, advance)
+            run(work, self.options.threads, _ignore)
         except CheckpointError as error:
             origin.explain(error)
             raise

@@ -40,8 +40,10 @@ class Targets:
         found = Targets([0] * count, [0] * count)
         for span, goals in zip(spans, addresses, strict=True):
             first, end = span.given[0], span.given[-1] + 1
+            given = range(first, end)
             apart = not any(span.given_inner) and not any(found.sizes[first:end])
-            if apart and span.given == tuple(range(first, end)):
+            apart = apart and found.parts.keys().isdisjoint(given)
+            if apart and span.given == tuple(given):
                 found.at[first:end], found.sizes[first:end] = goals, span.sizes
                 continue
             columns = span.given, goals, span.given_inner, span.sizes
@@ -68,8 +70,8 @@ class Targets:
 class _Copied:
     """What was taken from an iterator: for each of `kept`, as far as it came, where it lies.
 
-    memory: what the addresses are of. aside: tensors that the plan has no place for. last: what
-    was taken and is not as it was.
+    memory: what the addresses are of. aside: tensors that the plan has no place for. unlike: what
+    came after them and is not as the last time.
     """
 
     kept: FromMemory
@@ -77,14 +79,14 @@ class _Copied:
     memory: Sequence[Tensor]
     count: int = 0
     aside: dict[int, Tensor] = field(default_factory=dict)
-    last: Item | None = None
+    unlike: Item | None = None
 
     def __iter__(self) -> Iterator[Item]:
         for index in range(self.count):
             value = self.aside.get(index)
             yield self.kept.names[index], self._together(index) if value is None else value
-        if self.last is not None:
-            yield self.last
+        if self.unlike is not None:
+            yield self.unlike
 
     def _together(self, index: int) -> Tensor:
         """A tensor as it came."""
@@ -106,14 +108,19 @@ class Stream:
         self._is_plain = True
 
     def __iter__(self) -> Iterator[Item]:
-        for items in (self._copied, self._source):
+        for items in (self._again(), self._source):
             for name, tensor in items:
-                if type(tensor) in PLAIN and tensor.layout is torch.strided:
+                if _is_bytes(tensor):
                     self._names.append(name)
                     self._facts.append((tensor.dtype, _CPU, tensor.shape))
                 else:
                     self._is_plain = False
                 yield name, tensor
+
+    def _again(self) -> Iterable[Item]:
+        # Given away, so that what was copied goes when it was given.
+        copied, self._copied = self._copied, ()
+        return copied
 
     def bare(self) -> FromMemory | None:
         """What came by iterating, as tensors in memory; None where one was not just its bytes."""
@@ -133,20 +140,23 @@ class Stream:
         targets = Targets.of(spans, addresses, len(kept.facts))
         self._copied = copied = _Copied(kept, targets, memory)
         expected = zip(kept.names, kept.facts, targets.at, targets.sizes, strict=True)
+        over = object(), (torch.uint8, _CPU, torch.Size()), 0, 0
         move, plain, strided = ctypes.memmove, PLAIN, torch.strided
         for item in self._source:
             name, tensor = item
-            wanted, facts, target, size = next(expected, _NOTHING)
+            wanted, facts, target, size = next(expected, over)
             if name != wanted or type(tensor) not in plain or tensor.layout is not strided:
-                copied.last = item
+                copied.unlike = item
                 raise UnlikeError
-            pointer, is_lazy = 0, tensor.is_neg() or tensor.is_conj()
-            if facts_of(tensor) == facts and tensor.is_contiguous() and not is_lazy:
-                pointer = tensor.data_ptr()
-            elif (dense := _dense(tensor, facts)) is not None:
-                tensor, pointer = dense, dense.data_ptr()
-            if not pointer and facts[2].numel():
-                copied.last = item
+            if facts_of(tensor) != facts or tensor.is_neg() or not tensor.is_contiguous():
+                if (tensor.dtype, tensor.shape) != facts[::2] or tensor.is_meta:
+                    copied.unlike = item
+                    raise UnlikeError
+                if tensor.data_ptr():
+                    tensor = tensor.detach().to("cpu").resolve_neg().contiguous()
+            pointer = tensor.data_ptr()
+            if not pointer and tensor.numel():
+                copied.unlike = item
                 raise UnlikeError
             if size:
                 move(target, pointer, size)
@@ -159,9 +169,6 @@ class Stream:
             copied.count += 1
         if copied.count < len(kept.facts):
             raise UnlikeError
-
-
-_NOTHING: tuple[None, Facts, int, int] = (None, (torch.uint8, _CPU, torch.Size()), 0, 0)
 
 
 def may_stream(origin: FromMemory, spans: Sequence[Span]) -> bool:
@@ -185,9 +192,7 @@ def _inner(part: tuple[int, int, int]) -> int:
     return part[1]
 
 
-def _dense(tensor: Tensor, facts: Facts) -> Tensor | None:
-    """Its values in dense memory of this process, if it has any and is of this dtype and shape."""
-    alike = (tensor.dtype, tensor.shape) == (facts[0], facts[2])
-    if not alike or tensor.is_meta or not tensor.data_ptr():
-        return None
-    return tensor.detach().to("cpu").resolve_neg().resolve_conj().contiguous()
+def _is_bytes(tensor: Tensor) -> bool:
+    """Whether a dense copy of a tensor has all of it. Complex ones may be conjugated."""
+    strided = type(tensor) in PLAIN and tensor.layout is torch.strided
+    return strided and not tensor.dtype.is_complex

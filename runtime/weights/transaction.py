@@ -17,11 +17,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from fixpass.runtime.checkpoint import memory
-from fixpass.runtime.checkpoint.local import local_part
 from fixpass.runtime.checkpoint.mapping import Mapping
 from fixpass.runtime.checkpoint.report import LoadReport
 from fixpass.runtime.checkpoint.stored import Checkpoint, Stored
@@ -34,6 +32,7 @@ from fixpass.runtime.weights.digest import digest
 from fixpass.runtime.weights.gate import Gate, closed, gate_of, over, tensors_of
 from fixpass.runtime.weights.kept import Keeping
 from fixpass.runtime.weights.manifest import Manifest
+from fixpass.runtime.weights.occupied import Occupied
 from fixpass.runtime.weights.options import SAME_NAMES, Mode, Options, Scope
 from fixpass.runtime.weights.places import Places, places
 from fixpass.runtime.weights.protect import protect
@@ -80,12 +79,8 @@ class Update:
         self._collected = Collected()
 
     @cached_property
-    def _memory(self) -> set[int]:
-        return {
-            local_part(tensor).untyped_storage().data_ptr()
-            for tensor in tensors_of(self._model)
-            if tensor.layout == torch.strided
-        }
+    def _memory(self) -> Occupied:
+        return Occupied.by(tensors_of(self._model))
 
     def load(self, name: str, tensor: Tensor, *, start: Sequence[int] | None = None) -> None:
         """Take a tensor by its name in the checkpoint; with `start`, a part of a parameter.
@@ -104,8 +99,7 @@ class Update:
 
     def _is_live(self, stored: Stored) -> bool:
         """Whether the values lie in memory of the model, which the commit writes over."""
-        pointers = (values.untyped_storage().data_ptr() for values in values_of(stored))
-        return not self._memory.isdisjoint(pointers)
+        return self._memory.holds_any(values_of(stored))
 
     def load_state_dict(self, tensors: Named[str, Tensor]) -> None:
         """Take all tensors of a state dict."""

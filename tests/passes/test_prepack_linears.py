@@ -6,6 +6,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 from weight_updates import COUNTED, UNCOUNTED, Folds
 
@@ -14,7 +15,8 @@ from fixpass import Config, Report
 from fixpass.entry import enter
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.prepack_linears import PrepackLinears
-from fixpass.runtime.weights import prepack
+from fixpass.runtime.errors import WeightError
+from fixpass.runtime.weights import derived, prepack
 from fixpass.runtime.weights.prepack import packable_dtypes
 from fixpass.testing import bf16, f32
 
@@ -74,6 +76,13 @@ def graph_of(module, x, dtypes=None):
     torch._dynamo.reset()
     torch.compile(module, backend=backend, fullgraph=True)(x)
     return found[0]
+
+
+def plain_bytes():
+    """Bytes of values that are kept as they are, in all of this process."""
+    stores = [store for store in list(derived._ALL) if store.recipe.form is None]
+    values = [entry.value for store in stores for entry in store.entries.values()]
+    return sum(value.nbytes for value in values if value is not None)
 
 
 def test_a_layer_over_a_folded_weight_reads_it_packed():
@@ -148,15 +157,22 @@ def test_through_inductor_with_lengths_that_change(dtype):
         same(run, module, torch.randn(rows, 128).to(dtype))
 
 
+def left(module, x=None):
+    """The report where the pass does nothing; what is computed is right."""
+    found = report_of(module, x)
+    same(compiled(module), module, f32(3, 128) if x is None else x)
+    return found
+
+
 def test_a_value_that_something_else_reads_is_kept_as_it_is():
-    def normed(x, weight, bias):
-        return linear(x, weight) / weight.norm(dim=-1)
+    def scaled(x, weight, bias):
+        return linear(x, weight) + (weight * x.sum()).sum()
 
     assert_expected_inline(
-        report_of(Joined(normed)),
+        left(Joined(scaled)),
         """\
 prepack-linears
-    applied linear: reads folded_cat as oneDNN packs it
+    missed  folded_cat: mul is no linear layer over it
 """,
     )
 
@@ -166,11 +182,52 @@ def test_a_product_with_a_vector_is_left_alone():
         return (x[0] @ weight.t()) * 2
 
     assert_expected_inline(
-        report_of(Joined(one)),
+        left(Joined(one)),
         """\
-
+prepack-linears
+    missed  folded_cat: matmul multiplies 1 by 2 dimensions
 """,
     )
+
+
+def test_a_bias_that_is_no_dense_vector_of_the_features_is_left_alone():
+    found = [
+        left(Joined(lambda x, weight, bias, how=how: linear(x, weight, how(bias))))
+        for how in (lambda bias: bias[:1], lambda bias: bias.expand(3, -1), lambda bias: bias[0])
+    ]
+    assert_expected_inline(
+        "".join(found),
+        """\
+prepack-linears
+    missed  folded_cat: linear has the bias f32[1]
+prepack-linears
+    missed  folded_cat: linear has the bias f32[3, 768][0, 1]
+prepack-linears
+    missed  folded_cat: linear has the bias f32[]
+""",
+    )
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda bias: torch.stack([bias, bias * 2], 1).view(-1)[::2],
+        lambda bias: bias[:1].expand(768),
+        lambda bias: bias.flip(0),
+    ],
+)
+def test_a_bias_of_any_strides_is_read(how):
+    module = Joined(lambda x, weight, bias: linear(x, weight, how(bias)))
+    assert "applied" in report_of(module)
+    same(compiled(module), module, f32(3, 128))
+
+
+def test_a_nested_tensor_is_left_alone():
+    x = torch.nested.nested_tensor([f32(2, 128), f32(5, 128)], layout=torch.jagged)
+    module = Joined(lambda x, weight, bias: linear(x, weight))
+    with torch.no_grad():
+        got, wanted = compiled(module)(x), module(x)
+    torch.testing.assert_close(got.values(), wanted.values())
 
 
 def test_a_layer_whose_input_needs_a_gradient_is_left_alone():
@@ -180,7 +237,8 @@ def test_a_layer_whose_input_needs_a_gradient_is_left_alone():
     assert_expected_inline(
         str(Report(found.of_pass("prepack-linears"))),
         """\
-
+prepack-linears
+    missed  folded_cat: linear gets a gradient
 """,
     )
     compiled(module)(x).sum().backward()
@@ -227,14 +285,42 @@ def test_a_call_after_any_update_reads_the_new_weights(update):
 
 
 @torch.no_grad()
+def test_a_forward_derivative_is_refused_with_the_way_out():
+    module, x = Joined(), f32(3, 128)
+    run = compiled(module)
+    run(x)
+    with forward_ad.dual_level():
+        with pytest.raises(WeightError, match="disable"):
+            run(forward_ad.make_dual(x, torch.ones_like(x)))
+        same(run, module, x)
+
+
+@torch.no_grad()
+def test_weights_that_change_under_another_default_device_are_seen():
+    module, x = Joined(), f32(3, 128)
+    torch.set_default_device("meta")
+    try:
+        run = compiled(module)
+        run(x)
+        module.gate.mul_(2)
+        got = run(x)
+    finally:
+        torch.set_default_device(None)
+    torch.testing.assert_close(got, module(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_one_packed_weight_is_held_whatever_happens_and_none_when_the_model_is_gone():
     gc.collect()
     before = len(prepack._PACKED)
+    plain = plain_bytes()
     module, x = Joined(), f32(3, 128)
     run = compiled(module)
     for step in range(5):
         run(x)
         assert len(prepack._PACKED) == before + 1, step
+        gc.collect()
+        assert plain_bytes() == plain, "it is kept packed, and not as it is"
         module.gate.mul_(0.5)
         module.up = nn.Parameter(torch.randn(512, 128))
     run(x)

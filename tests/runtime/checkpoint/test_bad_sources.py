@@ -57,6 +57,13 @@ def test_a_tensor_whose_memory_was_freed_is_refused():
     assert_refused(two(), iter([("a", torch.ones(4, 3)), ("b", freed)]), "it was freed")
 
 
+def test_a_parameter_whose_memory_was_freed_is_refused():
+    model = two()
+    model.b.untyped_storage().resize_(0)
+    with pytest.raises(FixpassError, match="it was freed"):
+        load(model, {"a": torch.ones(4, 3), "b": torch.ones(2)})
+
+
 def test_a_parameter_without_memory_is_refused_with_the_way_out():
     with torch.device("meta"):
         model = nn.Linear(2, 2, bias=False)

@@ -55,8 +55,3 @@ def test_the_packed_weight_goes_with_its_handle():
     assert len(prepack._PACKED) == before
     with pytest.raises(WeightError, match="no packed weight has the handle"):
         run(torch.randn(1, 48), copied, None, 32)
-
-
-def test_a_weight_of_another_shape_than_was_compiled_is_named():
-    with pytest.raises(WeightError, match="of 32 features was compiled, and its weight gives 64"):
-        run(torch.randn(1, 48), Prepacked(itself)(torch.randn(64, 48)), None, 32)

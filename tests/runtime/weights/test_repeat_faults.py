@@ -194,6 +194,18 @@ def test_tensors_that_the_user_keeps_are_not_written_over(tmp_path):
     assert holds(model, values)
 
 
+def test_memory_whose_storage_the_user_keeps_is_not_written_over(tmp_path):
+    model = small()
+    twice(tmp_path, model)
+    kept = model[0].weight.untyped_storage()
+    values = torch.empty(0).set_(kept).clone()
+    for seed in (3, 4, 5):
+        state = saved(tmp_path, seed, model=model)
+        reloaded(model, tmp_path, "double")
+        assert holds(model, state)
+    assert torch.equal(torch.empty(0).set_(kept), values)
+
+
 def test_what_came_to_share_memory_with_a_weight_goes_on_to_share_it(tmp_path):
     model = small()
     twice(tmp_path, model)

@@ -5,6 +5,7 @@ from array import array
 import pytest
 import torch
 from reloading import holds, model_of, reloaded, saved
+from torch import nn
 
 from fixpass.runtime.checkpoint import vectored
 from fixpass.runtime.errors import CheckpointError, PoisonedError, UpdateError
@@ -119,3 +120,18 @@ def test_weights_of_the_model_itself_may_be_given(plans):
         assert torch.equal(model[0].up.weight, values[f"{one}.up.weight"])
         assert torch.equal(model[1].up.weight, values[f"{other}.up.weight"])
     assert len(plans) == 4, "bytes that are read from where others are written are set aside"
+
+
+@pytest.mark.parametrize("mode", ["journal", "double", "staged"])
+def test_weights_of_the_model_may_be_given_through_numpy(mode):
+    """Whose tensors have storages of their own over the same memory."""
+    model = nn.ParameterDict({name: torch.zeros(8, 8) for name in "ab"}).requires_grad_(False)
+    first, second = torch.randn(8, 8), torch.randn(8, 8)
+    reloaded(model, {"a": first, "b": second}, mode)
+    for number in range(3):
+        rows = {name: model[name].numpy().reshape(-1)[:64] for name in "ab"}
+        given = {"a": torch.from_numpy(rows["b"]), "b": torch.from_numpy(rows["a"])}
+        reloaded(model, {name: value.view(8, 8) for name, value in given.items()}, mode)
+        one, other = (second, first) if number % 2 == 0 else (first, second)
+        assert torch.equal(model["a"], one)
+        assert torch.equal(model["b"], other)

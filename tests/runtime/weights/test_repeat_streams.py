@@ -135,6 +135,46 @@ def test_what_does_not_fit_is_refused_and_the_weights_are_those_of_before(fault,
     assert holds(model, state)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        torch.randn(3, 7),
+        torch.ones(0, 4, dtype=torch.int8),
+        torch.ones(0, 4, device="meta"),
+        torch.ones(2, 4, device="meta"),
+    ],
+)
+def test_in_place_of_an_empty_tensor_nothing_else_is_taken(wrong, mode):
+    model = nn.ParameterDict({"a": torch.zeros(2, 2), "z": torch.zeros(0, 4)})
+    model.requires_grad_(False)
+    for value in (1.0, 2.0):
+        items = [("a", torch.full((2, 2), value)), ("z", torch.zeros(0, 4))]
+        reloaded(model, iter(items), mode)
+    with pytest.raises(CheckpointError):
+        reloaded(model, iter([("a", torch.zeros(2, 2)), ("z", wrong)]), mode)
+    assert (model["a"] == 2.0).all()
+
+
+@pytest.mark.parametrize("name", [None, 3, ""])
+def test_what_comes_after_the_last_is_not_dropped(name, mode):
+    model = model_of()
+    for seed in (1, 2):
+        reloaded(model, in_one_buffer(values(seed)), mode)
+    extra = [(name, torch.tensor(1, dtype=torch.uint8)), ("other", torch.zeros(1))]
+    with pytest.raises(CheckpointError):
+        reloaded(model, iter([*listed(values(3)), *extra]), mode)
+    assert holds(model, values(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_conjugated_values_are_loaded_as_their_values(dtype, mode):
+    model = nn.ParameterDict({"w": torch.zeros(4, 4, dtype=dtype)}).requires_grad_(False)
+    for number in range(4):
+        value = torch.randn(4, 4, dtype=dtype).conj()
+        reloaded(model, iter([("w", value)]) if number < 2 else {"w": value}, mode)
+        assert torch.equal(model["w"], value)
+
+
 def test_one_that_ends_early_or_goes_on_is_like_no_other(mode):
     model = model_of()
     for seed in (1, 2):

@@ -1,14 +1,20 @@
 """The gate: calls of a model go through together, an update of its weights goes through alone.
 
-Reading costs about a microsecond and may be nested in a thread; writing waits for the calls that
-are under way and holds back new ones, so that no call sees half an update. It keeps out only who
-asks: a call that enters no gate is not held. Kernels that a device still runs are not waited for.
+Reading costs half a microsecond and may be nested in a thread; writing waits for the calls that are
+under way and holds back new ones, so that no call sees half an update. It keeps out only who asks:
+a call that enters no gate is not held. Kernels that a device still runs are not waited for.
+
+A call takes no lock. It enters, and then asks whether the gate is busy; an update first makes it
+busy, and then asks who is inside. So one of the two sees the other, as long as Python's own lock
+puts their steps in one order.
 """
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from threading import get_ident
 from types import TracebackType
 from weakref import WeakKeyDictionary, WeakSet, ref
 
@@ -23,8 +29,8 @@ Covers = Callable[[], Iterable[Tensor]]
 # One lock for all gates: an update closes several in one step, and a call may be in several, one
 # inside the other. A lock for each could not do that without a deadlock.
 _state = threading.Condition(threading.Lock())
-# How many gates each thread is in, whichever they are.
-_inside: dict[int, int] = {}
+# Without Python's lock each call has to take that of the gates.
+_IS_ORDERED: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 class Gate:
@@ -38,13 +44,25 @@ class Gate:
     def __init__(self, covers: Covers = tuple) -> None:
         self.covers = covers
         self.version = 0
-        self.poisoned = ""
         self.updating = False
+        # How often each thread is inside; each changes its own number only.
         self._readers: dict[int, int] = {}
         self._writer: int | None = None
         self._waiting = 0
+        self._poisoned = ""
+        self._busy = not _IS_ORDERED
         self._reading = _Reading(self)
         _GATES.add(self)
+
+    @property
+    def poisoned(self) -> str:
+        return self._poisoned
+
+    @poisoned.setter
+    def poisoned(self, why: str) -> None:
+        with _state:
+            self._poisoned = why
+            self._settle()
 
     def reading(self) -> AbstractContextManager[int]:
         """A context for a call; its value is the version of the weights that the call sees.
@@ -61,32 +79,34 @@ class Gate:
         """
         return closed((self,), timeout)
 
-    def _enter(self) -> int:
-        me = threading.get_ident()
+    def _settle(self) -> None:
+        """Say whether calls have to look closer; whoever changes the state does, with the lock."""
+        needed = self._waiting > 0 or self._writer is not None or bool(self._poisoned)
+        self._busy = needed or not _IS_ORDERED
+
+    def _enter_busy(self, me: int, depth: int) -> int:
+        """Enter once nothing is in the way. The thread has been counted, `depth` times before."""
         with _state:
+            self._count(me, depth)
+            _state.notify_all()
             while self._keeps_out(me):
                 _state.wait()
-            if self.poisoned and self._writer is None:
-                raise PoisonedError(self.poisoned)
-            self._readers[me] = self._readers.get(me, 0) + 1
-            _inside[me] = _inside.get(me, 0) + 1
+            if self._poisoned and self._writer is None:
+                raise PoisonedError(self._poisoned)
+            self._count(me, depth + 1)
             return self.version
 
     def _keeps_out(self, me: int) -> bool:
         if self._writer is not None:
             return self._writer != me
         # Who is in a gate already goes on: the update waits for it, so it must not wait in turn.
-        return self._waiting > 0 and me not in _inside
+        return self._waiting > 0 and not any(me in gate._readers for gate in list(_GATES))
 
-    def _exit(self) -> None:
-        me = threading.get_ident()
-        with _state:
-            for held in (self._readers, _inside):
-                held[me] -= 1
-                if not held[me]:
-                    del held[me]
-            if self._waiting:
-                _state.notify_all()
+    def _count(self, me: int, depth: int) -> None:
+        if depth:
+            self._readers[me] = depth
+        else:
+            self._readers.pop(me, None)
 
 
 class _Reading(AbstractContextManager[int]):
@@ -97,8 +117,12 @@ class _Reading(AbstractContextManager[int]):
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
 
+    # Written out for speed: each call of a compiled graph comes here.
     def __enter__(self) -> int:
-        return self._gate._enter()
+        gate, me = self._gate, get_ident()
+        depth = gate._readers.get(me, 0)
+        gate._readers[me] = depth + 1
+        return gate._enter_busy(me, depth) if gate._busy else gate.version
 
     def __exit__(
         self,
@@ -106,7 +130,15 @@ class _Reading(AbstractContextManager[int]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._gate._exit()
+        gate, me = self._gate, get_ident()
+        depth = gate._readers[me]
+        if depth > 1:
+            gate._readers[me] = depth - 1
+        else:
+            del gate._readers[me]
+        if gate._busy:
+            with _state:
+                _state.notify_all()
 
 
 _GATES: WeakSet[Gate] = WeakSet()
@@ -181,7 +213,7 @@ def closed(gates: Collection[Gate], timeout: float | None = None) -> Iterator[No
 
     See `Gate.writing`.
     """
-    me = threading.get_ident()
+    me = get_ident()
     with _state:
         mine = [gate for gate in {*gates, COMPILED} if gate._writer == me]
     rest = [gate for gate in {*gates, COMPILED} if gate not in mine]
@@ -192,6 +224,7 @@ def closed(gates: Collection[Gate], timeout: float | None = None) -> Iterator[No
         with _state:
             for gate in rest:
                 gate._writer = None
+                gate._settle()
             _state.notify_all()
 
 
@@ -202,12 +235,13 @@ def _close(gates: Sequence[Gate], me: int, timeout: float | None) -> None:
             raise UpdateError("weights cannot be updated inside a call of their own model")
         for gate in gates:
             gate._waiting += 1
+            gate._settle()
         try:
             while any(gate._readers or gate._writer is not None for gate in gates):
                 left = None if end is None else end - time.monotonic()
                 if left is not None and left <= 0:
                     # One call may be in several of them.
-                    count = len({thread for gate in gates for thread in gate._readers})
+                    count = len({thread for gate in gates for thread in tuple(gate._readers)})
                     raise UpdateError(
                         f"{count} calls of the model did not end within {timeout} s: give a "
                         "longer timeout, or look for a call that hangs"
@@ -218,4 +252,5 @@ def _close(gates: Sequence[Gate], me: int, timeout: float | None) -> None:
         finally:
             for gate in gates:
                 gate._waiting -= 1
+                gate._settle()
             _state.notify_all()

@@ -1,57 +1,23 @@
-"""prepack-linears: layers over folded values, packed; the rest, and why; every update is seen."""
-
-import gc
+"""prepack-linears: which layers over folded values read them packed, and the rest, and why."""
 
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from prepacking import Joined, compiled, same
 from torch import nn
-from torch.autograd import forward_ad
 from torch.nn.functional import linear
-from weight_updates import COUNTED, UNCOUNTED, Folds
 
 import fixpass
 from fixpass import Config, Report
 from fixpass.entry import enter
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.prepack_linears import PrepackLinears
-from fixpass.runtime.errors import WeightError
-from fixpass.runtime.weights import derived, prepack
 from fixpass.runtime.weights.prepack import packable_dtypes
 from fixpass.testing import bf16, f32
 
-needs_onednn = pytest.mark.skipif(
+pytestmark = pytest.mark.skipif(
     not packable_dtypes(), reason="no oneDNN here, which packs the weights, or no x86"
 )
-pytestmark = needs_onednn
-OPTIONS = {"verify": True, "strict": True, "lower": "eager"}
-
-
-class Joined(nn.Module):
-    """A layer over two concatenated weights, in a type of one's own, and what else reads them."""
-
-    def __init__(self, use=linear, dtype=torch.float32):
-        super().__init__()
-        self.gate = nn.Parameter(torch.randn(256, 128).to(dtype))
-        self.up = nn.Parameter(torch.randn(512, 128).to(dtype))
-        self.bias = nn.Parameter(torch.randn(768).to(dtype))
-        self.use = use
-
-    def forward(self, x):
-        return self.use(x, torch.cat([self.gate, self.up]), self.bias)
-
-
-def compiled(module, **options):
-    torch._dynamo.reset()
-    return torch.compile(module, backend="fixpass", options=OPTIONS | options, fullgraph=True)
-
-
-@torch.no_grad()
-def same(run, module, x):
-    """One kernel sums a row in another order than the other: 128 products of normal values."""
-    wanted = module(x)
-    bound = 1e-4 if x.dtype == torch.float32 else 0.25
-    torch.testing.assert_close(run(x), wanted, rtol=1e-2, atol=bound, check_stride=True)
 
 
 @torch.no_grad()
@@ -76,13 +42,6 @@ def graph_of(module, x, dtypes=None):
     torch._dynamo.reset()
     torch.compile(module, backend=backend, fullgraph=True)(x)
     return found[0]
-
-
-def plain_bytes():
-    """Bytes of values that are kept as they are, in all of this process."""
-    stores = [store for store in list(derived._ALL) if store.recipe.form is None]
-    values = [entry.value for store in stores for entry in store.entries.values()]
-    return sum(value.nbytes for value in values if value is not None)
 
 
 def test_a_layer_over_a_folded_weight_reads_it_packed():
@@ -267,64 +226,3 @@ def test_for_another_device_nothing_is_packed():
         found = fixpass.explain(module, f32(3, 128), target="cuda:sm_90")
     assert not found.of_pass("prepack-linears")
     assert not found.of_kind("failed")
-
-
-@pytest.mark.parametrize(
-    "update", [*COUNTED.values(), *UNCOUNTED.values()], ids=[*COUNTED, *UNCOUNTED]
-)
-@torch.no_grad()
-def test_a_call_after_any_update_reads_the_new_weights(update):
-    module, x = Folds(), f32(3, 64)
-    run = compiled(module)
-    for _ in range(2):
-        for got, wanted in zip(run(x), module(x), strict=True):
-            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
-        with torch.enable_grad():
-            update(module)
-    assert "prepack-linears" in str(fixpass.last_reports()[-1])
-
-
-@torch.no_grad()
-def test_a_forward_derivative_is_refused_with_the_way_out():
-    module, x = Joined(), f32(3, 128)
-    run = compiled(module)
-    run(x)
-    with forward_ad.dual_level():
-        with pytest.raises(WeightError, match="disable"):
-            run(forward_ad.make_dual(x, torch.ones_like(x)))
-        same(run, module, x)
-
-
-@torch.no_grad()
-def test_weights_that_change_under_another_default_device_are_seen():
-    module, x = Joined(), f32(3, 128)
-    torch.set_default_device("meta")
-    try:
-        run = compiled(module)
-        run(x)
-        module.gate.mul_(2)
-        got = run(x)
-    finally:
-        torch.set_default_device(None)
-    torch.testing.assert_close(got, module(x), rtol=1e-4, atol=1e-4)
-
-
-@torch.no_grad()
-def test_one_packed_weight_is_held_whatever_happens_and_none_when_the_model_is_gone():
-    gc.collect()
-    before = len(prepack._PACKED)
-    plain = plain_bytes()
-    module, x = Joined(), f32(3, 128)
-    run = compiled(module)
-    for step in range(5):
-        run(x)
-        assert len(prepack._PACKED) == before + 1, step
-        gc.collect()
-        assert plain_bytes() == plain, "it is kept packed, and not as it is"
-        module.gate.mul_(0.5)
-        module.up = nn.Parameter(torch.randn(512, 128))
-    run(x)
-    del run, module
-    torch._dynamo.reset()
-    gc.collect()
-    assert len(prepack._PACKED) == before

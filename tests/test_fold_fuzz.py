@@ -47,7 +47,8 @@ WRITES = (
     lambda a, x: a.__setitem__((0, slice(None)), x[0]),
     lambda a, x: functional.relu(a, True),
     lambda a, x: functional.relu_(a),
-    lambda a, x: torch.add(a, 1.0, out=a),
+    # Dynamo takes dense ones only.
+    lambda a, x: torch.add(a, 1.0, out=a) if a.is_contiguous() else a.add_(1.0),
     lambda a, x: a.view(-1)[:7].fill_(2.0) if a.is_contiguous() else a[0].fill_(2.0),
     lambda a, x: a.index_copy_(0, torch.tensor([1]), x[:1]),
     lambda a, x: torch._foreach_mul_([a], 0.5),
@@ -81,8 +82,9 @@ class Program(nn.Module):
                 self.steps.append(("pure", chance.choice(PURE), *pair))
                 count += 1
         self.used = [chance.randrange(count) for _ in range(2)] + [count - 1]
-        self.returned = [chance.randrange(4, count) for _ in range(chance.randint(0, 1))]
-        self.returned = [index for index in self.returned if index >= 4]
+        # Weights are not: what gets them may write into them.
+        computed = range(4, count)
+        self.returned = [chance.choice(computed)] if computed and chance.randint(0, 1) else []
 
     def forward(self, x):
         values = [self.first, self.second, self.third, self.alias]

@@ -56,8 +56,8 @@ def same(run, module, x):
 
 
 def fresh(module):
-    """New values for the parameters of a module, by name."""
-    return {name: torch.randn_like(p) for name, p in module.named_parameters()}
+    """New values for the parameters of a module, by name; the same whatever their strides are."""
+    return {n: torch.randn(p.shape, dtype=p.dtype) for n, p in module.named_parameters()}
 
 
 def set_parameter(module, name, value):

@@ -8,6 +8,8 @@ are, and so are those of different types.
 import torch
 from torch import Tensor
 
+from fixpass.runtime.weights.turn import turn_cells
+
 STAGING = 4 << 20
 """Bytes of staging that no fold goes beyond."""
 
@@ -21,7 +23,9 @@ def copy_cells(out: Tensor, source: Tensor) -> None:
             if dtype.itemsize < out.element_size():
                 break
             if _divides(out, dtype) and _divides(source, dtype):
-                out.view(dtype).copy_(source.view(dtype))
+                wide, given = out.view(dtype), source.view(dtype)
+                if not turn_cells(wide, given):
+                    wide.copy_(given)
                 return
         out, source = out.view(raw(out.dtype)), source.view(raw(source.dtype))
     out.copy_(source)

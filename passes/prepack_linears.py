@@ -68,26 +68,29 @@ def _pack(
     result: PassResult,
 ) -> str:
     """Let the layers read packed weights in place of `folded`; why that cannot be, or ""."""
-    packed: dict[fx.Node, Derived] = {}
-    values: dict[fx.Node, Tensor] = {}
+    packed: dict[tuple[fx.Node, bool], Derived] = {}
+    values: dict[tuple[fx.Node, bool], Tensor] = {}
     for linear in linears:
-        derived = packed.setdefault(linear.weight, _packed(folded.meta[DERIVED], linear))
+        derived = packed.setdefault(linear.form, _packed(folded.meta[DERIVED], linear))
         try:
-            values[linear.weight] = derived.value(examples)
+            values[linear.form] = derived.value(examples)
         # No memory, or a shape for which this oneDNN has no kernel.
         except RuntimeError as error:
             return f"it could not be packed: {error}"
     if not result.take_fuel():
         return ""
     handles = {
-        weight: introduce(graph, f"packed_{weight.name}", {}, derived, values[weight])
-        for weight, derived in packed.items()
+        form: introduce(graph, f"packed_{form[0].name}", {}, derived, values[form])
+        for form, derived in packed.items()
     }
+    replaced: dict[fx.Node, fx.Node] = {}
     for linear in linears:
-        args = (linear.x, handles[linear.weight], linear.bias, linear.out_features)
+        # One layer may feed another one.
+        x, bias = (replaced.get(node, node) if node else None for node in (linear.x, linear.bias))
+        args = (x, handles[linear.form], bias, linear.out_features)
         with graph.inserting_before(linear.node):
             new = graph.call_function(torch.ops.fixpass.prepacked_linear.default, args)
-        new.meta = dict(linear.node.meta)
+        new.meta, replaced[linear.node] = dict(linear.node.meta), new
         result.applied(linear.node, f"reads {folded.name} as oneDNN packs it")
         linear.node.replace_all_uses_with(new)
         graph.erase_node(linear.node)

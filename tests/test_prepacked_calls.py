@@ -1,6 +1,7 @@
 """Compiled layers over packed weights: every update is seen, and memory goes with the model."""
 
 import gc
+import random
 
 import pytest
 import torch
@@ -86,3 +87,64 @@ def test_one_packed_weight_is_held_whatever_happens_and_none_when_the_model_is_g
     torch._dynamo.reset()
     gc.collect()
     assert len(prepack._PACKED) == before
+
+
+SIZE = 192  # square, so that all steps fit together, and large enough to be worth keeping
+
+
+class Chain(nn.Module):
+    """Random layers, one behind the other, over a few values of weights and views of them."""
+
+    VALUES = (
+        lambda a, b: torch.cat([a[:96], b[96:]]),
+        lambda a, b: a.t().contiguous(),
+        lambda a, b: a + b,
+    )
+    VIEWS = (
+        lambda w: w,
+        lambda w: w.t(),
+        lambda w: w[:],
+        lambda w: w.view(2, 96, SIZE).flatten(0, 1),
+    )
+    LAYERS = (
+        lambda x, w, bias: torch.nn.functional.linear(x, w),
+        lambda x, w, bias: torch.nn.functional.linear(x, w, bias),
+        lambda x, w, bias: x @ w,
+        lambda x, w, bias: torch.nn.functional.linear(x, w, x[0, 0] + bias),
+        lambda x, w, bias: x + w[: x.shape[1]] * x.mean(),
+    )
+
+    def __init__(self, seed):
+        super().__init__()
+        chance = random.Random(seed)
+        self.a, self.b = (nn.Parameter(torch.randn(SIZE, SIZE)) for _ in range(2))
+        self.bias = nn.Parameter(torch.randn(SIZE))
+        self.steps = [
+            (
+                chance.choice(self.LAYERS[: 5 if chance.random() < 0.2 else 4]),
+                chance.randrange(len(self.VALUES)),
+                chance.choice(self.VIEWS),
+            )
+            for _ in range(chance.randint(2, 6))
+        ]
+
+    def forward(self, x):
+        values = [value(self.a, self.b) for value in self.VALUES]
+        for layer, index, view in self.steps:
+            x = layer(x, view(values[index]), self.bias)
+            # Keeps values near one, whatever comes before.
+            x = x / x.abs().mean()
+        return x
+
+
+@pytest.mark.parametrize("seed", range(24))
+@torch.no_grad()
+def test_random_layers_one_behind_the_other_give_what_eager_gives(seed):
+    torch.manual_seed(seed)
+    module, x = Chain(seed), f32(2, 3, SIZE)
+    run = compiled(module)
+    for update in ("copy_", "a new parameter", "numpy"):
+        torch.testing.assert_close(run(x), module(x), rtol=1e-3, atol=1e-3, check_stride=True)
+        {**COUNTED, **UNCOUNTED}[update](module)
+        module.requires_grad_(False)
+    torch.testing.assert_close(run(x), module(x), rtol=1e-3, atol=1e-3)

@@ -38,6 +38,11 @@ class Linear:
     transposed: bool
 
     @property
+    def form(self) -> tuple[fx.Node, bool]:
+        """Equal for layers that read one weight in one way."""
+        return self.weight, self.transposed
+
+    @property
     def out_features(self) -> int:
         return int(self.weight.meta["example_value"].shape[1 if self.transposed else 0])
 

@@ -108,6 +108,8 @@ def introduce(
     """A new last input for what `derived` gives, at first `value`; it lends `meta`."""
     with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
         new = graph.placeholder(name)
+    # Which the graph made unique, as arguments of a function have to be.
+    new.target = new.name
     new.meta = {key: item for key, item in meta.items() if key != "grapharg"}
     new.meta |= {
         DERIVED: derived,

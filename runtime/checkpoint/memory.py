@@ -45,6 +45,9 @@ def from_iterator(tensors: Iterable[tuple[str, Tensor]], file: Path) -> dict[str
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The values of a tensor as they lie in dense memory."""
     dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    if dense.numel() < 2:
+        # Of which torch takes any stride for contiguous.
+        dense = dense.clone(memory_format=torch.contiguous_format)
     data: memoryview = dense.view(torch.uint8).numpy().data
     return data
 

@@ -1,8 +1,9 @@
 """The gate: calls of a model go through together, an update of its weights goes through alone.
 
-Reading costs half a microsecond and may be nested in a thread; writing waits for the calls that are
-under way and holds back new ones, so that no call sees half an update. It keeps out only who asks:
-a call that enters no gate is not held. Kernels that a device still runs are not waited for.
+Reading costs a quarter of a microsecond and may be nested in a thread; writing waits for the calls
+that are under way and holds back new ones, so that no call sees half an update. It keeps out only
+who asks: a call that enters no gate is not held. Kernels that a device still runs are not waited
+for.
 
 A call takes no lock. It enters, and then asks whether the gate is busy; an update first makes it
 busy, and then asks who is inside. So one of the two sees the other, as long as Python's own lock
@@ -16,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from threading import get_ident
 from types import TracebackType
-from weakref import WeakKeyDictionary, WeakSet, ref
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
@@ -31,6 +32,9 @@ Covers = Callable[[], Iterable[Tensor]]
 _state = threading.Condition(threading.Lock())
 # Without Python's lock each call has to take that of the gates.
 _IS_ORDERED: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
+
+# Seconds after which who waits looks again, should an interrupt have taken the wake-up.
+_SLICE = 1.0
 
 
 class Gate:
@@ -52,7 +56,7 @@ class Gate:
         self._poisoned = ""
         self._busy = not _IS_ORDERED
         self._reading = _Reading(self)
-        _GATES.add(self)
+        _GATES.add(ref(self, _GATES.discard))
 
     @property
     def poisoned(self) -> str:
@@ -90,7 +94,7 @@ class Gate:
             self._count(me, depth)
             _state.notify_all()
             while self._keeps_out(me):
-                _state.wait()
+                _state.wait(_SLICE)
             if self._poisoned and self._writer is None:
                 raise PoisonedError(self._poisoned)
             self._count(me, depth + 1)
@@ -100,7 +104,7 @@ class Gate:
         if self._writer is not None:
             return self._writer != me
         # Who is in a gate already goes on: the update waits for it, so it must not wait in turn.
-        return self._waiting > 0 and not any(me in gate._readers for gate in list(_GATES))
+        return self._waiting > 0 and not any(me in gate._readers for gate in _gates())
 
     def _count(self, me: int, depth: int) -> None:
         if depth:
@@ -122,7 +126,14 @@ class _Reading(AbstractContextManager[int]):
         gate, me = self._gate, get_ident()
         depth = gate._readers.get(me, 0)
         gate._readers[me] = depth + 1
-        return gate._enter_busy(me, depth) if gate._busy else gate.version
+        if not gate._busy:
+            return gate.version
+        try:
+            return gate._enter_busy(me, depth)
+        # Also an interrupt: who does not enter must not be counted.
+        except BaseException:
+            gate._count(me, depth)
+            raise
 
     def __exit__(
         self,
@@ -141,8 +152,13 @@ class _Reading(AbstractContextManager[int]):
                 _state.notify_all()
 
 
-_GATES: WeakSet[Gate] = WeakSet()
+_GATES: "set[ref[Gate]]" = set()
 _OF_MODULES: WeakKeyDictionary[nn.Module, Gate] = WeakKeyDictionary()
+
+
+def _gates() -> list[Gate]:
+    """All gates. Copied in one step, as others may make gates meanwhile, or let them go."""
+    return [gate for weak in _GATES.copy() if (gate := weak()) is not None]
 
 
 def gate_of(module: nn.Module) -> Gate:
@@ -194,7 +210,7 @@ def over_ids(ids: Iterable[int], known: Gate | None = None) -> tuple[Gate, ...]:
     wanted = frozenset(ids)
     return tuple(
         gate
-        for gate in list(_GATES)
+        for gate in _gates()
         if gate is known or not wanted.isdisjoint(id(tensor) for tensor in gate.covers())
     )
 
@@ -246,7 +262,7 @@ def _close(gates: Sequence[Gate], me: int, timeout: float | None) -> None:
                         f"{count} calls of the model did not end within {timeout} s: give a "
                         "longer timeout, or look for a call that hangs"
                     )
-                _state.wait(left)
+                _state.wait(_SLICE if left is None else min(left, _SLICE))
             for gate in gates:
                 gate._writer = me
         finally:

@@ -36,6 +36,8 @@ def turn_cells(out: Tensor, source: Tensor) -> bool:
     """
     if out.nbytes < LEAST or not _is_plain(out) or not _is_plain(source):
         return False
+    if out.shape != source.shape or out.requires_grad:
+        return False
     plan, library = _Plan.of(out, source), _library()
     if plan is None or library is None:
         return False
@@ -102,6 +104,8 @@ class _Plan:
         columns = next((dim for dim in dims if dim[2] == 1), None)
         if rows is None or columns is None or rows is columns or len(dims) > _MOST_OUTER + 2:
             return None
+        if any(step == 0 for _, step, _ in dims):
+            return None
         outer = tuple(dim for dim in dims if dim is not rows and dim is not columns)
         out_at, source_at = out.data_ptr(), source.data_ptr()
         if not out_at or not source_at or out_at % _CELL:
@@ -140,7 +144,8 @@ class _Plan:
 
 def _is_plain(tensor: Tensor) -> bool:
     is_known = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
-    return is_known and tensor.is_cpu and tensor.dtype == torch.complex128
+    is_lazy = tensor.is_conj() or tensor.is_neg()
+    return is_known and not is_lazy and tensor.is_cpu and tensor.dtype == torch.complex128
 
 
 @cache
@@ -149,15 +154,16 @@ def _library() -> ctypes.CDLL | None:
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         return None
-    with tempfile.TemporaryDirectory(prefix="fixpass-turn-") as folder:
-        path = Path(folder) / "turn.so"
-        try:
+    # No folder to write to is as good as no compiler.
+    try:
+        with tempfile.TemporaryDirectory(prefix="fixpass-turn-") as folder:
+            path = Path(folder) / "turn.so"
             command = [compiler, *_FLAGS, str(SOURCE), "-o", str(path)]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
             # It stays mapped when the file is gone.
             library = ctypes.CDLL(str(path))
-        except (OSError, subprocess.SubprocessError):
-            return None
+    except (OSError, subprocess.SubprocessError):
+        return None
     integer, address = ctypes.c_int64, ctypes.c_void_p
     numbers: list[Any] = [*[integer] * 5, address, address, address]
     library.turn.argtypes = [address, address, *numbers, integer]

@@ -181,6 +181,22 @@ def test_a_bias_of_any_strides_is_read(how):
     same(compiled(module), module, f32(3, 128))
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, w, bias: linear(linear(x, w), w),
+        lambda x, w, bias: linear(x, w) @ w,
+        lambda x, w, bias: linear(x, w, linear(x, w)[0]),
+        lambda x, w, bias: linear(linear(linear(x, w), w.t()), w),
+    ],
+)
+def test_one_layer_over_a_weight_may_feed_another(use):
+    module = Joined(lambda x, weight, bias: use(x, weight[:128], bias))
+    assert "applied" in report_of(module)
+    x = f32(3, 128) / 128
+    same(compiled(module), module, x)
+
+
 def test_a_nested_tensor_is_left_alone():
     x = torch.nested.nested_tensor([f32(2, 128), f32(5, 128)], layout=torch.jagged)
     module = Joined(lambda x, weight, bias: linear(x, weight))

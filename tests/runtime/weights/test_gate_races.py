@@ -128,3 +128,72 @@ def test_of_a_call_and_an_update_that_come_together_one_sees_the_other(moment):
     thread.join(5)
     with gate.writing():
         assert order == ["update begins", "update ends", "call"], "the call steps back"
+
+
+@pytest.mark.usefixtures("_switching")
+def test_gates_that_others_make_meanwhile_are_in_nobodys_way():
+    gate, done, failed = Gate(), threading.Event(), []
+
+    def work(step):
+        try:
+            while not done.is_set():
+                step()
+        except Exception as error:
+            failed.append(error)
+
+    def call():
+        with gate.reading():
+            pass
+
+    def update():
+        with gate.writing():
+            pass
+
+    kept = [Gate() for _ in range(20)]
+    steps = (call, call, update, lambda: kept.append(Gate()) or kept.pop(0))
+    threads = [in_thread(lambda step=step: work(step)) for step in steps]
+    time.sleep(1.0)
+    done.set()
+    for thread in threads:
+        thread.join(10)
+    assert not failed
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_call_that_is_interrupted_as_it_waits_is_not_counted(monkeypatch, late):
+    gate, enter = Gate(), Gate._enter_busy
+
+    def interrupted(self, me, depth):
+        if late:
+            enter(self, me, depth)
+        raise KeyboardInterrupt
+
+    gate.poisoned = "" if late else "so that it is busy"
+    gate._busy = True
+    monkeypatch.setattr(Gate, "_enter_busy", interrupted)
+    with pytest.raises(KeyboardInterrupt), gate.reading():
+        pass
+    assert not gate._readers
+    with gate.writing(1.0):
+        pass
+
+
+def test_an_update_whose_wake_up_was_lost_looks_again():
+    gate, entered, updated = Gate(), threading.Event(), threading.Event()
+
+    def update():
+        entered.set()
+        with gate.writing():
+            updated.set()
+
+    with gate.reading():
+        thread = in_thread(update)
+        entered.wait(5)
+        while not gate._waiting:
+            time.sleep(0.001)
+        # As if the call had left, and an interrupt had come before it said so.
+        me = threading.get_ident()
+        gate._readers.pop(me)
+        assert updated.wait(5)
+        thread.join(5)
+        gate._readers[me] = 1

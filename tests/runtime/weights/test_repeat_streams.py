@@ -175,6 +175,14 @@ def test_conjugated_values_are_loaded_as_their_values(dtype, mode):
         assert torch.equal(model["w"], value)
 
 
+def test_one_element_has_any_stride(mode):
+    model = nn.Linear(1, 1).requires_grad_(False)
+    for number in range(3):
+        weight = torch.full((1, 2), float(number))[:, ::2]
+        reloaded(model, iter([("weight", weight), ("bias", torch.ones(2)[::2])]), mode)
+        assert (model.weight == number).all()
+
+
 def test_one_that_ends_early_or_goes_on_is_like_no_other(mode):
     model = model_of()
     for seed in (1, 2):

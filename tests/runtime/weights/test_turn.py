@@ -1,6 +1,7 @@
 """Copies of cells in C: what torch would copy, bit for bit, in any number of threads, or no copy."""
 
 import random
+import tempfile
 
 import pytest
 import torch
@@ -80,6 +81,16 @@ def test_what_it_is_not_for_is_left_to_torch(monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.usefixtures("_any_size")
+def test_what_torch_would_refuse_is_left_to_it():
+    source = cells(8, 8).mT
+    assert not turn_cells(cells(8, 1).expand(8, 8), source), "elements that share memory"
+    assert not turn_cells(cells(8, 8), cells(1, 8).mT), "another shape"
+    assert not turn_cells(cells(8, 8), source.conj())
+    assert not turn_cells(cells(8, 8).requires_grad_(), source)
+
+
+@needs_compiler
 @pytest.mark.usefixtures("_threads", "_any_size")
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_blocks_are_turned_in_place(count):
@@ -90,10 +101,13 @@ def test_blocks_are_turned_in_place(count):
     assert blocks._version > version
 
 
-@pytest.mark.parametrize("compiler", [(), ("false",), ("a compiler that is not there",)])
-def test_without_a_compiler_torch_copies(monkeypatch, compiler):
+@pytest.mark.parametrize("compiler", [(), ("false",), ("a compiler that is not there",), None])
+def test_without_a_compiler_or_a_folder_torch_copies(monkeypatch, tmp_path, compiler):
     turn._library.cache_clear()
-    monkeypatch.setattr(turn, "_COMPILERS", compiler)
+    if compiler is None:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    else:
+        monkeypatch.setattr(turn, "_COMPILERS", compiler)
     try:
         assert turn._library() is None
         param = nn.Parameter(torch.randn(1024, 512), requires_grad=False)

@@ -26,7 +26,7 @@ from fixpass.runtime.checkpoint.safetensors_files import Files
 from fixpass.runtime.checkpoint.stored import Checkpoint, FilePiece, Stored
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.collected import add_cut_off
-from fixpass.runtime.weights.look import PLAIN, facts_of, pointers_of
+from fixpass.runtime.weights.look import PLAIN, facts_of
 from fixpass.runtime.weights.spans import Span, move
 
 Facts = tuple[torch.dtype, torch.device, torch.Size]
@@ -83,6 +83,8 @@ class FromMemory:
     names: list[str]
     facts: list[Facts]
     tensors: Sequence[Tensor] = field(default=(), compare=False)
+    pointers: list[int] = field(default_factory=list, compare=False)
+    """Where the tensors are."""
 
     @staticmethod
     def of(source: Mapping[str, Tensor], like: object = None) -> "FromMemory | None":
@@ -100,12 +102,13 @@ class FromMemory:
             facts = list(map(facts_of, tensors))
             if any(dtype.is_complex or device.type != "cpu" for dtype, device, _ in facts):
                 return None
+        pointers = list(map(Tensor.data_ptr, tensors))
         able = (
             all(map(Tensor.is_contiguous, tensors))
             and not any(map(Tensor.is_neg, tensors))
-            and (all(map(Tensor.data_ptr, tensors)) or not any(map(is_freed, tensors)))
+            and (all(pointers) or not any(map(is_freed, tensors)))
         )
-        return FromMemory(names, facts, tensors) if able else None
+        return FromMemory(names, facts, tensors, pointers) if able else None
 
     def _are_like(self, names: list[str], tensors: Sequence[Tensor]) -> bool:
         return self.names == names and all(map(eq, map(facts_of, tensors), self.facts))
@@ -125,19 +128,17 @@ class FromMemory:
 
     def bare(self) -> "FromMemory":
         """The origin for later comparisons, without its tensors."""
-        return replace(self, tensors=())
+        return FromMemory(self.names, self.facts)
 
     def into(self, spans: Sequence[Span], memory: Sequence[Tensor]) -> Iterator[Task]:
         """What brings each span as it is into memory of its size."""
-        pointers = pointers_of(self.tensors)
         for span, held in zip(spans, memory, strict=True):
-            yield partial(_gather_all, span, pointers, held)
+            yield partial(_gather_all, span, self.pointers, held)
 
     def to(self, spans: Sequence[Span], pointers: Sequence[int]) -> Iterator[Task]:
         """What brings the parts of each span to tensors at these addresses."""
-        own = pointers_of(self.tensors)
         for span in spans:
-            yield partial(_gather, span, own, span.addresses(pointers))
+            yield partial(_gather, span, self.pointers, span.addresses(pointers))
 
     def explain(self, error: CheckpointError) -> None:
         """Memory cannot break."""

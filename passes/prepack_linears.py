@@ -16,7 +16,7 @@ from fixpass.passes.base import Pass, PassResult
 from fixpass.passes.rewrite import Missed
 from fixpass.passes.rewrites.folded_linear import Linear, linears_of, weight_of
 from fixpass.passes.rewrites.weight_fold import DERIVED, VALUE, introduce
-from fixpass.passes.rewrites.weight_sources import weights_of
+from fixpass.passes.rewrites.weight_sources import examples_of, weights_of
 from fixpass.runtime.weights.derived import Derived
 from fixpass.runtime.weights.prepack import Prepacked
 
@@ -36,9 +36,7 @@ class PrepackLinears(Pass):
         folded = [n for n in graph.find_nodes(op="placeholder") if DERIVED in n.meta]
         if not folded:
             return
-        weights = weights_of(graph)
-        inputs = graph.find_nodes(op="placeholder")
-        examples = [weights[node].tensor if node in weights else None for node in inputs]
+        examples = examples_of(graph, weights_of(graph))
         for node in folded:
             found = self._linears(node)
             if isinstance(found, Missed):
@@ -68,20 +66,19 @@ def _pack(
     result: PassResult,
 ) -> str:
     """Let the layers read packed weights in place of `folded`; why that cannot be, or ""."""
-    packed: dict[tuple[fx.Node, bool], Derived] = {}
-    values: dict[tuple[fx.Node, bool], Tensor] = {}
-    for linear in linears:
-        derived = packed.setdefault(linear.form, _packed(folded.meta[DERIVED], linear))
+    packed: dict[tuple[fx.Node, bool], tuple[Derived, Tensor]] = {}
+    for linear in {linear.form: linear for linear in linears}.values():
+        derived = _packed(folded.meta[DERIVED], linear)
         try:
-            values[linear.form] = derived.value(examples)
+            packed[linear.form] = derived, derived.value(examples)
         # No memory, or a shape for which this oneDNN has no kernel.
         except RuntimeError as error:
             return f"it could not be packed: {error}"
     if not result.take_fuel():
         return ""
     handles = {
-        form: introduce(graph, f"packed_{form[0].name}", {}, derived, values[form])
-        for form, derived in packed.items()
+        form: introduce(graph, f"packed_{form[0].name}", {}, *found)
+        for form, found in packed.items()
     }
     replaced: dict[fx.Node, fx.Node] = {}
     for linear in linears:

@@ -4,6 +4,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from fixpass.runtime.checkpoint.mapping import Mapping, Stacked
 from fixpass.runtime.weights.fold import logical
 from fixpass.runtime.weights.reload import reload
 
@@ -21,6 +22,12 @@ class Block(nn.Module):
 def model_of(seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(Block(), Block()).requires_grad_(False)
+
+
+def stacked(size):
+    """A model whose only weight a checkpoint has in three parts, and the mapping that says so."""
+    model = nn.ModuleDict({"qkv": nn.Linear(size, 3 * size, bias=False)}).requires_grad_(False)
+    return model, Mapping(stacked=(Stacked("qkv", ("q", "k", "v")),))
 
 
 def saved(folder, seed, shards=2, model=None):

@@ -16,7 +16,7 @@ from fixpass.lowering.layout import Layout
 from fixpass.passes.base import PassResult
 from fixpass.passes.rewrite import Missed
 from fixpass.passes.rewrites.weight_recipe import Cut
-from fixpass.passes.rewrites.weight_sources import Weight
+from fixpass.passes.rewrites.weight_sources import Weight, examples_of
 from fixpass.runtime.errors import WeightError
 from fixpass.runtime.weights.derived import Derived, Recipe
 from fixpass.runtime.weights.restride import restride
@@ -78,8 +78,7 @@ def derive(
     """Compute the value and let an input stand for it; a value that cannot be had is left."""
     positions = [weights[source].position for source in cut.sources]
     derived = Derived(_named(cut, recipe), positions)
-    inputs = graph.find_nodes(op="placeholder")
-    examples = [weights[node].tensor if node in weights else None for node in inputs]
+    examples = examples_of(graph, weights)
     try:
         value = derived.value(examples)
     # No memory, an op that fake tensors promised and this device lacks, a weight folded otherwise.

@@ -5,6 +5,7 @@ parameters of modules that the graph does not read, are no weights here.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,12 @@ def weights_of(graph: fx.Graph) -> dict[fx.Node, Weight]:
                 node, position, argument.example, _short(path), why, opaque=bool(opaque)
             )
     return found
+
+
+def examples_of(graph: fx.Graph, weights: Mapping[fx.Node, Weight]) -> list[Tensor | None]:
+    """The live weights at their places among all inputs of `graph`; None for other inputs."""
+    inputs = graph.find_nodes(op="placeholder")
+    return [weights[node].tensor if node in weights else None for node in inputs]
 
 
 def _short(path: str) -> str:

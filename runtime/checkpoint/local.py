@@ -7,6 +7,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from fixpass.runtime.checkpoint.box import Box
 from fixpass.runtime.errors import CheckpointError
 
+PLAIN = frozenset((nn.Parameter, Tensor))
+"""Classes whose memory is their own."""
+
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, to look at: no gradient goes through it."""
@@ -15,8 +18,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def is_freed(tensor: Tensor) -> bool:
     """Whether a plain tensor has values and no memory: torch itself would read at address 0."""
-    is_plain = type(tensor) in (Tensor, nn.Parameter)
-    return is_plain and tensor.numel() > 0 and not tensor.untyped_storage().nbytes()
+    return type(tensor) in PLAIN and tensor.numel() > 0 and not tensor.untyped_storage().nbytes()
 
 
 def local_box(tensor: Tensor) -> tuple[Tensor, Box]:

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fixpass.runtime.checkpoint.local import local_part
+from fixpass.runtime.checkpoint.local import PLAIN, local_part
 
-PLAIN = frozenset((nn.Parameter, Tensor))
-"""Classes whose memory is their own."""
-
+Facts = tuple[torch.dtype, torch.device, torch.Size]
 facts_of = attrgetter("dtype", "device", "shape")
 _gradient = attrgetter("requires_grad")
 _count = attrgetter("_version")
@@ -34,7 +32,7 @@ class Layouts:
 
     kinds: list[type]
     gradients: list[bool]
-    facts: list[tuple[torch.dtype, torch.device, torch.Size]]
+    facts: list[Facts]
     strides: list[tuple[int, ...]]
     sharding: list[object]
 

@@ -4,7 +4,7 @@ By address and not by storage: a tensor made from a numpy view of a weight has a
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,8 +34,8 @@ class Occupied:
         return Occupied(starts, ends)
 
     def holds_any(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether memory of any of the tensors is among it."""
-        return any(map(self._holds, tensors))
+        """Whether memory of any of the tensors, on this rank, is among it."""
+        return any(map(self._holds, parts_of(list(tensors))))
 
     def _holds(self, tensor: Tensor) -> bool:
         start, end = _range(tensor)
@@ -43,6 +43,11 @@ class Occupied:
         if index and start < self.ends[index - 1]:
             return True
         return index < len(self.starts) and self.starts[index] < end
+
+
+def share_memory(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether any of the others lies in the memory of these."""
+    return len(others) > 0 and Occupied.by(some).holds_any(others)
 
 
 def _range(tensor: Tensor) -> tuple[int, int]:

@@ -6,9 +6,9 @@ while the old bytes are written down, may be undone with the rest.
 """
 
 import tempfile
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from fixpass.runtime.checkpoint import vectored
@@ -21,14 +21,12 @@ class OldBytes:
     def __init__(self, spans: Sequence[Span], pointers: Sequence[int]) -> None:
         self._spans, self._pointers = spans, pointers
         self._file = tempfile.NamedTemporaryFile(prefix="fixpass-journal-")  # noqa: SIM115
+        self._path = Path(self._file.name)
 
     def __enter__(self) -> Self:
         try:
-            offset, path = 0, Path(self._file.name)
-            for span in self._spans:
-                ranges = span.ranges(self._pointers)
-                vectored.write(self._file.fileno(), path, offset, span.num_bytes, ranges)
-                offset += span.num_bytes
+            for offset, num_bytes, ranges in self._batches():
+                vectored.write(self._file.fileno(), self._path, offset, num_bytes, ranges)
         except BaseException:
             self._file.close()
             raise
@@ -36,16 +34,15 @@ class OldBytes:
 
     def restore(self) -> None:
         """Bring all of it back."""
+        for offset, num_bytes, ranges in self._batches():
+            vectored.fill(self._path, offset, num_bytes, ranges)
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _batches(self) -> Iterator[tuple[int, int, "array[int]"]]:
+        """Where in the file each span begins, its bytes, and where those are in memory."""
         offset = 0
         for span in self._spans:
-            ranges = span.ranges(self._pointers)
-            vectored.fill(Path(self._file.name), offset, span.num_bytes, ranges)
+            yield offset, span.num_bytes, span.ranges(self._pointers)
             offset += span.num_bytes
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.close()

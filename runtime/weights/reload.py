@@ -66,10 +66,11 @@ def reload(
                 checkpoint = stack.enter_context(opened(source, weights_only=weights_only))
                 bar.total = sum(stored.num_bytes for stored in checkpoint.values())
                 tx.load_checkpoint(checkpoint)
-            elif isinstance(origin, Stream):
-                tx.load_weights(origin)
+            elif isinstance(source, Named):
+                tx.load_state_dict(source)
             else:
-                tx.load_any(source)
+                assert isinstance(origin, Stream)
+                tx.load_weights(origin)
     assert tx.report is not None
     return tx.report
 

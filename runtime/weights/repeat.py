@@ -22,7 +22,7 @@ from fixpass.runtime.weights.closing import Closing
 from fixpass.runtime.weights.gate import Gate, gate_of, over_ids
 from fixpass.runtime.weights.kept import Kept, kept_for
 from fixpass.runtime.weights.look import parts_of, pointers_of, walk, writes_of
-from fixpass.runtime.weights.occupied import Occupied
+from fixpass.runtime.weights.occupied import share_memory
 from fixpass.runtime.weights.old_bytes import OldBytes
 from fixpass.runtime.weights.options import Options
 from fixpass.runtime.weights.origins import FromMemory, Origin, UnlikeError
@@ -115,7 +115,7 @@ class _Repeat:
             tensors, now, transient = self._tensors()
             written = self.kept.of(tensors)
             rest = [*self.kept.others(tensors), *transient]
-            if self.kept.of(now) != spare.pointers or _share_memory(written, rest):
+            if self.kept.of(now) != spare.pointers or share_memory(written, rest):
                 raise UnlikeError
             back = double.exchange(written, spare.views)
             try:
@@ -133,7 +133,7 @@ class _Repeat:
         tensors, pointers, _ = self._tensors()
         written = parts_of(self.kept.of(tensors))
         given = self.origin.tensors if isinstance(self.origin, FromMemory) else ()
-        if given and Occupied.by(written).holds_any(given):
+        if share_memory(written, given):
             raise UnlikeError
         # Should anybody give one of them other memory now, the old is still there.
         held, before = list(map(Tensor.untyped_storage, written)), writes_of(written)
@@ -198,10 +198,3 @@ class _Repeat:
         except CheckpointError as error:
             origin.explain(error)
             raise
-
-
-def _share_memory(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Whether any of the others lies in the memory of these."""
-    strided = [part for part in parts_of(others) if part.layout == torch.strided]
-    memory = {tensor.untyped_storage()._cdata for tensor in some} if strided else set()
-    return any(part.untyped_storage()._cdata in memory for part in strided)

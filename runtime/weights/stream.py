@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fixpass.runtime.weights.look import PLAIN, facts_of
-from fixpass.runtime.weights.origins import Facts, FromMemory, UnlikeError
+from fixpass.runtime.checkpoint.local import PLAIN
+from fixpass.runtime.weights.look import Facts, facts_of
+from fixpass.runtime.weights.origins import FromMemory, UnlikeError
 from fixpass.runtime.weights.spans import Span
 
 _CPU = torch.device("cpu")
@@ -70,8 +71,8 @@ class Targets:
 class _Copied:
     """What was taken from an iterator: for each of `kept`, as far as it came, where it lies.
 
-    memory: what the addresses are of. aside: tensors that the plan has no place for. unlike: what
-    came after them and is not as the last time.
+    memory: what the addresses are of. aside: tensors that the plan has no place for. last: what
+    came after them and is not copied.
     """
 
     kept: FromMemory
@@ -79,14 +80,14 @@ class _Copied:
     memory: Sequence[Tensor]
     count: int = 0
     aside: dict[int, Tensor] = field(default_factory=dict)
-    unlike: Item | None = None
+    last: Item | None = None
 
     def __iter__(self) -> Iterator[Item]:
         for index in range(self.count):
             value = self.aside.get(index)
             yield self.kept.names[index], self._together(index) if value is None else value
-        if self.unlike is not None:
-            yield self.unlike
+        if self.last is not None:
+            yield self.last
 
     def _together(self, index: int) -> Tensor:
         """A tensor as it came."""
@@ -143,20 +144,17 @@ class Stream:
         over = object(), (torch.uint8, _CPU, torch.Size()), 0, 0
         move, plain, strided = ctypes.memmove, PLAIN, torch.strided
         for item in self._source:
-            name, tensor = item
+            copied.last, (name, tensor) = item, item
             wanted, facts, target, size = next(expected, over)
             if name != wanted or type(tensor) not in plain or tensor.layout is not strided:
-                copied.unlike = item
                 raise UnlikeError
             if facts_of(tensor) != facts or tensor.is_neg() or not tensor.is_contiguous():
                 if (tensor.dtype, tensor.shape) != facts[::2] or tensor.is_meta:
-                    copied.unlike = item
                     raise UnlikeError
                 if tensor.data_ptr():
                     tensor = tensor.detach().to("cpu").resolve_neg().contiguous()
             pointer = tensor.data_ptr()
             if not pointer and tensor.numel():
-                copied.unlike = item
                 raise UnlikeError
             if size:
                 move(target, pointer, size)
@@ -166,7 +164,7 @@ class Stream:
             else:
                 # Nothing takes it. Another plan might.
                 copied.aside[copied.count] = tensor.detach().clone()
-            copied.count += 1
+            copied.count, copied.last = copied.count + 1, None
         if copied.count < len(kept.facts):
             raise UnlikeError
 

@@ -119,13 +119,6 @@ class Update:
         for stored in memory.from_iterator(tensors, Path(folder) / "tensors").values():
             self._collected.add(stored)
 
-    def load_any(self, tensors: Named[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
-        """Take a state dict or an iterator."""
-        if isinstance(tensors, Named):
-            self.load_state_dict(tensors)
-        else:
-            self.load_weights(tensors)
-
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Take the tensors of a checkpoint; in mode "staged" their bytes are read now."""
         found: Iterable[Stored] = checkpoint.values()

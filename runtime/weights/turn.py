@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fixpass.runtime.checkpoint.local import PLAIN
+
 SOURCE = Path(__file__).parent / "csrc" / "turn.c"
 LEAST = 1 << 20
 """Bytes from which on a copy is worth the trouble."""
@@ -143,7 +145,7 @@ class _Plan:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    is_known = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    is_known = type(tensor) in PLAIN and tensor.layout is torch.strided
     is_lazy = tensor.is_conj() or tensor.is_neg()
     return is_known and not is_lazy and tensor.is_cpu and tensor.dtype == torch.complex128
 

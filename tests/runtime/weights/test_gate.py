@@ -5,17 +5,12 @@ import time
 
 import pytest
 import torch
+from threads import in_thread
 from torch import nn
 
 from fixpass.runtime.errors import PoisonedError, UpdateError, VersionError
 from fixpass.runtime.weights.gate import Gate, closed, gate_of, over, reading, writing
 from fixpass.runtime.weights.versions import bump, changes, version
-
-
-def in_thread(work):
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    return thread
 
 
 class Reader:

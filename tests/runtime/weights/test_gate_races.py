@@ -5,14 +5,9 @@ import threading
 import time
 
 import pytest
+from threads import in_thread
 
 from fixpass.runtime.weights.gate import Gate, closed
-
-
-def in_thread(work):
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    return thread
 
 
 @pytest.fixture

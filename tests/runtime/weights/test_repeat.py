@@ -6,13 +6,12 @@ import weakref
 import pytest
 import torch
 from folding import aiter
-from reloading import MODES, holds, model_of, named, reloaded, saved
+from reloading import MODES, holds, model_of, named, reloaded, saved, stacked
 from safetensors.torch import save_file
 from torch import nn
 
 import fixpass  # noqa: F401  # registers the backend
 from fixpass.runtime.checkpoint import vectored
-from fixpass.runtime.checkpoint.mapping import Mapping, Stacked
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.alias import pack
 from fixpass.runtime.weights.fold import fold
@@ -44,8 +43,7 @@ def test_what_is_like_the_last_is_not_planned_again(tmp_path, plans, mode, threa
 
 
 def test_tensors_that_are_stacked_into_one_go_where_they_went(tmp_path, plans):
-    model = nn.ModuleDict({"qkv": nn.Linear(16, 48, bias=False)}).requires_grad_(False)
-    mapping = Mapping(stacked=(Stacked("qkv", ("q", "k", "v")),))
+    model, mapping = stacked(16)
     for seed in range(3):
         torch.manual_seed(seed)
         parts = {name: torch.randn(16, 16) for name in "qkv"}
@@ -60,8 +58,7 @@ def test_tensors_in_memory_are_stacked_where_they_were_and_cut_where_they_are_la
     plans, mode, monkeypatch
 ):
     monkeypatch.setattr(vectored, "MOST_BYTES", 1000)
-    model = nn.ModuleDict({"qkv": nn.Linear(64, 192, bias=False)}).requires_grad_(False)
-    mapping = Mapping(stacked=(Stacked("qkv", ("q", "k", "v")),))
+    model, mapping = stacked(64)
     for seed in range(4):
         torch.manual_seed(seed)
         parts = {f"{name}.weight": torch.randn(64, 64) for name in ("v", "q", "k")}

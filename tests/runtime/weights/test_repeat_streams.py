@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from reloading import holds, model_of, named, reloaded
+from reloading import holds, model_of, named, reloaded, stacked
 from torch import nn
 
 from fixpass.runtime.checkpoint import vectored
-from fixpass.runtime.checkpoint.mapping import Mapping, Stacked
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.versions import version
 
@@ -64,8 +63,7 @@ def test_an_iterator_may_follow_a_state_dict_and_be_followed_by_one(plans, mode)
 
 def test_tensors_that_are_cut_up_go_where_they_went(plans, monkeypatch, mode):
     monkeypatch.setattr(vectored, "MOST_BYTES", 1000)
-    model = nn.ModuleDict({"qkv": nn.Linear(64, 192, bias=False)}).requires_grad_(False)
-    mapping = Mapping(stacked=(Stacked("qkv", ("q", "k", "v")),))
+    model, mapping = stacked(64)
     for seed in range(4):
         torch.manual_seed(seed)
         parts = {f"{name}.weight": torch.randn(64, 64) for name in ("v", "q", "k")}

@@ -13,14 +13,9 @@ TESTS ?=
 # Torch's own threads and Inductor's compile workers would fight with pytest's two workers.
 PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 FIXPASS_VERIFY=1 $(PY) -P -m pytest -n 2
 
-# What the type checkers see as the package fixpass: a link for each file or folder of
-# the facade, and one for each layer.
-TYPED := $(wildcard fixpass/*.py) fixpass/py.typed lowering passes runtime \
-	$(patsubst %/__init__.py,%,$(wildcard fixpass/*/__init__.py))
-
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-full engines accept lint format type check bench wheel typings doctor clean
+.PHONY: help demo test test-full engines accept lint format type check bench wheel doctor clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,11 +73,6 @@ bench: $(STAMP) ## Measure: tables, and JSON in benchmarks/results
 wheel: $(STAMP) ## Build the sdist, and the wheel from it, into dist/
 	rm -rf build dist
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(PY) -m build
-
-typings: ## Refresh the links that the type checkers follow
-	@mkdir -p typings/fixpass
-	@find typings/fixpass -type l -delete
-	@for path in $(TYPED); do ln -s ../../$$path typings/fixpass/; done
 
 doctor: $(STAMP) ## Say what this machine has
 	@$(PY) -c 'import platform, torch; print("python", platform.python_version()); print("torch ", torch.__version__, "on", "cuda" if torch.cuda.is_available() else "cpu")'

@@ -32,7 +32,7 @@ ADD_BOUND, TURN_BOUND, VLLM_BOUND = 2.0, 3.0, 1.0
 
 
 def run(quick: bool) -> Result:
-    from tests.ranks import Ranks
+    from tests.helpers.ranks import Ranks
 
     result = Result("all-reduce", ABOUT.format(vllm=_about_vllm()), quick=quick)
     sizes = SIZES[1:5:2] if quick else SIZES

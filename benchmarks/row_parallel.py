@@ -25,7 +25,7 @@ HIDDEN_SIZES = (256, 512, 1024, 2048)
 
 
 def run(quick: bool) -> Result:
-    from tests.ranks import Ranks
+    from tests.helpers.ranks import Ranks
 
     result = Result("row-parallel", ABOUT, quick=quick)
     sizes = HIDDEN_SIZES[:1] if quick else HIDDEN_SIZES
@@ -50,7 +50,7 @@ def _add(result: Result, part: str, hidden_size: int, count: int, samples: Sampl
 
 def block(part: str, hidden_size: int, count: int, rounds: int) -> Samples:
     """What each rank does: seconds a call by backend, after the two agree."""
-    from tests.row_parallel import build, tokens
+    from tests.helpers.row_parallel import build, tokens
 
     torch._dynamo.reset()
     x = tokens(hidden_size, count)

@@ -27,7 +27,7 @@ QUICK = ("qwen3-packed", "bert")
 
 
 def run(quick: bool, names: Sequence[str] = ()) -> Result:
-    from tests import models
+    from tests.helpers import models
 
     names = names or (QUICK if quick else models.NAMES)
     result = Result("run-time", ABOUT, quick=quick)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
-import standins
 import torch
 import torch.nn.functional as F
 from torch import fx
@@ -13,6 +12,7 @@ from fixpass import Pass, Pipeline, explain
 from fixpass.passes.canonicalize_norms import CanonicalizeNorms
 from fixpass.runtime.errors import PassError
 from fixpass.testing import assert_same, bf16, f32, trace
+from helpers import standins
 
 OPTIONS = {"lower": "eager", "verify": True, "strict": True}
 

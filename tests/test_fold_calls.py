@@ -9,10 +9,10 @@ import threading
 import pytest
 import torch
 from torch import nn
-from weight_updates import compiled
 
 from fixpass import weights
 from fixpass.runtime.errors import UpdateError
+from helpers.weight_updates import compiled
 
 SCRIPT = """
 import json

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from weight_updates import COUNTED, UNCOUNTED, compiled
 
 from fixpass.testing import f32
+from helpers.weight_updates import COUNTED, UNCOUNTED, compiled
 
 SIZE = 192  # square, so that all steps fit together, and large enough to be worth keeping
 

@@ -1,8 +1,9 @@
 """fold-weights in models that are sharded over ranks: nothing is kept that FSDP2 may refill."""
 
 import pytest
-from fold_workers import run_sharded
-from ranks import Ranks
+
+from helpers.fold_workers import run_sharded
+from helpers.ranks import Ranks
 
 
 # Of their own for each test: a process that uses FSDP at all folds nothing.

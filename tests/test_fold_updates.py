@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
-from weight_updates import COUNTED, UNCOUNTED, Folds, Reads, by_copy, compiled, same
 
 from fixpass import weights
 from fixpass.runtime.weights import derived
 from fixpass.runtime.weights.derived import drop_dead
 from fixpass.testing import f32
+from helpers.weight_updates import COUNTED, UNCOUNTED, Folds, Reads, by_copy, compiled, same
 
 
 def held():

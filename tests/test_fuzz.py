@@ -9,17 +9,17 @@ import os
 from dataclasses import replace
 
 import pytest
-import standins
 import torch
-from fuzz_modules import Input, Program, RandomModule, Step, new_input
-from fuzz_norms import Form
-from fuzz_strategies import DTYPES, draw_form, draw_input, draw_view, pick, programs
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from fixpass import explain
 from fixpass.runtime.providers import PROVIDERS
 from fixpass.testing import assert_same
+from helpers import standins
+from helpers.fuzz_modules import Input, Program, RandomModule, Step, new_input
+from helpers.fuzz_norms import Form
+from helpers.fuzz_strategies import DTYPES, draw_form, draw_input, draw_view, pick, programs
 
 # The share of a tensor's largest element by which each of its elements may differ. Rewritten
 # graphs compute the same steps as eager mode, so a value differs where a sum runs in another

@@ -9,7 +9,13 @@ from itertools import product
 
 import pytest
 import torch
-from standins import (
+
+from fixpass.config import Config
+from fixpass.guards import GUARDED, guard
+from fixpass.lowering.contracts import CONTRACTS
+from fixpass.passes.rewrites.opaque_norm import OPAQUE_NORMS
+from fixpass.runtime.errors import KernelError
+from helpers.standins import (
     LayoutFault,
     aiter_add,
     aiter_layer_norm,
@@ -18,12 +24,6 @@ from standins import (
     vllm_fused_add,
     vllm_rms_norm,
 )
-
-from fixpass.config import Config
-from fixpass.guards import GUARDED, guard
-from fixpass.lowering.contracts import CONTRACTS
-from fixpass.passes.rewrites.opaque_norm import OPAQUE_NORMS
-from fixpass.runtime.errors import KernelError
 
 EPS = 1e-6
 

@@ -8,7 +8,6 @@ itself needs against eager is measured in docs/models.md.
 from collections import Counter
 from itertools import product
 
-import models
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fixpass
 from fixpass import Report
 from fixpass.testing import assert_same
+from helpers import models
 
 pytest.importorskip("transformers")
 # transformers says once for each kernel library it lacks that it falls back to PyTorch.

@@ -1,24 +1,28 @@
-"""What an install holds: the package list, the entry point, the links for type checkers, the pins.
+"""What an install holds: every package, the entry point, one tree of files, the pins.
 
 Also what each file keeps to: its length, an opening docstring, no path of anybody's machine.
 """
 
 import ast
+import os
 import re
 import subprocess
+import sys
 import tomllib
 from importlib.metadata import entry_points, version
 from pathlib import Path
+from shutil import copytree, ignore_patterns
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from setuptools import find_packages
 
 import fixpass
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-FOLDERS = PYPROJECT["tool"]["setuptools"]["package-dir"]
+LAYERS = ("lowering", "passes", "runtime")
 MACHINE_PATH = re.compile(rb"(?<![\w.~-])/(?:work|root|home|tmp/w|opt/pypi|opt/wheels)\b")
 
 
@@ -32,30 +36,42 @@ def tracked(*patterns):
     return sorted(path for path in paths if path.is_file() and not path.is_symlink())
 
 
-def test_every_package_is_listed():
-    on_disk = set()
-    for package, folder in FOLDERS.items():
-        for module in (ROOT / folder).rglob("*.py"):
-            inner = module.parent.relative_to(ROOT / folder).parts
-            on_disk.add(".".join([package, *inner]))
-    assert sorted(PYPROJECT["tool"]["setuptools"]["packages"]) == sorted(on_disk)
-
-
-def test_every_package_has_an_init():
-    folders = {
-        module.parent for folder in FOLDERS.values() for module in (ROOT / folder).rglob("*.py")
+def test_each_layer_is_a_relative_link_in_the_package():
+    assert {name: os.readlink(ROOT / "fixpass" / name) for name in LAYERS} == {
+        name: f"../{name}" for name in LAYERS
     }
-    assert [folder for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
 
 
-def test_typings_link_every_facade_file_and_layer():
-    facade = [path for path in (ROOT / "fixpass").iterdir() if path.suffix == ".py"]
-    facade += [path.parent for path in (ROOT / "fixpass").glob("*/__init__.py")]
-    facade += [ROOT / "fixpass/py.typed"]
-    expected = {path.name: path for path in facade}
-    expected |= {layer: ROOT / layer for layer in ("lowering", "passes", "runtime")}
-    links = {link.name: link.resolve() for link in (ROOT / "typings/fixpass").iterdir()}
-    assert links == expected, "run `make typings`"
+def test_every_package_is_found():
+    """A folder without `__init__.py` imports well in a checkout and is missing from the wheel."""
+    options = PYPROJECT["tool"]["setuptools"]["packages"]["find"]
+    found = set(find_packages(str(ROOT), **options))
+    files = [path.relative_to(ROOT) for path in tracked("*.py")]
+    inside = [path.parent for path in files if path.parts[0] in ("fixpass", *LAYERS)]
+    on_disk = {".".join(part for part in ("fixpass", *path.parts)) for path in inside}
+    assert found == {name.replace("fixpass.fixpass", "fixpass") for name in on_disk}
+
+
+def test_a_checkout_is_imported_whole(tmp_path):
+    """With a second checkout first on the path, no module comes from the installed one."""
+    for name in ("fixpass", *LAYERS):
+        copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=ignore_patterns("__pycache__"))
+    code = """if True:
+        import sys, fixpass.backend, fixpass.integrations.transformers, fixpass.weights
+        named = {n: m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "fixpass"}
+        print(len(named), sorted(n for n, f in named.items() if not f.startswith(sys.argv[1])))
+    """
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    ).stdout
+    count, others = found.split(maxsplit=1)
+    assert int(count) > 50
+    assert others.strip() == "[]"
 
 
 def test_torch_finds_the_backend():

@@ -5,16 +5,16 @@ import random
 
 import pytest
 import torch
-from prepacking import Joined, compiled, same
 from torch import nn
 from torch.autograd import forward_ad
-from weight_updates import COUNTED, UNCOUNTED, Folds
 
 import fixpass
 from fixpass.runtime.errors import WeightError
 from fixpass.runtime.weights import derived, prepack
 from fixpass.runtime.weights.prepack import packable_dtypes
 from fixpass.testing import f32
+from helpers.prepacking import Joined, compiled, same
+from helpers.weight_updates import COUNTED, UNCOUNTED, Folds
 
 pytestmark = pytest.mark.skipif(
     not packable_dtypes(), reason="no oneDNN here, which packs the weights, or no x86"

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from ranks import Ranks
-from row_parallel import run_block
-from symmetric_workers import stats
+
+from helpers.ranks import Ranks
+from helpers.row_parallel import run_block
+from helpers.symmetric_workers import stats
 
 pytestmark = pytest.mark.inductor
 

@@ -5,15 +5,15 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import sglang_standin
 import torch
-from standins import LayoutFault, aiter_rms_norm
 from torch import nn
 
 from fixpass.integrations import sglang as serving
 from fixpass.integrations import sglang_diffusion as diffusion
 from fixpass.integrations import sglang_hooks
 from fixpass.integrations.sglang_hooks import Hook, is_in_place
+from helpers import sglang_standin
+from helpers.standins import LayoutFault, aiter_rms_norm
 
 LAYERNORM, LOADER = serving.LAYERNORM, serving.LOADER
 REGISTRY = "sglang.srt.plugins.hook_registry"

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import vllm_standin
 from torch import fx
 
 from fixpass import Pipeline
 from fixpass.lowering.target import CPU
 from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
 from fixpass.runtime.symmetric_memory.policy import GroupFacts, Policy
+from helpers import vllm_standin
 
 
 def shm_graph(read_base=False):

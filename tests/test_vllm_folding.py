@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from folding import aiter
 from test_vllm_plugin import configured, engine, other, said  # noqa: F401  # fixtures
 from torch import nn
 from torch.nn.functional import linear
 
 from fixpass import last_reports, weights
 from fixpass.integrations import vllm as plugin
+from helpers.folding import aiter
 
 RELOAD = "vllm.model_executor.model_loader.reload"
 

@@ -9,11 +9,11 @@ import pickle
 from importlib.metadata import entry_points
 
 import pytest
-import vllm_standin
 from torch import fx
 
 from fixpass.integrations import vllm as plugin
 from fixpass.runtime.errors import ConfigError
+from helpers import vllm_standin
 
 PRE, POST, ENTRY = (
     "post_grad_custom_pre_pass",

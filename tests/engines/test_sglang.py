@@ -8,10 +8,10 @@ import pytest
 import sglang
 import torch
 from sglang.srt.layers import layernorm
-from standins import LayoutFault, aiter_add, aiter_layer_norm, aiter_rms_norm
 
 from fixpass.integrations import sglang as integration
 from fixpass.integrations.sglang_hooks import is_in_place
+from helpers.standins import LayoutFault, aiter_add, aiter_layer_norm, aiter_rms_norm
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("default")]
 

@@ -6,9 +6,9 @@ import warnings
 
 import pytest
 import sglang_workers
-from ranks import Ranks
 
 from fixpass.integrations import sglang_diffusion as integration
+from helpers.ranks import Ranks
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("default")]
 PLUGINS = "sglang.multimodal_gen.runtime.platforms.plugins"

@@ -6,15 +6,15 @@ import pickle
 import pytest
 import torch
 import transformers
-import transformers_workers
-from models import build
-from ranks import Ranks
 from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
 
 from fixpass import last_reports
 from fixpass.integrations import transformers as integration
 from fixpass.integrations.transformers import compile
 from fixpass.runtime.errors import ConfigError
+from helpers import transformers_workers
+from helpers.models import build
+from helpers.ranks import Ranks
 
 TOKENS = transformers_workers.TOKENS
 # The passes run and every rewritten graph is checked; only Inductor's C++ is left out.

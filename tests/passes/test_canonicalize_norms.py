@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from spellings import cohere, gemma, llama, olmo, t5
 from torch import nn
 
 from fixpass import Pipeline
 from fixpass.passes.canonicalize_norms import CanonicalizeNorms
 from fixpass.testing import assert_same, bf16, f32, text, trace
+from helpers.spellings import cohere, gemma, llama, olmo, t5
 
 PIPELINE = Pipeline((CanonicalizeNorms(),), verify=True, strict=True)
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from spellings import llama
 
 from fixpass import Pipeline
 from fixpass.lowering.target import CPU, Target, target_named
 from fixpass.passes import default_passes
 from fixpass.testing import assert_same, bf16, text, trace
+from helpers.spellings import llama
 
 CUDA = target_named("cuda:sm_90")
 

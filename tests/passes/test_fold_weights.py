@@ -4,11 +4,11 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch.nn.functional import dropout, linear
-from weight_updates import Folds, Reads, compiled, same
 
 from fixpass import Config, FixpassError, Report
 from fixpass.entry import enter
 from fixpass.testing import f32, text, trace
+from helpers.weight_updates import Folds, Reads, compiled, same
 
 
 def report(module, x, **options):

@@ -3,12 +3,12 @@
 import torch
 from expecttest import assert_expected_inline
 from torch import nn
-from weight_updates import Reads
 
 from fixpass import Pipeline
 from fixpass.capture import copy_graph
 from fixpass.passes.fold_weights import FoldWeights
 from fixpass.testing import f32
+from helpers.weight_updates import Reads
 
 
 def only(step, module):

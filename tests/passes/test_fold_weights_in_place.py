@@ -6,12 +6,12 @@ from expecttest import assert_expected_inline
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn.functional import embedding, linear
-from weight_updates import COUNTED, EAGER, UNCOUNTED, Folds, Reads, same
 
 import fixpass
 from fixpass import Config, Report
 from fixpass.entry import enter
 from fixpass.testing import f32
+from helpers.weight_updates import COUNTED, EAGER, UNCOUNTED, Folds, Reads, same
 
 IN_PLACE = EAGER | {"fold": "inplace"}
 

@@ -6,11 +6,11 @@ from expecttest import assert_expected_inline
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn.functional import linear
-from weight_updates import COUNTED, EAGER, UNCOUNTED, same
 
 import fixpass
 from fixpass import Report, weights
 from fixpass.testing import f32
+from helpers.weight_updates import COUNTED, EAGER, UNCOUNTED, same
 
 
 class Shuffled(nn.Module):

@@ -1,13 +1,13 @@
 """functionalize-norms: ops that write into their arguments, on Dynamo's graph."""
 
 import pytest
-import standins
 import torch
 from expecttest import assert_expected_inline
 
 from fixpass import Pipeline
 from fixpass.passes.functionalize_norms import FunctionalizeNorms
 from fixpass.testing import assert_same, bf16
+from helpers import standins
 
 
 @pytest.fixture(autouse=True)

@@ -2,13 +2,13 @@
 
 import torch
 from expecttest import assert_expected_inline
-from spellings import llama as norm
 
 from fixpass import Pipeline
 from fixpass.lowering.target import target_named
 from fixpass.passes.canonicalize_norms import CanonicalizeNorms
 from fixpass.passes.select_norm_kernel import SelectNormKernel
 from fixpass.testing import bf16, trace
+from helpers.spellings import llama as norm
 
 CUDA = target_named("cuda:sm_90")
 

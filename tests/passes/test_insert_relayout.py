@@ -5,16 +5,16 @@ would crash, so a relayout that is missing or undone fails here.
 """
 
 import pytest
-import standins
 import torch
 from expecttest import assert_expected_inline
-from spellings import heads, llama
 
 import fixpass
 from fixpass import Pipeline
 from fixpass.lowering.target import Target
 from fixpass.passes import default_passes
 from fixpass.testing import assert_same, bf16, text, trace
+from helpers import standins
+from helpers.spellings import heads, llama
 
 AITER = ("aiter_rms_norm", "aiter_add_rms_norm", "aiter_layer_norm")
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from spellings import llama as norm
 
 from fixpass import Pipeline
 from fixpass.lowering.target import Target, target_named
 from fixpass.passes import default_passes
 from fixpass.testing import bf16, text, trace
+from helpers.spellings import llama as norm
 
 CUDA = target_named("cuda:sm_90")
 

@@ -1,6 +1,5 @@
 """canonicalize-norms: norm ops of engines and kernel libraries, through stand-ins."""
 
-import standins
 import torch
 from expecttest import assert_expected_inline
 
@@ -8,6 +7,7 @@ from fixpass import Pipeline
 from fixpass.passes.canonicalize_norms import CanonicalizeNorms
 from fixpass.passes.rewrites.opaque_norm import OPAQUE_NORMS, read_opaque
 from fixpass.testing import assert_same, bf16, text, trace
+from helpers import standins
 
 PIPELINE = Pipeline((CanonicalizeNorms(),), verify=True, strict=True)
 

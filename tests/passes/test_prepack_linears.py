@@ -3,7 +3,6 @@
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from prepacking import Joined, compiled, same
 from torch import nn
 from torch.nn.functional import linear
 
@@ -14,6 +13,7 @@ from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.runtime.weights.prepack import packable_dtypes
 from fixpass.testing import bf16, f32
+from helpers.prepacking import Joined, compiled, same
 
 pytestmark = pytest.mark.skipif(
     not packable_dtypes(), reason="no oneDNN here, which packs the weights, or no x86"

@@ -2,13 +2,13 @@
 
 import torch
 from expecttest import assert_expected_inline
-from spellings import heads, llama
 
 from fixpass import Pipeline
 from fixpass.lowering.target import CPU, Target, target_named
 from fixpass.passes.canonicalize_norms import CanonicalizeNorms
 from fixpass.passes.select_norm_kernel import SelectNormKernel
 from fixpass.testing import bf16, f32, text, trace
+from helpers.spellings import heads, llama
 
 ROCM = target_named("rocm:gfx942")
 CUDA = target_named("cuda:sm_90")

@@ -1,11 +1,12 @@
 """Real models, sharded on two gloo ranks and loaded from a checkpoint on disk, give what they gave."""
 
 import pytest
-import sharded_models
-import sharding_workers as workers
 import torch
-from ranks import Ranks
 from safetensors.torch import save_file
+
+from helpers import sharded_models
+from helpers import sharding_workers as workers
+from helpers.ranks import Ranks
 
 # One of each kind here, all of them in `make test-full`.
 QUICK = (

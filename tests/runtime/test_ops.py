@@ -1,12 +1,12 @@
 """The norm ops: schemas that torch's own checks accept, gradients, layouts, and who computes them."""
 
 import pytest
-import standins
 import torch
 import torch.nn.functional as F
 
 import fixpass.runtime.ops  # noqa: F401  (defines torch.ops.fixpass)
 from fixpass.runtime.errors import KernelError
+from helpers import standins
 
 ops = torch.ops.fixpass
 

@@ -2,13 +2,12 @@
 
 import diffusers
 import pytest
-import sharded_models
-import sharding_page
 import torch
 from torch import nn
 
 from fixpass import FixpassError
 from fixpass import sharding as s
+from helpers import sharded_models, sharding_page
 
 # The names of a Gemma2 and of a diffusion model, and what the conditions say to them.
 CASES = {
@@ -113,4 +112,4 @@ def test_nothing_matched_is_an_error_that_lists_the_containers():
 
 def test_the_table_of_the_docs_is_what_the_models_resolve_to():
     page = sharding_page.PAGE.read_text()
-    assert sharding_page.table() in page, "run `python tests/sharding_page.py`"
+    assert sharding_page.table() in page, "run `cd tests && python -m helpers.sharding_page`"

@@ -5,11 +5,11 @@ import os
 
 import pytest
 import torch
-from checkpoints import assert_refused, model_of, two
 from safetensors.torch import save_file
 from torch import nn
 
 from fixpass.weights import GATE_UP, GATED_EXPERTS, QKV, Mapping, load
+from helpers.checkpoints import assert_refused, model_of, two
 
 
 def test_a_wrong_shape_is_refused_with_both_layouts():

@@ -7,13 +7,13 @@ import pickle
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from checkpoints import assert_refused, model_of, two
 from safetensors.torch import save_file
 from torch import nn
 
 from fixpass import FixpassError
 from fixpass.runtime.checkpoint import loader, vectored
 from fixpass.weights import Mapping, TensorParallel, load
+from helpers.checkpoints import assert_refused, model_of, two
 
 
 def test_a_slice_that_is_not_whole_is_refused():

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from checkpoints import assert_loaded, holder, mlp, zeroed
 from safetensors.torch import save_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -16,6 +15,7 @@ from fixpass.weights import (
     Mapping,
     load,
 )
+from helpers.checkpoints import assert_loaded, holder, mlp, zeroed
 
 
 @pytest.fixture(params=["file", "glob", "dcp", "torch", "state dict", "iterator"])

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from checkpoints import holder, mlp, zeroed
 from torch import nn
 
 from fixpass import FixpassError
@@ -15,6 +14,7 @@ from fixpass.weights import (
     TensorParallel,
     load,
 )
+from helpers.checkpoints import holder, mlp, zeroed
 
 
 def test_renames_filters_and_stages_are_applied_in_this_order():

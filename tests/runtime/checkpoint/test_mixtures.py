@@ -3,12 +3,12 @@
 import json
 
 import pytest
-import sharded_models
 import torch
 from safetensors.torch import load_file, save_file
 
 from fixpass import FixpassError
 from fixpass.weights import Mapping, load
+from helpers import sharded_models
 
 NAMES = [name for name in sharded_models.SPECS if name.startswith(sharded_models.MIXTURES)]
 SCALES = ("input_scale", "weight_scale", "weight_scale_2")

@@ -3,9 +3,10 @@
 import os
 
 import pytest
-import symmetric_faults as faults
-import symmetric_workers as workers
-from ranks import Ranks
+
+from helpers import symmetric_faults as faults
+from helpers import symmetric_workers as workers
+from helpers.ranks import Ranks
 
 
 def leftovers():

@@ -1,10 +1,11 @@
 """All-reduce on two, four and eight real ranks: right to the bit, and in the memory that all share."""
 
 import pytest
-import symmetric_faults as faults
-import symmetric_workers as workers
 import torch
-from ranks import Ranks
+
+from helpers import symmetric_faults as faults
+from helpers import symmetric_workers as workers
+from helpers.ranks import Ranks
 
 # Both sides of a slot of 256 KiB and of a piece of 1 MiB, in float32 and in 16 bits.
 SIZES = [0, 1, 2, 63, 64, 65, 4096, 65535, 65536, 65537, 131072, 131073, 262145, 524289, 1000003]

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import weights_workers as workers
-from ranks import Ranks
 from safetensors.torch import save_file
 from torch import nn
 
@@ -20,6 +18,8 @@ from fixpass.runtime.weights.gate import gate_of
 from fixpass.runtime.weights.saved_state import read_state, resume
 from fixpass.runtime.weights.transaction import update
 from fixpass.runtime.weights.versions import version
+from helpers import weights_workers as workers
+from helpers.ranks import Ranks
 
 
 def model_of():

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from folding import REFERENCES, Allocations, aiter, bits, equal, parameter
 from torch import nn
 
 from fixpass.runtime.errors import LayoutError
 from fixpass.runtime.weights.fold import fold, layout_of, logical, unfold
 from fixpass.runtime.weights.layouts import Alias, Bytes, Derived, Layout, Pad, Permute, Stride
 from fixpass.runtime.weights.plan import resolve
+from helpers.folding import REFERENCES, Allocations, aiter, bits, equal, parameter
 
 BF16, FP8, INT4 = torch.bfloat16, torch.float8_e4m3fn, torch.uint8
 STAGING = 4 << 20

@@ -5,12 +5,12 @@ import time
 
 import pytest
 import torch
-from threads import in_thread
 from torch import nn
 
 from fixpass.runtime.errors import PoisonedError, UpdateError, VersionError
 from fixpass.runtime.weights.gate import Gate, closed, gate_of, over, reading, writing
 from fixpass.runtime.weights.versions import bump, changes, version
+from helpers.threads import in_thread
 
 
 class Reader:

@@ -5,9 +5,9 @@ import threading
 import time
 
 import pytest
-from threads import in_thread
 
 from fixpass.runtime.weights.gate import Gate, closed
+from helpers.threads import in_thread
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import contextlib
 
 import pytest
 import torch
-from folding import aiter
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -22,6 +21,7 @@ from fixpass.runtime.weights.reload import reload
 from fixpass.runtime.weights.transaction import update
 from fixpass.runtime.weights.versions import version
 from fixpass.runtime.weights.window import window
+from helpers.folding import aiter
 
 
 def layers(value=0.0):

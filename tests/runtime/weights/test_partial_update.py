@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from updating import MODES, holds, model_of, values
 
 from fixpass.runtime.checkpoint.mapping import Mapping
 from fixpass.runtime.checkpoint.presets import FUSED_EXPERTS
@@ -13,6 +12,7 @@ from fixpass.runtime.weights.fold import logical
 from fixpass.runtime.weights.protect import fold_model
 from fixpass.runtime.weights.transaction import update
 from fixpass.runtime.weights.versions import version
+from helpers.updating import MODES, holds, model_of, values
 
 
 @pytest.fixture(params=MODES)

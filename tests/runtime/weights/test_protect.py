@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 import torch
-from folding import aiter
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
@@ -15,6 +14,7 @@ from fixpass.runtime.weights.fold import layout_of, unfold
 from fixpass.runtime.weights.protect import fold_model, unfold_model
 from fixpass.runtime.weights.reload import reload
 from fixpass.runtime.weights.window import window
+from helpers.folding import aiter
 
 
 def model_of():

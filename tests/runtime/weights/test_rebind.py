@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from folding import equal, parameter
 from torch import nn
 
 from fixpass.runtime.errors import WeightError
 from fixpass.runtime.weights.alias import pack
 from fixpass.runtime.weights.fold import fold
 from fixpass.runtime.weights.rebind import copy_or_rebind
+from helpers.folding import equal, parameter
 
 
 def with_loader(*shape, **kwargs):

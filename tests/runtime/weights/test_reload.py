@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from folding import aiter
 from safetensors.torch import save_file
 from torch import nn
 
@@ -19,6 +18,7 @@ from fixpass.runtime.weights.protect import fold_model
 from fixpass.runtime.weights.reload import reload
 from fixpass.runtime.weights.transaction import update
 from fixpass.runtime.weights.versions import version
+from helpers.folding import aiter
 
 MODES = ("staged", "journal", "double")
 

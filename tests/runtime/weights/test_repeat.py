@@ -5,8 +5,6 @@ import weakref
 
 import pytest
 import torch
-from folding import aiter
-from reloading import MODES, holds, model_of, named, reloaded, saved, stacked
 from safetensors.torch import save_file
 from torch import nn
 
@@ -17,6 +15,8 @@ from fixpass.runtime.weights.alias import pack
 from fixpass.runtime.weights.fold import fold
 from fixpass.runtime.weights.kept import kept_for
 from fixpass.runtime.weights.versions import version
+from helpers.folding import aiter
+from helpers.reloading import MODES, holds, model_of, named, reloaded, saved, stacked
 
 
 @pytest.mark.parametrize("mode", MODES)

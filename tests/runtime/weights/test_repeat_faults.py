@@ -5,7 +5,6 @@ import threading
 
 import pytest
 import torch
-from reloading import MODES, holds, model_of, named, reloaded, saved
 from safetensors.torch import save_file
 from torch import nn
 
@@ -14,6 +13,7 @@ from fixpass.runtime.errors import CheckpointError, UpdateError
 from fixpass.runtime.weights import double, spans
 from fixpass.runtime.weights.gate import gate_of
 from fixpass.runtime.weights.versions import version
+from helpers.reloading import MODES, holds, model_of, named, reloaded, saved
 
 
 def test_nan_is_refused_in_a_reload_like_the_last(tmp_path):

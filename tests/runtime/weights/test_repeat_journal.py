@@ -4,7 +4,6 @@ from array import array
 
 import pytest
 import torch
-from reloading import holds, model_of, reloaded, saved
 from torch import nn
 
 from fixpass.runtime.checkpoint import vectored
@@ -12,6 +11,7 @@ from fixpass.runtime.errors import CheckpointError, PoisonedError, UpdateError
 from fixpass.runtime.weights.gate import gate_of
 from fixpass.runtime.weights.old_bytes import OldBytes
 from fixpass.runtime.weights.versions import version
+from helpers.reloading import holds, model_of, reloaded, saved
 
 
 @pytest.fixture

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from reloading import holds, model_of, named, reloaded, stacked
 from torch import nn
 
 from fixpass.runtime.checkpoint import vectored
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.versions import version
+from helpers.reloading import holds, model_of, named, reloaded, stacked
 
 pytestmark = pytest.mark.parametrize("mode", ["staged", "double"])
 

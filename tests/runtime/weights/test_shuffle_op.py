@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from folding import aiter
 from torch import nn
 
 from fixpass import weights
 from fixpass.runtime.errors import LayoutError
+from helpers.folding import aiter
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8])

@@ -5,9 +5,7 @@ import time
 
 import pytest
 import torch
-from folding import aiter
 from torch import nn
-from updating import MODES, holds, model_of, values
 
 from fixpass.runtime.errors import CheckpointError, FixpassError, UpdateError, VersionError
 from fixpass.runtime.weights.alias import pack
@@ -15,6 +13,8 @@ from fixpass.runtime.weights.fold import layout_of
 from fixpass.runtime.weights.gate import gate_of
 from fixpass.runtime.weights.transaction import update
 from fixpass.runtime.weights.versions import changes, version
+from helpers.folding import aiter
+from helpers.updating import MODES, holds, model_of, values
 
 
 @pytest.fixture(params=MODES)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from folding import aiter
 from torch import nn
-from updating import MODES
 
 from fixpass.runtime.errors import CheckpointError, UpdateError
 from fixpass.runtime.weights.protect import fold_model
 from fixpass.runtime.weights.transaction import update
+from helpers.folding import aiter
+from helpers.updating import MODES
 
 
 @pytest.fixture(params=MODES)

@@ -5,13 +5,13 @@ from contextlib import suppress
 
 import pytest
 import torch
-from folding import REFERENCES, aiter, equal, parameter
 from torch import nn
 
 from fixpass.runtime.errors import LayoutError
 from fixpass.runtime.weights.fold import fold, logical
 from fixpass.runtime.weights.layouts import NAMED, Alias
 from fixpass.runtime.weights.window import window
+from helpers.folding import REFERENCES, aiter, equal, parameter
 
 LAYOUTS = [layout.name for layout in NAMED if not isinstance(layout.folds[0], Alias)]
 

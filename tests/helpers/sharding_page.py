@@ -1,6 +1,6 @@
 """Write the table of classes, rules and units in `docs/checkpoints.md`.
 
-    python tests/sharding_page.py
+    cd tests && python -m helpers.sharding_page
 
 `tests/runtime/test_sharding.py` fails where the page says something else than the models do.
 """
@@ -8,11 +8,10 @@
 import warnings
 from pathlib import Path
 
-import sharded_models
-
 from fixpass.sharding import resolve_shard_conditions, shard_units
+from helpers import sharded_models
 
-PAGE = Path(__file__).resolve().parents[1] / "docs/checkpoints.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs/checkpoints.md"
 START, END = "<!-- units -->", "<!-- end of units -->"
 
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import sharded_models
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -18,6 +17,7 @@ from torch.distributed.tensor.parallel import (
 import fixpass
 from fixpass.sharding import entry_of, fully_shard_model
 from fixpass.weights import GATE_UP, QKV, Mapping, load
+from helpers import sharded_models
 
 
 def mesh():

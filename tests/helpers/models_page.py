@@ -1,6 +1,6 @@
-"""Measure the models of `tests/models.py` through Inductor and write `docs/models.md` and its table in the README.
+"""Measure the models of `tests/helpers/models.py` through Inductor and write `docs/models.md` and its table in the README.
 
-    python tests/models_page.py
+    cd tests && python -m helpers.models_page
 
 It compiles each model four times, which takes half an hour on one core, and prints a row as soon
 as it has it. The tests do not run it; they hold what it found: counts and tolerances.
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import NAMES, TOLERANCE, Model, Norms, build, norms_on, outputs
 
 from fixpass import explain
+from helpers.models import NAMES, TOLERANCE, Model, Norms, build, norms_on, outputs
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE, README = ROOT / "docs/models.md", ROOT / "README.md"
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 BACKENDS = ("inductor", "fixpass")
@@ -41,7 +41,7 @@ What a result may differ from eager by is twice the worst error of Inductor itse
 Prefill and a token behind a cache, static and dynamic lengths, float32 and bfloat16 are tested
 for every model in `tests/test_models.py`.
 
-`python tests/models_page.py` measures again and writes this page.
+`cd tests && python -m helpers.models_page` measures again and writes this page.
 """
 
 Errors = dict[tuple[str, torch.dtype], float]

@@ -8,7 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fuzz_modules import (
+from hypothesis import strategies as st
+from torch import Tensor
+
+from helpers.fuzz_modules import (
     Input,
     Program,
     Step,
@@ -16,9 +19,7 @@ from fuzz_modules import (
     run_step,
     shapes_of_parameters,
 )
-from fuzz_norms import ROOTS, SQUARES, TWISTS, Form
-from hypothesis import strategies as st
-from torch import Tensor
+from helpers.fuzz_norms import ROOTS, SQUARES, TWISTS, Form
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALF = (torch.bfloat16, torch.float16)

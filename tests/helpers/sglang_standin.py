@@ -13,8 +13,9 @@ from functools import wraps
 from types import ModuleType, SimpleNamespace
 
 import torch
-from standins import aiter_add, aiter_layer_norm, aiter_rms_norm
 from torch import nn
+
+from helpers.standins import aiter_add, aiter_layer_norm, aiter_rms_norm
 
 MODULES = (
     "sglang",

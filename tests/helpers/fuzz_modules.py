@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fuzz_norms import Form, Spec, normalise
 from torch import Tensor, nn
+
+from helpers.fuzz_norms import Form, Spec, normalise
 
 
 @dataclass(frozen=True, repr=False)

@@ -7,9 +7,9 @@ resolves to. Nothing is downloaded.
 import diffusers
 import torch
 import transformers
-from sharded_specs import DIFFUSERS, INPUTS, Spec
 
 from fixpass.weights import GATED_EXPERTS, MIXTRAL_EXPERTS, PLAIN_EXPERTS, Mapping, Rename
+from helpers.sharded_specs import DIFFUSERS, INPUTS, Spec
 
 
 def _normal(*shape):

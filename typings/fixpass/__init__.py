@@ -1,1 +1,0 @@
-../../fixpass/__init__.py

@@ -1,1 +1,0 @@
-../../fixpass/__main__.py

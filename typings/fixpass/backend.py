@@ -1,1 +1,0 @@
-../../fixpass/backend.py

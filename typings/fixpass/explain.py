@@ -1,1 +1,0 @@
-../../fixpass/explain.py

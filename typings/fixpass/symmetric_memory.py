@@ -1,1 +1,0 @@
-../../fixpass/symmetric_memory.py

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from benchmarks.results import Check, Result, Spread, ratios, spread
 from benchmarks.timing import calls_for, interleave
-from fixpass.runtime.weights.derived import Derived, Recipe
+from fixpass.runtime.weights.weight_cache import Derived, Recipe
 
 ABOUT = (
     "Milliseconds of one call of a linear layer on one token whose weight is shuffled for a "

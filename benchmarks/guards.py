@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.results import Check, Result, spread
 from benchmarks.timing import interleave
-from fixpass.guards import guard
+from fixpass.eager_kernels import guard
 from fixpass.integrations.sglang import guarding
 
 ABOUT = (

@@ -17,7 +17,7 @@ from torch import fx
 from benchmarks.graphs import NODES_A_NORM, build_graph
 from benchmarks.register_replacement import make_pass, owned
 from benchmarks.results import Check, Result, ratios, spread
-from fixpass.capture import copy_graph
+from fixpass.aot_eager import copy_graph
 from fixpass.lowering.target import CPU
 from fixpass.passes import default_passes
 from fixpass.passes.base import PassResult

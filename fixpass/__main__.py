@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 import fixpass
-from fixpass.lowering.contracts import CONTRACTS
+from fixpass.lowering.contract_table import CONTRACTS
 from fixpass.lowering.target import CPU, TARGETS, target_named
 from fixpass.passes import default_passes, entry_passes
-from fixpass.plan import check_torch, installed_passes
+from fixpass.pipelines import check_torch, installed_passes
 from fixpass.runtime.errors import ConfigError, FixpassError
 from fixpass.runtime.providers import PROVIDERS, is_available
 
@@ -113,7 +113,7 @@ def _kernels(arguments: argparse.Namespace) -> int:
 
 def _compile_kernels(arguments: argparse.Namespace) -> int:
     """Registers, spills, shared memory and the width of each access, from the machine code."""
-    from fixpass.lowering.offline import kernels_command
+    from benchmarks.machine_code import kernels_command
 
     if arguments.target != "all" and target_named(arguments.target).device_type == "cpu":
         raise ConfigError("on the CPU Inductor compiles the norms: there is no kernel of ours")

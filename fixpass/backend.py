@@ -17,12 +17,12 @@ from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from fixpass.capture import compile_graphs
+from fixpass.aot_eager import compile_graphs
 from fixpass.config import Config
-from fixpass.entry import enter
+from fixpass.dynamo_stage import enter
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.report import Report
-from fixpass.plan import (
+from fixpass.pipelines import (
     check_torch,
     graph_pipeline,
     present_target,

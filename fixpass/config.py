@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from fixpass.lowering.contracts import kernel_names
+from fixpass.lowering.contract_table import kernel_names
 from fixpass.passes.base import Pass
 from fixpass.passes.fold_weights import Mode
 from fixpass.runtime.errors import ConfigError

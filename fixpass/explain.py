@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from fixpass.capture import compile_graphs, copy_graph
+from fixpass.aot_eager import compile_graphs, copy_graph
 from fixpass.config import Config
-from fixpass.entry import enter
+from fixpass.dynamo_stage import enter
 from fixpass.lowering.target import Target, target_named
 from fixpass.passes.base import Remark
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.passes.report import Report
-from fixpass.plan import check_torch, graph_pipeline, preferred, present_target
+from fixpass.pipelines import check_torch, graph_pipeline, preferred, present_target
 from fixpass.retarget import claim_device
 from fixpass.specialize import specialize_eps
 

@@ -4,8 +4,13 @@
 place; `update` and `reload` give a live model other weights.
 """
 
-from fixpass.runtime.checkpoint.loader import load
-from fixpass.runtime.checkpoint.mapping import (
+from fixpass.runtime.weights.alias import pack, unpack
+from fixpass.runtime.weights.checkpoint_view import window
+from fixpass.runtime.weights.digest import digest
+from fixpass.runtime.weights.layouts import Alias, Bytes, Layout, Pad, Permute, Stride
+from fixpass.runtime.weights.loader import load
+from fixpass.runtime.weights.lock import reading, writing
+from fixpass.runtime.weights.mapping import (
     ExpertPart,
     Experts,
     Mapping,
@@ -14,7 +19,8 @@ from fixpass.runtime.checkpoint.mapping import (
     Stage,
     TensorParallel,
 )
-from fixpass.runtime.checkpoint.presets import (
+from fixpass.runtime.weights.module_hooks import fold_model, protect, unfold_model
+from fixpass.runtime.weights.presets import (
     FUSED_EXPERTS,
     GATE_UP,
     GATED_EXPERTS,
@@ -22,21 +28,15 @@ from fixpass.runtime.checkpoint.presets import (
     PLAIN_EXPERTS,
     QKV,
 )
-from fixpass.runtime.checkpoint.report import LoadReport
-from fixpass.runtime.weights.alias import pack, unpack
-from fixpass.runtime.weights.digest import digest
-from fixpass.runtime.weights.fold import fold, layout_of, logical, unfold
-from fixpass.runtime.weights.gate import reading, writing
-from fixpass.runtime.weights.layouts import Alias, Bytes, Layout, Pad, Permute, Stride
-from fixpass.runtime.weights.protect import fold_model, protect, unfold_model
 from fixpass.runtime.weights.rebind import Rebound, copy_or_rebind
+from fixpass.runtime.weights.relayout import fold, layout_of, logical, unfold
 from fixpass.runtime.weights.reload import reload
-from fixpass.runtime.weights.saved_state import SavedState, resume
+from fixpass.runtime.weights.report import LoadReport
 from fixpass.runtime.weights.shuffle_op import shuffle_weight
+from fixpass.runtime.weights.state_file import SavedState, resume
 from fixpass.runtime.weights.table import forget
-from fixpass.runtime.weights.transaction import Update, UpdateReport, update
+from fixpass.runtime.weights.update import Update, UpdateReport, update
 from fixpass.runtime.weights.versions import version
-from fixpass.runtime.weights.window import window
 from fixpass.runtime.weights.writes import (
     UnseenWriteWarning,
     Writes,

@@ -1,12 +1,12 @@
 """Contracts: what a kernel asks of the site it is called for, and the verdict on one site.
 
 Only a proved clause lets a contract pass; an open one is reported as not proved and never becomes
-a guard. The clauses are in `fixpass.lowering.clauses`, the table in `fixpass.lowering.contracts`.
+a guard. Constraints are in `constraints.py`, the table in `contract_table.py`.
 """
 
 from dataclasses import dataclass
 
-from fixpass.lowering.clauses import Clause, OperandClause
+from fixpass.lowering.constraints import Clause, OperandClause
 from fixpass.lowering.layout import Known
 from fixpass.lowering.site import Site
 

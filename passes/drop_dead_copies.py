@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from fixpass.lowering.contracts import contract_of
+from fixpass.lowering.contract_table import contract_of
 from fixpass.lowering.relayout import hint
 from fixpass.lowering.site import OPERANDS, OPS, Site, op_name
 from fixpass.passes.base import Pass, PassResult

@@ -17,8 +17,8 @@ from fixpass.passes.rewrite import Missed
 from fixpass.passes.rewrites.folded_linear import Linear, linears_of, weight_of
 from fixpass.passes.rewrites.weight_fold import DERIVED, VALUE, introduce
 from fixpass.passes.rewrites.weight_sources import examples_of, weights_of
-from fixpass.runtime.weights.derived import Derived
 from fixpass.runtime.weights.prepack import Prepacked
+from fixpass.runtime.weights.weight_cache import Derived
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import fx
 
 from fixpass.lowering.contract import Contract
-from fixpass.lowering.contracts import contract_of
+from fixpass.lowering.contract_table import contract_of
 from fixpass.lowering.relayout import Relayout, cheapest_relayout, hint, why_not
 from fixpass.lowering.site import OPERANDS, OPS, Site, op_name
 from fixpass.lowering.target import Target

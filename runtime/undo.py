@@ -11,8 +11,8 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
+from fixpass.runtime.weights.layout_plan import resolve
 from fixpass.runtime.weights.layouts import named
-from fixpass.runtime.weights.plan import resolve
 from fixpass.runtime.weights.region import Region, read
 
 Undo = Callable[[Tensor], Tensor]

@@ -12,7 +12,7 @@ import torch
 import fixpass
 from fixpass import Config, Pass, explain
 from fixpass.backend import last_reports
-from fixpass.plan import check_torch
+from fixpass.pipelines import check_torch
 from fixpass.runtime.errors import ConfigError, FixpassError, UnsupportedTorchError
 from fixpass.testing import assert_same, f32
 

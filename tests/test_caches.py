@@ -19,7 +19,7 @@ from fixpass import Config, Pass, Pipeline
 from fixpass.backend import GraphPass
 from fixpass.lowering.target import CPU, target_named
 from fixpass.passes import default_passes, pipeline
-from fixpass.plan import graph_pipeline
+from fixpass.pipelines import graph_pipeline
 
 THEIRS = """
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fixpass.lowering.contracts import CONTRACTS
+from fixpass.lowering.contract_table import CONTRACTS
 
 ROOT = Path(__file__).resolve().parents[1]
 # Where the passes that run are named: the default pipeline, and the backend's entry stage.

@@ -9,8 +9,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from fixpass import weights
-from fixpass.runtime.weights import derived
-from fixpass.runtime.weights.derived import drop_dead
+from fixpass.runtime.weights import weight_cache as derived
+from fixpass.runtime.weights.weight_cache import drop_dead
 from fixpass.testing import f32
 from helpers.weight_updates import COUNTED, UNCOUNTED, Folds, Reads, by_copy, compiled, same
 

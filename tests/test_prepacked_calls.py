@@ -10,7 +10,8 @@ from torch.autograd import forward_ad
 
 import fixpass
 from fixpass.runtime.errors import WeightError
-from fixpass.runtime.weights import derived, prepack
+from fixpass.runtime.weights import prepack
+from fixpass.runtime.weights import weight_cache as derived
 from fixpass.runtime.weights.prepack import packable_dtypes
 from fixpass.testing import f32
 from helpers.prepacking import Joined, compiled, same

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fixpass.config import Config, is_switched_on
-from fixpass.guards import guard
+from fixpass.eager_kernels import guard
 from fixpass.integrations.sglang_hooks import Hook, check_version, install, say_once
 from fixpass.runtime.errors import EngineError
 from fixpass.runtime.kept_parameters import keeping, restore

@@ -20,7 +20,7 @@ from torch._inductor.compile_fx import compile_fx
 
 from fixpass.backend import record
 from fixpass.config import Config
-from fixpass.entry import enter
+from fixpass.dynamo_stage import enter
 from fixpass.integrations.engine import check_written_in, is_hook_of, once
 from fixpass.integrations.vllm_reload import hook_reload
 from fixpass.passes.functionalize_norms import FunctionalizeNorms

@@ -27,7 +27,7 @@ from fixpass.passes.functionalize_norms import FunctionalizeNorms
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
 from fixpass.passes.report import Report
-from fixpass.plan import (
+from fixpass.pipelines import (
     collectives,
     graph_pipeline,
     register_lowerings,

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fixpass.integrations.engine import check_written_in, is_hook_of, once
 from fixpass.runtime.errors import EngineError
+from fixpass.runtime.weights.checkpoint_view import window
 from fixpass.runtime.weights.table import record_of
-from fixpass.runtime.weights.window import window
 
 log = logging.getLogger("vllm.fixpass")
 say_once = once(log, in_workers=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from fixpass.backend import last_reports
 from fixpass.integrations.vllm_reload import hook_reload
-from fixpass.runtime.weights.protect import fold_model
+from fixpass.runtime.weights.module_hooks import fold_model
 
 
 class Reports:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from fixpass.capture import compile_graphs, copy_graph
+from fixpass.aot_eager import compile_graphs, copy_graph
 from fixpass.config import Config
-from fixpass.entry import enter
+from fixpass.dynamo_stage import enter
 from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.passes.printer import format_graph
 from fixpass.specialize import specialize_eps

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 import fixpass.runtime.ops  # noqa: F401  (defines torch.ops.fixpass)
-from fixpass.lowering.contracts import contract_of
+from fixpass.lowering.contract_table import contract_of
 from fixpass.lowering.layout import Layout
 from fixpass.lowering.site import Site
 from fixpass.passes.edit import Editor

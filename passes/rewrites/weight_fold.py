@@ -18,9 +18,9 @@ from fixpass.passes.rewrite import Missed
 from fixpass.passes.rewrites.weight_recipe import Cut
 from fixpass.passes.rewrites.weight_sources import Weight, examples_of
 from fixpass.runtime.errors import WeightError
-from fixpass.runtime.weights.derived import Derived, Recipe
 from fixpass.runtime.weights.restride import restride
 from fixpass.runtime.weights.shuffle_op import is_folded
+from fixpass.runtime.weights.weight_cache import Derived, Recipe
 
 Order = tuple[int, ...] | Missed
 """In which order of its dimensions a weight could be stored instead, or why in none."""

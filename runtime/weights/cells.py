@@ -8,7 +8,7 @@ are, and so are those of different types.
 import torch
 from torch import Tensor
 
-from fixpass.runtime.weights.turn import turn_cells
+from fixpass.runtime.weights.tile_copy import turn_cells
 
 STAGING = 4 << 20
 """Bytes of staging that no fold goes beyond."""

@@ -13,9 +13,9 @@ from typing import Literal
 from torch import nn
 
 from fixpass.runtime.errors import VersionError
-from fixpass.runtime.weights.gate import Gate, closed, gate_of, tensors_of
+from fixpass.runtime.weights.lock import Gate, closed, gate_of, tensors_of
 from fixpass.runtime.weights.options import Options
-from fixpass.runtime.weights.saved_state import SavedState, write_state
+from fixpass.runtime.weights.state_file import SavedState, write_state
 from fixpass.runtime.weights.versions import bump
 
 

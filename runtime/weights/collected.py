@@ -14,18 +14,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fixpass.runtime.checkpoint.box import Box, Shape
-from fixpass.runtime.checkpoint.destination import destination
-from fixpass.runtime.checkpoint.mapping import Mapping
-from fixpass.runtime.checkpoint.own_loaders import OwnLoads
-from fixpass.runtime.checkpoint.place import Placed, check_dtype
-from fixpass.runtime.checkpoint.plan import NOTHING_STORED, Plan, make_plan, placed_copies
-from fixpass.runtime.checkpoint.read import Advance, Copy, copies, read
-from fixpass.runtime.checkpoint.report import LoadReport, some
-from fixpass.runtime.checkpoint.stored import FilePiece, MemoryPiece, Stored, describe
 from fixpass.runtime.errors import CheckpointError, UpdateError
+from fixpass.runtime.weights.box import Box, Shape
+from fixpass.runtime.weights.destination import destination
+from fixpass.runtime.weights.mapping import Mapping
 from fixpass.runtime.weights.options import Scope
+from fixpass.runtime.weights.own_loaders import OwnLoads
+from fixpass.runtime.weights.place import Placed, check_dtype
 from fixpass.runtime.weights.places import Places
+from fixpass.runtime.weights.plan import NOTHING_STORED, Plan, make_plan, placed_copies
+from fixpass.runtime.weights.read import Advance, Copy, copies, read
+from fixpass.runtime.weights.report import LoadReport, some
+from fixpass.runtime.weights.stored import FilePiece, MemoryPiece, Stored, describe
 
 
 @dataclass(frozen=True)

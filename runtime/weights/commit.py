@@ -18,23 +18,23 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fixpass.runtime.attributes import note, remembered
-from fixpass.runtime.checkpoint.box import Box
-from fixpass.runtime.checkpoint.destination import destination
-from fixpass.runtime.checkpoint.journal import Journal
-from fixpass.runtime.checkpoint.local import local_box
-from fixpass.runtime.checkpoint.own_loaders import OwnLoads, call, in_memory
-from fixpass.runtime.checkpoint.read import Copy, copies
-from fixpass.runtime.checkpoint.stored import MemoryPiece, Stored
-from fixpass.runtime.checkpoint.targets import Target, targets
 from fixpass.runtime.errors import CheckpointError, UpdateError
+from fixpass.runtime.weights.box import Box
 from fixpass.runtime.weights.closing import Closing
 from fixpass.runtime.weights.collected import Prepared, read_files, values_of
-from fixpass.runtime.weights.double import Double
-from fixpass.runtime.weights.fold import logical
-from fixpass.runtime.weights.gate import Gate, over
+from fixpass.runtime.weights.destination import destination
+from fixpass.runtime.weights.double_buffer import Double
+from fixpass.runtime.weights.local import local_box
+from fixpass.runtime.weights.lock import Gate, over
 from fixpass.runtime.weights.manifest import Manifest
 from fixpass.runtime.weights.options import Options
+from fixpass.runtime.weights.own_loaders import OwnLoads, call, in_memory
 from fixpass.runtime.weights.places import Places, places
+from fixpass.runtime.weights.read import Copy, copies
+from fixpass.runtime.weights.relayout import logical
+from fixpass.runtime.weights.stored import MemoryPiece, Stored
+from fixpass.runtime.weights.targets import Target, targets
+from fixpass.runtime.weights.undo_log import Journal
 from fixpass.runtime.weights.versions import all_changes
 
 _PART = 1 << 20  # elements looked at for NaN at once

@@ -8,11 +8,11 @@ import hashlib
 import torch
 from torch import nn
 
-from fixpass.runtime.checkpoint.local import local_box
-from fixpass.runtime.checkpoint.memory import raw_bytes
-from fixpass.runtime.checkpoint.targets import targets
-from fixpass.runtime.weights.fold import logical
+from fixpass.runtime.weights.formats.memory import raw_bytes
+from fixpass.runtime.weights.local import local_box
+from fixpass.runtime.weights.relayout import logical
 from fixpass.runtime.weights.table import record_of
+from fixpass.runtime.weights.targets import targets
 
 
 def digest(model: nn.Module) -> str:

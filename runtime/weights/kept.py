@@ -18,22 +18,22 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fixpass.runtime.checkpoint import vectored
-from fixpass.runtime.checkpoint.local import local_part
-from fixpass.runtime.checkpoint.mapping import Mapping
-from fixpass.runtime.checkpoint.read import Copy, direct
-from fixpass.runtime.checkpoint.report import LoadReport
-from fixpass.runtime.checkpoint.stored import FilePiece
-from fixpass.runtime.checkpoint.vectored import Range
 from fixpass.runtime.modules import unwrapped
+from fixpass.runtime.weights import vectored
 from fixpass.runtime.weights.alias import packed
 from fixpass.runtime.weights.collected import Prepared
+from fixpass.runtime.weights.local import local_part
 from fixpass.runtime.weights.look import Layouts, pointers_of, walk
+from fixpass.runtime.weights.mapping import Mapping
 from fixpass.runtime.weights.options import Options, Scope
 from fixpass.runtime.weights.origins import FromMemory, Origin
+from fixpass.runtime.weights.read import Copy, direct
+from fixpass.runtime.weights.report import LoadReport
 from fixpass.runtime.weights.spans import Part, Span
+from fixpass.runtime.weights.stored import FilePiece
 from fixpass.runtime.weights.stream import Stream, may_stream
 from fixpass.runtime.weights.table import generation
+from fixpass.runtime.weights.vectored import Range
 
 T = TypeVar("T")
 

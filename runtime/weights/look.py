@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fixpass.runtime.checkpoint.local import PLAIN, local_part
+from fixpass.runtime.weights.local import PLAIN, local_part
 
 Facts = tuple[torch.dtype, torch.device, torch.Size]
 facts_of = attrgetter("dtype", "device", "shape")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
-from fixpass.runtime.checkpoint import vectored
+from fixpass.runtime.weights import vectored
 from fixpass.runtime.weights.spans import Span
 
 

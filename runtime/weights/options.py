@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from fixpass.runtime.checkpoint.mapping import Mapping
 from fixpass.runtime.errors import UpdateError
+from fixpass.runtime.weights.mapping import Mapping
 
 Mode = Literal["staged", "journal", "double"]
 """How live weights are written, and what undoes it: see commit."""

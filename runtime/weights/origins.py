@@ -18,16 +18,16 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fixpass.runtime.checkpoint import vectored
-from fixpass.runtime.checkpoint.box import Box
-from fixpass.runtime.checkpoint.local import PLAIN, is_freed
-from fixpass.runtime.checkpoint.read import Task
-from fixpass.runtime.checkpoint.safetensors_files import Files
-from fixpass.runtime.checkpoint.stored import Checkpoint, FilePiece, Stored
 from fixpass.runtime.errors import CheckpointError
+from fixpass.runtime.weights import vectored
+from fixpass.runtime.weights.box import Box
 from fixpass.runtime.weights.collected import add_cut_off
+from fixpass.runtime.weights.formats.safetensors import Files
+from fixpass.runtime.weights.local import PLAIN, is_freed
 from fixpass.runtime.weights.look import Facts, facts_of
+from fixpass.runtime.weights.read import Task
 from fixpass.runtime.weights.spans import Span, move
+from fixpass.runtime.weights.stored import Checkpoint, FilePiece, Stored
 
 
 class UnlikeError(Exception):

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fixpass.runtime.checkpoint.read import Copy
-from fixpass.runtime.checkpoint.targets import Target
-from fixpass.runtime.weights.fold import check_memory
-from fixpass.runtime.weights.plan import Plan, dense
+from fixpass.runtime.weights.layout_plan import Plan, dense
+from fixpass.runtime.weights.read import Copy
 from fixpass.runtime.weights.region import Region, write
+from fixpass.runtime.weights.relayout import check_memory
 from fixpass.runtime.weights.table import memory_of, record_of
+from fixpass.runtime.weights.targets import Target
 
 
 @dataclass(frozen=True)

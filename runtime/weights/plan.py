@@ -1,226 +1,189 @@
-"""A layout resolved for one shape and element size: where each element lies.
+"""Check all of a checkpoint against all of a model, before a byte of the model changes.
 
-The logical tensor, padded where the layout pads, has a dense index. A plan lists the axes of the
-memory, outermost first, each with its size and its step in that index; everything else (the block
-that a fold stays within, the inverse, strides where they can say it) follows from the list. It
-moves no bytes.
+`make_plan` gives what is to be copied, what goes to loaders of parameters' own, and a report. All
+faults of the data are found and listed together. Nothing is written.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import pairwise
-from math import prod
+from dataclasses import dataclass, field
+from typing import Literal
 
-from fixpass.runtime.errors import LayoutError
-from fixpass.runtime.weights.layouts import Bytes, Factor, Layout, Pad, Permute, Stride
+import torch
+from torch.distributed.tensor import DTensor
+
+from fixpass.runtime.errors import CheckpointError
+from fixpass.runtime.weights.destination import Destination, destination
+from fixpass.runtime.weights.local import is_freed
+from fixpass.runtime.weights.mapping import Mapping
+from fixpass.runtime.weights.own_loaders import OwnLoads, own_loader
+from fixpass.runtime.weights.place import Placed, check_dtype, missing_parts, place
+from fixpass.runtime.weights.read import Copy, copies
+from fixpass.runtime.weights.report import Initialised, LoadReport, Missing, Skipped
+from fixpass.runtime.weights.route import Routed, route
+from fixpass.runtime.weights.stored import Checkpoint, MemoryPiece, describe
+from fixpass.runtime.weights.targets import Target
+
+Missed = Literal["error", "ones", "zeros"]
+
+MOST_FAULTS = 10
+NOTHING_STORED = "nothing is stored for it"
 
 
-@dataclass(frozen=True)
-class Axis:
-    """`size` steps of `step` elements in the logical index, `apart` elements apart in memory."""
-
-    size: int
-    step: int
-    apart: int = 0
-
-
-@dataclass(frozen=True)
+@dataclass
 class Plan:
-    """Where the elements of a logical tensor lie in memory. Shapes are in elements."""
+    """What a load will do. `fills` are the parameters that are filled with one value."""
 
-    layout: Layout
-    logical: tuple[int, ...]
-    padded: tuple[int, ...]
-    memory: tuple[Axis, ...]
-    shown: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        return prod(self.padded)
-
-    @cached_property
-    def steps(self) -> tuple[int, ...]:
-        """The strides of the logical tensor in the logical index."""
-        return dense(self.padded)
-
-    @cached_property
-    def axes(self) -> tuple[Axis, ...]:
-        """As few axes as possible, in logical order, outermost first."""
-        merged: list[Axis] = []
-        for axis in self.memory:
-            if axis.size == 1:
-                continue
-            if merged and merged[-1].step == axis.size * axis.step:
-                axis = Axis(merged.pop().size * axis.size, axis.step)
-            merged.append(axis)
-        placed = _with_places(merged)
-        return tuple(sorted(placed, key=lambda axis: -axis.step))
-
-    @cached_property
-    def order(self) -> tuple[int, ...]:
-        """The axes as they lie in memory: memory is logical.view(sizes).permute(order)."""
-        return tuple(sorted(range(len(self.axes)), key=lambda i: -self.axes[i].apart))
-
-    @cached_property
-    def sizes(self) -> tuple[int, ...]:
-        return tuple(axis.size for axis in self.axes)
+    copies: list[Copy] = field(default_factory=list)
+    own: list[OwnLoads] = field(default_factory=list)
+    fills: list[tuple[Destination, float]] = field(default_factory=list)
+    loaded: list[str] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    missing: list[Missing] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    initialised: list[Initialised] = field(default_factory=list)
+    scales: list[str] = field(default_factory=list)
 
     @property
-    def block(self) -> int:
-        """How many elements lie within the block that the fold never leaves."""
-        fixed = 0
-        while fixed < len(self.order) and self.order[fixed] == fixed:
-            fixed += 1
-        return prod(self.sizes[fixed:])
+    def num_bytes(self) -> int:
+        """Bytes that this rank moves."""
+        read = sum(copy.source.numel * copy.stored.dtype.itemsize for copy in self.copies)
+        return read + sum(item.stored.num_bytes for own in self.own for item in own.routed)
 
-    @property
-    def moves(self) -> bool:
-        """Whether any byte has to move."""
-        return self.order != tuple(range(len(self.order)))
-
-    @cached_property
-    def logical_strides(self) -> tuple[int, ...] | None:
-        """Strides in memory of the logical view, or None where no strides say it."""
-        found = []
-        for size, step in zip(self.padded, self.steps, strict=True):
-            parts = [a for a in _with_places(self.memory) if step <= a.step < step * size]
-            parts = sorted((a for a in parts if a.size > 1), key=lambda axis: -axis.step)
-            for outer, inner in pairwise(parts):
-                if outer.apart != inner.size * inner.apart:
-                    return None
-            found.append(parts[-1].apart if parts else step)
-        return tuple(found)
+    def report(self, seconds: float = 0.0) -> LoadReport:
+        """The plan as the report of a load that did it."""
+        return LoadReport(
+            tuple(self.loaded),
+            tuple(self.skipped),
+            tuple(self.missing),
+            tuple(self.unexpected),
+            tuple(self.initialised),
+            self.num_bytes,
+            seconds,
+        )
 
 
-@lru_cache(4096)
-def resolve(layout: Layout, shape: tuple[int, ...], itemsize: int) -> Plan:
-    """The plan of `layout` for a logical shape; LayoutError where it does not fit."""
-    if layout.reversible is False or any(_kind(fold) == "Alias" for fold in layout.folds):
-        raise LayoutError(f"layout {layout}: made of several tensors or lossy, so it has no plan")
-    if 0 in shape:
-        raise _refuse(layout, shape, "it has no elements")
-    padded = shape
-    memory: list[Axis] = []
-    shown: tuple[int, ...] | None = None
-    strides: tuple[int, ...] = ()
-    for fold in layout.folds:
-        if isinstance(fold, Pad):
-            padded = _pad(layout, fold, shape)
-        elif isinstance(fold, Permute):
-            memory = _permute(layout, fold, padded, memory or _rows(padded), itemsize)
-        elif isinstance(fold, Stride):
-            memory, shown, strides = _stride(layout, fold, padded)
-    if shown is None:
-        shown, strides = padded, dense(padded)
-    return Plan(layout, shape, padded, tuple(memory or _rows(padded)), shown, strides)
+def make_plan(
+    checkpoint: Checkpoint,
+    mapping: Mapping,
+    targets: dict[str, Target],
+    *,
+    missing: Missed = "error",
+    cast: bool = False,
+) -> Plan:
+    """What it takes to load `checkpoint`; raises CheckpointError that lists all that does not fit.
+
+    missing: what becomes of a parameter that nothing is stored for; an attribute
+    missing_param_init on the parameter says it for that one.
+    """
+    routes = route(checkpoint, mapping, targets)
+    plan = Plan(skipped=routes.skipped, unexpected=routes.unexpected)
+    faults: list[str] = []
+    for name, routed in routes.taken.items():
+        try:
+            _add(plan, targets[name], routed, mapping, cast)
+        except CheckpointError as error:
+            faults.append(str(error))
+    if faults:
+        more = len(faults) - MOST_FAULTS
+        faults[MOST_FAULTS:] = [f"and {more:,} more"] if more > 0 else []
+        raise CheckpointError("\n".join(faults))
+    for name in targets:
+        if routes.owner[name] == name and name not in routes.taken:
+            _add_missing(plan, targets[name], missing)
+    lacking = [item.name for item in plan.missing] + [item.name for item in plan.initialised]
+    plan.scales = [name for name in lacking if mapping.is_scale(name)]
+    return plan
 
 
-def dense(shape: Sequence[int]) -> tuple[int, ...]:
-    """The strides of a dense tensor; a size of 0 counts as 1, as torch counts it."""
-    steps = [1]
-    for size in reversed(shape[1:]):
-        steps.append(steps[-1] * max(size, 1))
-    return tuple(reversed(steps))[: len(shape)]
+def _add(
+    plan: Plan, target: Target, routed: Sequence[Routed], mapping: Mapping, cast: bool
+) -> None:
+    loader = own_loader(target)
+    for item in routed:
+        # A loader of its own may round, but no loader knows a scale that it is not given.
+        check_dtype(item.stored, target.name, target.tensor.dtype, cast=cast or loader is not None)
+    if loader is not None:
+        plan.own.append(OwnLoads(target, loader, list(routed)))
+        lacks = missing_parts(routed)
+    else:
+        lacks = _add_copies(plan, target, routed, mapping)
+    if lacks:
+        plan.missing.append(Missing(target.name, lacks))
+    else:
+        plan.loaded.append(target.name)
 
 
-def _kind(fold: object) -> str:
-    return type(fold).__name__
+def _add_copies(plan: Plan, target: Target, routed: Sequence[Routed], mapping: Mapping) -> str:
+    if (plain := _plain_copy(target, routed, mapping)) is not None:
+        plan.copies.append(plain)
+        return ""
+    where = destination(target.tensor, repr(target.name))
+    placement = place(target.name, where.whole, routed, mapping.tensor_parallel)
+    for item in placement.unplaced:
+        why = "its place depends on a part that is not there"
+        candidate = item.candidate
+        plan.skipped.append(Skipped(item.stored.name, target.name, candidate.branch, why))
+    for placed in placement.placed:
+        plan.copies.extend(placed_copies(placed, where, target.name))
+    return placement.missing
 
 
-def _rows(shape: Sequence[int]) -> list[Axis]:
-    return [Axis(size, step) for size, step in zip(shape, dense(shape), strict=True)]
+def _plain_copy(target: Target, routed: Sequence[Routed], mapping: Mapping) -> Copy | None:
+    """The copy of a tensor that is all of a parameter; None where there is more to it.
+
+    What is found below for this, the most common case, takes three times as long.
+    """
+    tensor, item = target.tensor, routed[0]
+    if len(routed) > 1 or item.candidate.branch != "default" or mapping.tensor_parallel:
+        return None
+    if isinstance(tensor, DTensor) or tensor.is_meta or tensor.layout != torch.strided:
+        return None
+    if is_freed(tensor):
+        return None
+    shape, pieces = item.stored.shape, item.stored.pieces
+    if tuple(tensor.shape) != shape or not tensor.is_contiguous() or not tensor.numel():
+        return None
+    if len(pieces) != 1 or pieces[0].box.shape != shape:
+        return None
+    return Copy(item.stored, pieces[0], pieces[0].box, tensor.detach())
 
 
-def _with_places(memory: Sequence[Axis]) -> list[Axis]:
-    apart = dense([axis.size for axis in memory])
-    return [Axis(a.size, a.step, place) for a, place in zip(memory, apart, strict=True)]
+def placed_copies(placed: Placed, where: Destination, name: str) -> list[Copy]:
+    """What it takes to bring a placed tensor into the part of the parameter that is here."""
+    part = placed.box.intersection(where.box)
+    if part is None:
+        return []
+    source = part.relative(placed.box.start).moved(placed.source.start)
+    view = part.relative(where.box.start).of(where.tensor)
+    found = list(copies(placed.stored, source, view))
+    if sum(copy.source.numel for copy in found) != source.numel:
+        # Only a state dict of DTensors holds less than all of a tensor.
+        assert all(isinstance(piece, MemoryPiece) for piece in placed.stored.pieces)
+        raise CheckpointError(
+            f"{placed.stored} is a DTensor, of which this rank holds another part than it needs "
+            f"for {name!r}, {describe(where.tensor.dtype, where.whole)}: give its full_tensor()"
+        )
+    return found
 
 
-def _refuse(layout: Layout, shape: Sequence[int], why: str) -> LayoutError:
-    return LayoutError(f"layout {layout} does not fit shape {tuple(shape)}: {why}")
+def _add_missing(plan: Plan, target: Target, missing: Missed) -> None:
+    wish = getattr(target.tensor, "missing_param_init", missing)
+    match wish:
+        case "error":
+            plan.missing.append(Missing(target.name, NOTHING_STORED))
+        case "ones" | "zeros":
+            where = destination(target.tensor, repr(target.name))
+            plan.fills.append((where, 1.0 if wish == "ones" else 0.0))
+            plan.initialised.append(Initialised(target.name, wish))
+        case _:
+            raise CheckpointError(
+                f"{target.name!r}: missing parameters become 'error', 'ones' or 'zeros', "
+                f"not {wish!r}"
+            )
 
 
-def _pad(layout: Layout, fold: Pad, shape: tuple[int, ...]) -> tuple[int, ...]:
-    kept = len(shape) - len(fold.multiples)
-    if kept < 0:
-        raise _refuse(layout, shape, f"it pads {len(fold.multiples)} dimensions")
-    padded = [-(-s // m) * m for s, m in zip(shape[kept:], fold.multiples, strict=True)]
-    return (*shape[:kept], *padded)
-
-
-def _stride(
-    layout: Layout, fold: Stride, shape: tuple[int, ...]
-) -> tuple[list[Axis], tuple[int, ...], tuple[int, ...]]:
-    kept = len(shape) - len(fold.shown)
-    if kept < 0:
-        raise _refuse(layout, shape, f"it orders {len(fold.shown)} dimensions")
-    stored = [*range(kept), *(kept + dim for dim in fold.stored)]
-    shown = [*range(kept), *(kept + dim for dim in fold.shown)]
-    rows = _rows(shape)
-    memory = [rows[dim] for dim in stored]
-    apart = dense([axis.size for axis in memory])
-    place = {dim: apart[index] for index, dim in enumerate(stored)}
-    return memory, tuple(shape[dim] for dim in shown), tuple(place[dim] for dim in shown)
-
-
-def _permute(
-    layout: Layout, fold: Permute, shape: tuple[int, ...], memory: list[Axis], itemsize: int
-) -> list[Axis]:
-    kept = len(shape) - len(fold.split)
-    if kept < 0:
-        raise _refuse(layout, shape, f"it splits {len(fold.split)} dimensions")
-    for size, multiple in zip(shape[kept:], fold.whole or (1,) * len(fold.split), strict=True):
-        if size % multiple:
-            raise _refuse(layout, shape, f"{size} is no multiple of {multiple}")
-    wanted = [
-        factor
-        for size, split in zip(shape[kept:], fold.split, strict=True)
-        for factor in _factors(layout, shape, size, split, itemsize)
-    ]
-    if sorted(fold.order) != list(range(len(wanted))):
-        raise _refuse(layout, shape, f"{fold.order} is no order of {len(wanted)} factors")
-    groups = _regroup(layout, shape, memory, [*shape[:kept], *wanted])
-    order = [*range(kept), *(kept + index for index in fold.order)]
-    return [axis for index in order for axis in groups[index]]
-
-
-def _factors(
-    layout: Layout, shape: Sequence[int], size: int, split: tuple[Factor, ...], itemsize: int
-) -> list[int]:
-    found = []
-    for part in split:
-        if isinstance(part, Bytes):
-            if part.count % itemsize:
-                raise _refuse(layout, shape, f"{part.count} bytes hold no whole elements")
-            part = part.count // itemsize
-        found.append(part)
-    known = prod(part for part in found if part != -1)
-    if size % known or (-1 not in found and size != known):
-        raise _refuse(layout, shape, f"{size} is no multiple of its block of {known}")
-    return [size // known if part == -1 else part for part in found]
-
-
-def _regroup(
-    layout: Layout, shape: Sequence[int], memory: list[Axis], sizes: list[int]
-) -> list[list[Axis]]:
-    """The axes of memory cut so that each run of them has one of `sizes`."""
-    left = list(reversed(memory))
-    groups = []
-    for size in sizes:
-        group: list[Axis] = []
-        while size > 1:
-            axis = left.pop()
-            if axis.size > size:
-                if axis.size % size:
-                    raise _refuse(layout, shape, "its folds cut the same dimension differently")
-                rest = axis.size // size
-                left.append(Axis(rest, axis.step))
-                axis = Axis(size, axis.step * rest)
-            if size % axis.size:
-                raise _refuse(layout, shape, "its folds cut the same dimension differently")
-            size //= axis.size
-            group.append(axis)
-        groups.append(group)
-    return groups
+def fill(plan: Plan) -> None:
+    """Fill what is missing and was asked to be filled."""
+    with torch.no_grad():
+        for where, value in plan.fills:
+            where.tensor.fill_(value)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fixpass.runtime.weights.cells import copy_cells, raw
-from fixpass.runtime.weights.plan import Plan, dense
+from fixpass.runtime.weights.layout_plan import Plan, dense
 
 _PIECE = 32768  # elements; their places take 8 bytes each, some times over
 

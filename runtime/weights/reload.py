@@ -12,14 +12,14 @@ from pathlib import Path
 from torch import nn
 from tqdm import tqdm
 
-from fixpass.runtime.checkpoint.mapping import Mapping
-from fixpass.runtime.checkpoint.sources import Source, files_of, opened
+from fixpass.runtime.weights.formats.open import Source, files_of, opened
 from fixpass.runtime.weights.kept import Keeping, kept_for
+from fixpass.runtime.weights.mapping import Mapping
 from fixpass.runtime.weights.options import SAME_NAMES, Mode, Options, Scope
 from fixpass.runtime.weights.origins import FromFiles, FromMemory, Origin
 from fixpass.runtime.weights.repeat import repeated
 from fixpass.runtime.weights.stream import Stream
-from fixpass.runtime.weights.transaction import UpdateReport, open_update
+from fixpass.runtime.weights.update import UpdateReport, open_update
 
 
 def reload(

@@ -13,22 +13,22 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fixpass.runtime.checkpoint.read import Task, run
-from fixpass.runtime.checkpoint.targets import reshard
 from fixpass.runtime.errors import CheckpointError, UpdateError
 from fixpass.runtime.modules import unwrapped
-from fixpass.runtime.weights import double
+from fixpass.runtime.weights import double_buffer as double
 from fixpass.runtime.weights.closing import Closing
-from fixpass.runtime.weights.gate import Gate, gate_of, over_ids
 from fixpass.runtime.weights.kept import Kept, kept_for
+from fixpass.runtime.weights.lock import Gate, gate_of, over_ids
 from fixpass.runtime.weights.look import parts_of, pointers_of, walk, writes_of
 from fixpass.runtime.weights.occupied import share_memory
 from fixpass.runtime.weights.old_bytes import OldBytes
 from fixpass.runtime.weights.options import Options
 from fixpass.runtime.weights.origins import FromMemory, Origin, UnlikeError
+from fixpass.runtime.weights.read import Task, run
 from fixpass.runtime.weights.spans import Span
 from fixpass.runtime.weights.stream import Stream
-from fixpass.runtime.weights.transaction import UpdateReport, alone
+from fixpass.runtime.weights.targets import reshard
+from fixpass.runtime.weights.update import UpdateReport, alone
 from fixpass.runtime.weights.writes import committed
 
 

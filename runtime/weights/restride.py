@@ -8,9 +8,9 @@ attributes and its address stay.
 import torch
 from torch import Tensor
 
-from fixpass.runtime.weights.fold import fold
-from fixpass.runtime.weights.gate import closed, over
 from fixpass.runtime.weights.layouts import Layout, Stride
+from fixpass.runtime.weights.lock import closed, over
+from fixpass.runtime.weights.relayout import fold
 from fixpass.runtime.weights.table import forget, record_of
 
 _PATIENCE = 30.0

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fixpass.runtime import ops
 from fixpass.runtime.errors import LayoutError
-from fixpass.runtime.weights.fold import layout_of
+from fixpass.runtime.weights.layout_plan import Plan, dense, resolve
 from fixpass.runtime.weights.layouts import named
-from fixpass.runtime.weights.plan import Plan, dense, resolve
 from fixpass.runtime.weights.region import Region, write
+from fixpass.runtime.weights.relayout import layout_of
 
 
 def shuffle_weight(weight: Tensor, layout: str) -> Tensor:

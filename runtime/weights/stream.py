@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fixpass.runtime.checkpoint.local import PLAIN
+from fixpass.runtime.weights.local import PLAIN
 from fixpass.runtime.weights.look import Facts, facts_of
 from fixpass.runtime.weights.origins import FromMemory, UnlikeError
 from fixpass.runtime.weights.spans import Span

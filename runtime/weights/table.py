@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fixpass.runtime.weights.plan import Plan
+from fixpass.runtime.weights.layout_plan import Plan
 
 
 @dataclass(frozen=True)

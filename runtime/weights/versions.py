@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import Tensor, nn
 
-from fixpass.runtime.checkpoint.local import local_part
 from fixpass.runtime.errors import VersionError
-from fixpass.runtime.weights.gate import Gate, gate_of, over, tensors_of
+from fixpass.runtime.weights.local import local_part
+from fixpass.runtime.weights.lock import Gate, gate_of, over, tensors_of
 
 Changes = tuple[int, int]
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from fixpass.runtime.checkpoint.local import local_box
-from fixpass.runtime.checkpoint.targets import targets
 from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights.cells import raw
+from fixpass.runtime.weights.local import local_box
+from fixpass.runtime.weights.targets import targets
 from fixpass.runtime.weights.versions import Changes, changes
 
 SAMPLES = 256

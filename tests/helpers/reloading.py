@@ -4,8 +4,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fixpass.runtime.checkpoint.mapping import Mapping, Stacked
-from fixpass.runtime.weights.fold import logical
+from fixpass.runtime.weights.mapping import Mapping, Stacked
+from fixpass.runtime.weights.relayout import logical
 from fixpass.runtime.weights.reload import reload
 
 MODES = ("staged", "double", "journal")

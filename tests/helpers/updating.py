@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from fixpass.runtime.weights.alias import pack
-from fixpass.runtime.weights.protect import fold_model
+from fixpass.runtime.weights.module_hooks import fold_model
 
 MODES = ("staged", "journal", "double")
 

@@ -11,10 +11,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from fixpass.runtime.checkpoint import read
-from fixpass.runtime.weights import collected
+from fixpass.runtime.weights import collected, read
 from fixpass.runtime.weights.reload import reload
-from fixpass.runtime.weights.transaction import update
+from fixpass.runtime.weights.update import update
 from fixpass.runtime.weights.versions import version
 
 
@@ -153,7 +152,7 @@ def write_plainly():
 
 def refuse_sharded():
     """What a sharded model says to a fold and to a second set of memory."""
-    from fixpass.runtime.weights.fold import fold
+    from fixpass.runtime.weights.relayout import fold
 
     model, said = sharded(), []
     for work in (

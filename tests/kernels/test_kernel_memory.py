@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fixpass.lowering.offline import gpu_target
+from benchmarks.machine_code import gpu_target
 from fixpass.runtime import norms
 from fixpass.testing.kernel_memory import trace_memory
 from fixpass.testing.kernel_memory.accuracy import excess, ulps

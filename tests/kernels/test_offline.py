@@ -7,8 +7,8 @@ import pytest
 import torch
 import triton
 
-from fixpass.lowering import offline
-from fixpass.lowering.offline import Specimen, compile_launch, gpu_target, plan, specialize
+from benchmarks import machine_code as offline
+from benchmarks.machine_code import Specimen, compile_launch, gpu_target, plan, specialize
 from fixpass.runtime.errors import ConfigError
 from fixpass.runtime.kernels.layout import describe
 from fixpass.runtime.kernels.rms_norm import plan_norm

@@ -2,7 +2,7 @@
 
 import torch
 
-from fixpass.lowering.contracts import contract_of
+from fixpass.lowering.contract_table import contract_of
 from fixpass.lowering.layout import Layout
 from fixpass.lowering.relayout import Relayout, apply_relayout, cheapest_relayout, hint, why_not
 from fixpass.lowering.site import Site

@@ -6,7 +6,7 @@ from expecttest import assert_expected_inline
 from torch.nn.functional import dropout, linear
 
 from fixpass import Config, FixpassError, Report
-from fixpass.entry import enter
+from fixpass.dynamo_stage import enter
 from fixpass.testing import f32, text, trace
 from helpers.weight_updates import Folds, Reads, compiled, same
 

@@ -5,7 +5,7 @@ from expecttest import assert_expected_inline
 from torch import nn
 
 from fixpass import Pipeline
-from fixpass.capture import copy_graph
+from fixpass.aot_eager import copy_graph
 from fixpass.passes.fold_weights import FoldWeights
 from fixpass.testing import f32
 from helpers.weight_updates import Reads

@@ -9,7 +9,7 @@ from torch.nn.functional import embedding, linear
 
 import fixpass
 from fixpass import Config, Report
-from fixpass.entry import enter
+from fixpass.dynamo_stage import enter
 from fixpass.testing import f32
 from helpers.weight_updates import COUNTED, EAGER, UNCOUNTED, Folds, Reads, same
 

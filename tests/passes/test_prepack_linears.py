@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 
 import fixpass
 from fixpass import Config, Report
-from fixpass.entry import enter
+from fixpass.dynamo_stage import enter
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.runtime.weights.prepack import packable_dtypes

@@ -6,8 +6,8 @@ from torch import nn
 
 from fixpass.runtime.errors import LayoutError
 from fixpass.runtime.weights.alias import bring_back, moved_away, pack, packed, unpack
-from fixpass.runtime.weights.fold import fold
 from fixpass.runtime.weights.layouts import Alias, Layout
+from fixpass.runtime.weights.relayout import fold
 
 
 def three():

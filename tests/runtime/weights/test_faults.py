@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fixpass.runtime.checkpoint import read
-from fixpass.runtime.checkpoint.journal import Journal
 from fixpass.runtime.errors import PoisonedError, UpdateError
-from fixpass.runtime.weights.gate import gate_of
-from fixpass.runtime.weights.saved_state import read_state, resume
-from fixpass.runtime.weights.transaction import update
+from fixpass.runtime.weights import read
+from fixpass.runtime.weights.lock import gate_of
+from fixpass.runtime.weights.state_file import read_state, resume
+from fixpass.runtime.weights.undo_log import Journal
+from fixpass.runtime.weights.update import update
 from fixpass.runtime.weights.versions import version
 from helpers import weights_workers as workers
 from helpers.ranks import Ranks

@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fixpass.runtime.checkpoint.mapping import Mapping
-from fixpass.runtime.checkpoint.presets import FUSED_EXPERTS
 from fixpass.runtime.errors import CheckpointError, UpdateError
-from fixpass.runtime.weights.fold import fold, logical
-from fixpass.runtime.weights.protect import fold_model
+from fixpass.runtime.weights.checkpoint_view import window
+from fixpass.runtime.weights.mapping import Mapping
+from fixpass.runtime.weights.module_hooks import fold_model
+from fixpass.runtime.weights.presets import FUSED_EXPERTS
 from fixpass.runtime.weights.rebind import copy_or_rebind
+from fixpass.runtime.weights.relayout import fold, logical
 from fixpass.runtime.weights.reload import reload
-from fixpass.runtime.weights.transaction import update
+from fixpass.runtime.weights.update import update
 from fixpass.runtime.weights.versions import version
-from fixpass.runtime.weights.window import window
 from helpers.folding import aiter
 
 

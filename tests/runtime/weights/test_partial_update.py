@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from fixpass.runtime.checkpoint.mapping import Mapping
-from fixpass.runtime.checkpoint.presets import FUSED_EXPERTS
 from fixpass.runtime.errors import CheckpointError, VersionError
 from fixpass.runtime.weights.digest import digest
-from fixpass.runtime.weights.fold import logical
-from fixpass.runtime.weights.protect import fold_model
-from fixpass.runtime.weights.transaction import update
+from fixpass.runtime.weights.mapping import Mapping
+from fixpass.runtime.weights.module_hooks import fold_model
+from fixpass.runtime.weights.presets import FUSED_EXPERTS
+from fixpass.runtime.weights.relayout import logical
+from fixpass.runtime.weights.update import update
 from fixpass.runtime.weights.versions import version
 from helpers.updating import MODES, holds, model_of, values
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from fixpass.runtime.weights.fold import fold, logical, unfold
+from fixpass.runtime.weights.checkpoint_view import window
+from fixpass.runtime.weights.layout_plan import resolve
 from fixpass.runtime.weights.layouts import Layout, Pad, Permute
-from fixpass.runtime.weights.plan import resolve
-from fixpass.runtime.weights.window import window
+from fixpass.runtime.weights.relayout import fold, logical, unfold
 
 
 def random_permute(choose):

@@ -6,8 +6,8 @@ from torch import nn
 
 from fixpass.runtime.errors import WeightError
 from fixpass.runtime.weights.alias import pack
-from fixpass.runtime.weights.fold import fold
 from fixpass.runtime.weights.rebind import copy_or_rebind
+from fixpass.runtime.weights.relayout import fold
 from helpers.folding import equal, parameter
 
 

@@ -10,13 +10,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fixpass  # noqa: F401  # registers the backend
-from fixpass.runtime.checkpoint import vectored
 from fixpass.runtime.errors import CheckpointError
-from fixpass.runtime.weights.fold import logical
-from fixpass.runtime.weights.gate import gate_of
-from fixpass.runtime.weights.protect import fold_model
+from fixpass.runtime.weights import vectored
+from fixpass.runtime.weights.lock import gate_of
+from fixpass.runtime.weights.module_hooks import fold_model
+from fixpass.runtime.weights.relayout import logical
 from fixpass.runtime.weights.reload import reload
-from fixpass.runtime.weights.transaction import update
+from fixpass.runtime.weights.update import update
 from fixpass.runtime.weights.versions import version
 from helpers.folding import aiter
 

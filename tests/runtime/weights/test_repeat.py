@@ -9,11 +9,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fixpass  # noqa: F401  # registers the backend
-from fixpass.runtime.checkpoint import vectored
 from fixpass.runtime.errors import CheckpointError
+from fixpass.runtime.weights import vectored
 from fixpass.runtime.weights.alias import pack
-from fixpass.runtime.weights.fold import fold
 from fixpass.runtime.weights.kept import kept_for
+from fixpass.runtime.weights.relayout import fold
 from fixpass.runtime.weights.versions import version
 from helpers.folding import aiter
 from helpers.reloading import MODES, holds, model_of, named, reloaded, saved, stacked

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fixpass.runtime.checkpoint import vectored
 from fixpass.runtime.errors import CheckpointError, UpdateError
-from fixpass.runtime.weights import double, spans
-from fixpass.runtime.weights.gate import gate_of
+from fixpass.runtime.weights import double_buffer as double
+from fixpass.runtime.weights import spans, vectored
+from fixpass.runtime.weights.lock import gate_of
 from fixpass.runtime.weights.versions import version
 from helpers.reloading import MODES, holds, model_of, named, reloaded, saved
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from fixpass.runtime.checkpoint import vectored
 from fixpass.runtime.errors import CheckpointError, PoisonedError, UpdateError
-from fixpass.runtime.weights.gate import gate_of
+from fixpass.runtime.weights import vectored
+from fixpass.runtime.weights.lock import gate_of
 from fixpass.runtime.weights.old_bytes import OldBytes
 from fixpass.runtime.weights.versions import version
 from helpers.reloading import holds, model_of, reloaded, saved

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fixpass.runtime.checkpoint import vectored
 from fixpass.runtime.errors import CheckpointError
+from fixpass.runtime.weights import vectored
 from fixpass.runtime.weights.versions import version
 from helpers.reloading import holds, model_of, named, reloaded, stacked
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from fixpass.runtime.errors import CheckpointError, FixpassError, UpdateError, VersionError
 from fixpass.runtime.weights.alias import pack
-from fixpass.runtime.weights.fold import layout_of
-from fixpass.runtime.weights.gate import gate_of
-from fixpass.runtime.weights.transaction import update
+from fixpass.runtime.weights.lock import gate_of
+from fixpass.runtime.weights.relayout import layout_of
+from fixpass.runtime.weights.update import update
 from fixpass.runtime.weights.versions import changes, version
 from helpers.folding import aiter
 from helpers.updating import MODES, holds, model_of, values

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from fixpass.runtime.errors import CheckpointError, UpdateError
-from fixpass.runtime.weights.protect import fold_model
-from fixpass.runtime.weights.transaction import update
+from fixpass.runtime.weights.module_hooks import fold_model
+from fixpass.runtime.weights.update import update
 from helpers.folding import aiter
 from helpers.updating import MODES
 

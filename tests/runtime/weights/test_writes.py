@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fixpass.runtime.weights.protect import fold_model
-from fixpass.runtime.weights.transaction import update
+from fixpass.runtime.weights.module_hooks import fold_model
+from fixpass.runtime.weights.update import update
 from fixpass.runtime.weights.writes import (
     UnseenWriteWarning,
     announce_loads,

@@ -1,0 +1,155 @@
+"""Permute the elements of a flat tensor in place, with at most 4 MiB of staging.
+
+A permute that stays within a block of that size goes block by block through a staging buffer. A
+larger one is a series of transposes of grids of cells: by cycles where a cell is large, else by
+rotating columns, shuffling rows and shuffling columns, each of which needs no more than some rows.
+"""
+
+from math import gcd, prod
+
+import torch
+from torch import Tensor
+
+from fixpass.runtime.weights.cells import STAGING, widest
+from fixpass.runtime.weights.tile_copy import turn_in_place
+
+# What is moved at once where blocks are small: it stays in a processor's second cache.
+_CHUNK = 512 << 10
+# Cells of at least this many bytes are moved one by one.
+_LARGE_CELL = 8 << 10
+
+
+def permute_in_place(
+    flat: Tensor, sizes: tuple[int, ...], order: tuple[int, ...], *, inverse: bool = False
+) -> None:
+    """Turn `flat.view(sizes)` into `.permute(order)`, or back again with `inverse`.
+
+    flat: 1-D and contiguous. Not safe against readers: see the gate.
+    """
+    if inverse:
+        sizes = tuple(sizes[axis] for axis in order)
+        order = tuple(sorted(range(len(order)), key=lambda place: order[place]))
+    if flat.numel() == 0 or order == tuple(range(len(order))):
+        return
+    first, last = _moved(order)
+    batch, cell = prod(sizes[:first]), prod(sizes[last:])
+    cells, inner = _as_cells(flat, cell)
+    sizes = sizes[first:last]
+    order = tuple(axis - first for axis in order[first:last])
+    block = cells.numel() // batch
+    if block * cells.element_size() <= STAGING:
+        _through_staging(cells.view(batch, *sizes, inner), order)
+    else:
+        _by_transposes(cells, batch, sizes, order, inner)
+
+
+def _moved(order: tuple[int, ...]) -> tuple[int, int]:
+    """The first axis that moves, and the one behind the last."""
+    moved = [place for place, axis in enumerate(order) if place != axis]
+    return moved[0], moved[-1] + 1
+
+
+def _as_cells(flat: Tensor, cell: int) -> tuple[Tensor, int]:
+    """The flat tensor in the widest type that a cell holds whole, and how many a cell holds."""
+    dtype = widest(cell * flat.element_size(), flat)
+    return flat.view(torch.uint8).view(dtype), cell * flat.element_size() // dtype.itemsize
+
+
+def _through_staging(blocks: Tensor, order: tuple[int, ...]) -> None:
+    """blocks: (batch, *sizes, inner)."""
+    nbytes = blocks[0].numel() * blocks.element_size()
+    group = max(1, min(blocks.shape[0], _CHUNK // nbytes))
+    moved = (0, *(axis + 1 for axis in order), blocks.dim() - 1)
+    if turn_in_place(blocks, moved, STAGING):
+        return
+    shape = (group, *(blocks.shape[axis] for axis in moved[1:]))
+    staging = torch.empty(shape, dtype=blocks.dtype, device=blocks.device)
+    for start in range(0, blocks.shape[0], group):
+        part = blocks[start : start + group]
+        stage = staging[: part.shape[0]]
+        stage.copy_(part.permute(moved))
+        part.view(-1).copy_(stage.view(-1))
+
+
+def _by_transposes(
+    cells: Tensor, batch: int, sizes: tuple[int, ...], order: tuple[int, ...], inner: int
+) -> None:
+    """Bring the axes into order one after another, each by a transpose behind those in place."""
+    current = list(range(len(sizes)))
+    for place, axis in enumerate(order):
+        found = current.index(axis)
+        if found == place:
+            continue
+        outer = batch * prod(sizes[a] for a in current[:place])
+        rows = prod(sizes[a] for a in current[place:found])
+        behind = inner * prod(sizes[a] for a in current[found + 1 :])
+        _transpose(cells, outer, rows, sizes[axis], behind)
+        current.insert(place, current.pop(found))
+
+
+def _transpose(cells: Tensor, batch: int, rows: int, columns: int, inner: int) -> None:
+    """Each of `batch` grids of (rows, columns) cells of `inner` elements becomes its transpose."""
+    width = cells.element_size()
+    if rows * columns * inner * width <= STAGING:
+        _through_staging(cells.view(batch, rows, columns, inner), (1, 0))
+        return
+    # One row and one column must fit, or the passes would need more than the staging buffer.
+    long = max(rows, columns) * _bytes_a_cell(inner, width) > STAGING
+    for grid in cells.view(batch, rows * columns, inner):
+        if long or inner * width >= _LARGE_CELL:
+            _follow_cycles(grid, rows, columns)
+        else:
+            _rotate_and_shuffle(grid, rows, columns, inner)
+
+
+def _follow_cycles(grid: Tensor, rows: int, columns: int) -> None:
+    """grid: (rows * columns, inner). Move whole cells along the cycles of the transpose."""
+    held = torch.empty_like(grid[0])
+    done = bytearray(rows * columns)
+    for start in range(rows * columns):
+        if done[start]:
+            continue
+        held.copy_(grid[start])
+        place = start
+        while True:
+            done[place] = 1
+            source = place % rows * columns + place // rows
+            if source == start:
+                grid[place].copy_(held)
+                break
+            grid[place].copy_(grid[source])
+            place = source
+
+
+def _rotate_and_shuffle(grid: Tensor, rows: int, columns: int, inner: int) -> None:
+    """The transpose as three passes, each of which permutes within columns or within rows.
+
+    With c = gcd(rows, columns): rotate column j by j // (columns / c), shuffle row i so that no
+    two elements share a target column, shuffle the columns.
+    """
+    common = gcd(rows, columns)
+    a, b = rows // common, columns // common
+    square = grid.view(rows, columns, inner)
+    i = torch.arange(rows, device=grid.device)[:, None]
+    j = torch.arange(columns, device=grid.device)[None, :]
+    per_cell = _bytes_a_cell(inner, grid.element_size())
+    wide, high = STAGING // (per_cell * rows), STAGING // (per_cell * columns)
+    for start in range(0, columns if common > 1 else 0, wide):
+        part = j[:, start : start + wide]
+        _gather(square[:, start : start + wide], 0, (i + part // b) % rows)
+    for start in range(0, rows, high):
+        part = i[start : start + high]
+        target = ((part + j // b) % rows + j * rows) % columns
+        _gather(square[start : start + high], 1, target.argsort(1))
+    for start in range(0, columns, wide):
+        part = j[:, start : start + wide]
+        _gather(square[:, start : start + wide], 0, (part + i * columns - i // a) % rows)
+
+
+def _bytes_a_cell(inner: int, width: int) -> int:
+    """What a pass takes for a cell: itself, and its index, which is 8 bytes and made in steps."""
+    return inner * width + 48
+
+
+def _gather(part: Tensor, dim: int, index: Tensor) -> None:
+    part.copy_(part.gather(dim, index[..., None].expand(part.shape)))

@@ -1,0 +1,194 @@
+"""Calls and updates that come at the same moment: each sees the other, and nobody waits for ever."""
+
+import sys
+import threading
+import time
+
+import pytest
+
+from fixpass.runtime.weights.lock import Gate, closed
+from helpers.threads import in_thread
+
+
+@pytest.fixture
+def _switching():
+    """Threads change places after every few steps of the interpreter."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("_switching")
+def test_no_call_is_inside_while_an_update_is():
+    gates, inside, torn, done = (Gate(), Gate()), [], [], threading.Event()
+    values = [0, 0]
+
+    def call():
+        while not done.is_set():
+            with gates[0].reading() as seen, gates[1].reading():
+                first = values[0]
+                torn.extend(inside)
+                if values[1] != first or gates[0].version != seen:
+                    torn.append((first, values[1]))
+
+    def update():
+        while not done.is_set():
+            with closed(gates):
+                inside.append(threading.get_ident())
+                values[0] += 1
+                gates[0].version += 1
+                values[1] += 1
+                inside.pop()
+
+    threads = [in_thread(call) for _ in range(4)] + [in_thread(update) for _ in range(2)]
+    time.sleep(2.0)
+    done.set()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive(), "somebody waits for ever"
+    assert not torn
+    assert values[0] == values[1] > 20
+    assert not any(gate._readers for gate in gates)
+
+
+@pytest.mark.usefixtures("_switching")
+def test_calls_inside_calls_and_updates_never_wait_for_each_other_for_ever():
+    gates, done, counts = (Gate(), Gate()), threading.Event(), [0, 0, 0]
+
+    def call(first, second, number):
+        while not done.is_set():
+            with first.reading(), second.reading(), first.reading():
+                counts[number] += 1
+
+    def update():
+        while not done.is_set():
+            with gates[0].writing(), gates[1].reading():
+                counts[2] += 1
+
+    threads = [
+        in_thread(lambda: call(gates[0], gates[1], 0)),
+        in_thread(lambda: call(gates[1], gates[0], 1)),
+        in_thread(update),
+    ]
+    time.sleep(1.0)
+    done.set()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert all(counts)
+
+
+class Counted(dict):
+    """Readers of a gate, with something that happens as the first of them is counted."""
+
+    def __init__(self, before=None, after=None):
+        super().__init__()
+        self.before, self.after = before, after
+
+    def __setitem__(self, thread, depth):
+        before, self.before = self.before, None
+        if before is not None:
+            before()
+        super().__setitem__(thread, depth)
+        after, self.after = self.after, None
+        if after is not None:
+            after()
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_of_a_call_and_an_update_that_come_together_one_sees_the_other(moment):
+    gate, order, held, end = Gate(), [], threading.Event(), threading.Event()
+
+    def update():
+        with gate.writing():
+            order.append("update begins")
+            held.set()
+            end.wait(10)
+            order.append("update ends")
+
+    def arrives():
+        in_thread(update)
+        while not (held.is_set() if moment == "before" else gate._waiting):
+            time.sleep(0.001)
+
+    def call():
+        with gate.reading():
+            order.append("call")
+
+    gate._readers = Counted(**{moment: arrives})
+    thread = in_thread(call)
+    time.sleep(0.1)
+    end.set()
+    thread.join(5)
+    with gate.writing():
+        assert order == ["update begins", "update ends", "call"], "the call steps back"
+
+
+@pytest.mark.usefixtures("_switching")
+def test_gates_that_others_make_meanwhile_are_in_nobodys_way():
+    gate, done, failed = Gate(), threading.Event(), []
+
+    def work(step):
+        try:
+            while not done.is_set():
+                step()
+        except Exception as error:
+            failed.append(error)
+
+    def call():
+        with gate.reading():
+            pass
+
+    def update():
+        with gate.writing():
+            pass
+
+    kept = [Gate() for _ in range(20)]
+    steps = (call, call, update, lambda: kept.append(Gate()) or kept.pop(0))
+    threads = [in_thread(lambda step=step: work(step)) for step in steps]
+    time.sleep(1.0)
+    done.set()
+    for thread in threads:
+        thread.join(10)
+    assert not failed
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_call_that_is_interrupted_as_it_waits_is_not_counted(monkeypatch, late):
+    gate, enter = Gate(), Gate._enter_busy
+
+    def interrupted(self, me, depth):
+        if late:
+            enter(self, me, depth)
+        raise KeyboardInterrupt
+
+    gate.poisoned = "" if late else "so that it is busy"
+    gate._busy = True
+    monkeypatch.setattr(Gate, "_enter_busy", interrupted)
+    with pytest.raises(KeyboardInterrupt), gate.reading():
+        pass
+    assert not gate._readers
+    with gate.writing(1.0):
+        pass
+
+
+def test_an_update_whose_wake_up_was_lost_looks_again():
+    gate, entered, updated = Gate(), threading.Event(), threading.Event()
+
+    def update():
+        entered.set()
+        with gate.writing():
+            updated.set()
+
+    with gate.reading():
+        thread = in_thread(update)
+        entered.wait(5)
+        while not gate._waiting:
+            time.sleep(0.001)
+        # As if the call had left, and an interrupt had come before it said so.
+        me = threading.get_ident()
+        gate._readers.pop(me)
+        assert updated.wait(5)
+        thread.join(5)
+        gate._readers[me] = 1

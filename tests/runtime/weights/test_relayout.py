@@ -1,0 +1,237 @@
+"""Folds of parameters: bit for bit the plain permute, in place, and undone by their inverse."""
+
+import pytest
+import torch
+from torch import nn
+
+from fixpass.runtime.errors import LayoutError
+from fixpass.runtime.weights.layout_plan import resolve
+from fixpass.runtime.weights.layouts import Alias, Bytes, Derived, Layout, Pad, Permute, Stride
+from fixpass.runtime.weights.relayout import fold, layout_of, logical, unfold
+from helpers.folding import REFERENCES, Allocations, aiter, bits, equal, parameter
+
+BF16, FP8, INT4 = torch.bfloat16, torch.float8_e4m3fn, torch.uint8
+STAGING = 4 << 20
+
+
+def check_folds(param, layout, wanted):
+    """Fold, compare with `wanted`, unfold, compare with what it was."""
+    before, pointer, attributes = param.detach().clone(), param.data_ptr(), dict(vars(param))
+    assert fold(param, layout)
+    assert equal(param, wanted)
+    assert equal(logical(param), before)
+    assert param.data_ptr() == pointer
+    assert vars(param) == attributes
+    assert unfold(param)
+    assert equal(param, before)
+    assert param.is_contiguous()
+    assert param.data_ptr() == pointer
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        (layout, dtype)
+        for layout in REFERENCES
+        for dtype in (BF16, torch.float32, FP8, INT4, torch.int8)
+        # A weight of 4 bits lies in one byte.
+        if dtype.itemsize == 1 or not layout.endswith("int4")
+    ],
+)
+@pytest.mark.parametrize("shape", [(32, 64), (3, 64, 128)])
+def test_a_fold_is_the_plain_permute_bit_for_bit(layout, dtype, shape):
+    param = parameter(*shape, dtype=dtype)
+    check_folds(param, layout, REFERENCES[layout](param.detach().clone()))
+
+
+def test_a_fold_keeps_object_class_attributes_and_requires_grad():
+    class Weight(nn.Parameter):
+        pass
+
+    param = Weight(parameter(32, 64).data)
+    param.weight_loader, param.input_dim = print, 1
+    before = dict(vars(param))
+    fold(param, "aiter_16x16")
+    assert type(param) is Weight
+    assert vars(param) == before
+    assert param.requires_grad
+
+
+def test_folding_twice_is_folding_once():
+    param = parameter(32, 64)
+    wanted = aiter(param.detach().clone())
+    assert fold(param, "aiter_16x16")
+    assert not fold(param, "aiter_16x16")
+    assert equal(param, wanted)
+    assert layout_of(param).name == "aiter_16x16"
+    assert unfold(param)
+    assert not unfold(param)
+    assert layout_of(param) is None
+
+
+def test_the_state_is_not_lost_with_the_attributes_nor_copied_with_them():
+    param, other = parameter(32, 64), parameter(32, 64)
+    fold(param, "aiter_16x16")
+    other.__dict__.update(vars(param))
+    vars(param).clear()
+    assert not fold(param, "aiter_16x16")
+    assert layout_of(other) is None
+
+
+def test_a_square_transpose_moves_bytes_and_its_shape_says_nothing():
+    param = parameter(64, 64, dtype=torch.float32)
+    before = param.detach().clone()
+    fold(param, "transposed_dense")
+    assert equal(param, before.t())
+    assert param.is_contiguous()
+    unfold(param)
+    assert equal(param, before)
+
+
+def test_strides_alone_leave_the_values_where_they_are():
+    param = parameter(48, 64, dtype=torch.float32)
+    before = param.detach().clone()
+    fold(param, "column_major")
+    assert param.stride() == (1, 48)
+    assert equal(param, before)
+    fold(other := parameter(48, 64, dtype=torch.float32), "transposed")
+    assert other.shape == (64, 48)
+    assert equal(other, before.t())
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((1536, 2048), "transposed_dense"),  # coprime parts, small cells
+        ((2100, 1000), "transposed_dense"),
+        ((1024, 2048), "transposed_dense"),
+        ((2, 1536, 1025), "transposed_dense"),
+        ((2048, 1536), "gate_up_interleaved"),  # large cells, by cycles
+        ((2048, 1536), "gate_up_interleaved_16x16"),
+        ((4, 1536, 512), "aiter_16x16"),
+    ],
+)
+def test_a_fold_beyond_the_staging_buffer_is_exact_and_takes_no_second_copy(shape, layout):
+    param = parameter(*shape, dtype=torch.float32)
+    wanted = REFERENCES[layout](param.detach().clone())
+    before = param.detach().clone()
+    with Allocations() as seen:
+        fold(param, layout)
+    assert seen.largest <= STAGING
+    assert equal(param, wanted)
+    with Allocations() as seen:
+        unfold(param)
+    assert seen.largest <= STAGING
+    assert equal(param, before)
+
+
+def test_all_experts_in_one_parameter_turn_each_by_itself():
+    experts = Layout("experts", (Permute(((-1,), (-1,)), (1, 0)),))
+    param = parameter(4, 48, 64)
+    values = param.detach().clone()
+    fold(param, experts)
+    assert torch.equal(bits(param).view(4, 64, 48), bits(values).mT)
+    assert resolve(experts, (4, 48, 64), 2).block == 48 * 64
+
+
+def test_a_block_is_what_the_fold_never_leaves():
+    aiter_plan = resolve(
+        Layout("x", (Permute(((-1, 16), (-1, Bytes(16))), (0, 2, 1, 3)),)), (4096, 14336), 2
+    )
+    assert aiter_plan.block * 2 == 16 * 14336 * 2
+
+
+def test_padding_is_added_and_leaves_again():
+    padded = Layout("padded", (Pad((16, 32), value=2.0), *_aiter_folds()))
+    param = nn.Parameter(torch.randn(19, 40))
+    before = param.detach().clone()
+    fold(param, padded)
+    wanted = torch.full((32, 64), 2.0)
+    wanted[:19, :40] = before
+    assert torch.equal(param, aiter(wanted))
+    assert torch.equal(logical(param), before)
+    unfold(param)
+    assert torch.equal(param, before)
+
+
+def _aiter_folds():
+    return (Permute(((-1, 16), (-1, Bytes(16))), (0, 2, 1, 3)),)
+
+
+def test_a_part_of_a_larger_storage_is_folded_in_its_place():
+    pack = parameter(64, 64)
+    before = pack.detach().clone()
+    param = nn.Parameter(pack.detach()[16:48], requires_grad=False)
+    fold(param, "aiter_16x16")
+    assert equal(pack[16:48], aiter(before[16:48]))
+    assert equal(pack[:16], before[:16])
+    assert equal(pack[48:], before[48:])
+
+
+def test_a_graph_of_autograd_that_saved_the_weight_is_told():
+    param = parameter(32, 64, dtype=torch.float32)
+    loss = torch.nn.functional.linear(torch.randn(2, 64, requires_grad=True), param).sum()
+    fold(param, "aiter_16x16")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def refused(match, param, layout="aiter_16x16"):
+    before = param if param.device.type == "meta" or param.is_sparse else param.detach().clone()
+    with pytest.raises(LayoutError, match=match):
+        fold(param, layout, "layers.0.weight")
+    if before is not param:
+        assert equal(param, before)
+    assert layout_of(param) is None
+
+
+def test_a_block_that_does_not_divide_the_shape_is_refused():
+    refused(
+        r"aiter_16x16 does not fit shape \(24, 64\): 24 is no multiple of 16", parameter(24, 64)
+    )
+    refused(r"does not fit shape \(32, 48\): 48 is no multiple of 32", parameter(32, 48))
+    refused(r"shape \(32,\)", parameter(32))
+    refused(r"shape \(0, 64\): it has no elements", parameter(0, 64))
+    refused(r"\(3, 8\): 3 is no multiple", parameter(3, 8), "gate_up_interleaved")
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    refused("unknown layout 'aiter_32x16'; known: aiter_16x16, ", parameter(32, 64), "aiter_32x16")
+
+
+def test_a_fold_over_another_fold_names_both():
+    param = parameter(32, 64)
+    fold(param, "aiter_16x16")
+    with pytest.raises(LayoutError, match="folded into aiter_16x16 and not column_major: unfold"):
+        fold(param, "column_major")
+
+
+def test_parameters_without_memory_of_their_own_are_refused():
+    refused("on the meta device", nn.Parameter(torch.empty(32, 64, device="meta")))
+    refused("sparse", nn.Parameter(torch.eye(32).to_sparse()))
+    refused("starts from a dense one", nn.Parameter(torch.randn(64, 32).t()))
+    with pytest.raises(LayoutError, match="loses values"):
+        fold(parameter(2, 2), Layout("cast", (Derived(torch.Tensor.half),)))
+
+
+def test_a_layout_of_several_parameters_is_no_fold_of_one():
+    refused("is of several parameters. fixpass.weights.pack", parameter(2, 2), "qkv_pack")
+
+
+def test_data_replaced_behind_a_fold_is_noticed_before_bytes_are_turned_back():
+    param = parameter(32, 64)
+    fold(param, "aiter_16x16")
+    param.data = torch.zeros(32, 64, dtype=BF16)
+    with pytest.raises(LayoutError, match=r"\.data was replaced since"):
+        unfold(param, "layers.0.weight")
+    assert not param.any()
+
+
+def test_layouts_that_cannot_be_resolved_are_refused_when_they_are_declared():
+    for folds in (
+        (Alias(), Permute(((-1,),), (0,))),
+        (Permute(((-1,),), (0,)), Pad((2,))),
+        (Stride((1, 0), (0, 1)), Permute(((-1,),), (0,))),
+    ):
+        with pytest.raises(LayoutError, match="layout mine"):
+            Layout("mine", folds)

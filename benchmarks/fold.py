@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.results import Check, Result, ratios, spread
 from benchmarks.timing import interleave
-from fixpass.weights import fold, unfold, window
+from fixpass.weights import checkpoint_layout, reset_layout, set_layout
 
 ABOUT = (
     "A bfloat16 weight in aiter's 16 x 16 layout. `load` brings a tensor of the checkpoint into "
@@ -51,13 +51,13 @@ class Weight:
         self.loaded = torch.randn(shape).bfloat16()
         self.plain = nn.Parameter(self.loaded.clone(), requires_grad=False)
         self.folded = nn.Parameter(self.loaded.clone(), requires_grad=False)
-        fold(self.folded, "aiter_16x16")
+        set_layout(self.folded, "aiter_16x16")
 
     def load_plain(self) -> None:
         self.plain.data.copy_(self.loaded)
 
     def load_folded(self) -> None:
-        with window([self.folded]):
+        with checkpoint_layout([self.folded]):
             self.folded.data.copy_(self.loaded)
 
     def load_then_shuffle(self) -> None:
@@ -66,8 +66,8 @@ class Weight:
 
     def shuffle_in_place(self) -> None:
         # Two: there and back again, each of the same work.
-        unfold(self.folded)
-        fold(self.folded, "aiter_16x16")
+        reset_layout(self.folded)
+        set_layout(self.folded, "aiter_16x16")
 
     def shuffle_and_copy(self) -> None:
         for _ in range(2):

@@ -36,8 +36,8 @@ MANY = (
     "each model the plan of the last reload is kept, and no more. An iterator's tensors are copied "
     "as they come."
 )
-MODES = ("double", "journal", "staged")
-STATE_MODES = ("double", "staged")
+MODES = ("double_buffer", "undo_log", "buffered")
+STATE_MODES = ("double_buffer", "buffered")
 LAYERS, EXPERTS = 24, 66  # 4,752 matrices of experts, and 48 other tensors
 
 
@@ -128,7 +128,7 @@ def _many(result: Result, folder: Path, quick: bool) -> None:
         for name, way in WAYS.items()
         if name != "load_file + load_state_dict"
     }
-    for mode, names in (("double", ("2", "3")), ("staged", ("4", "5"))):
+    for mode, names in (("double_buffer", ("2", "3")), ("buffered", ("4", "5"))):
         ways[f"reload, {mode}, 1 thread, planned anew"] = _in_turn(_reload(mode, 1), folder, names)
     ways["load_file + load_state_dict"] = _in_turn(_load_file, folder, ("0", "1"))
     samples, held = _timed(model, folder, ways, 3 if quick else 11)

@@ -58,7 +58,7 @@ class Entry:
                 node.meta.clear()
         if not self.reads_weights:
             return compiled
-        values, gate = [fold.value for fold in self.folds], COMPILED.reading()
+        values, gate = [fold.value for fold in self.folds], COMPILED.read_lock()
 
         def call(*args: Any) -> Any:
             with gate:

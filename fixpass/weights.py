@@ -5,11 +5,11 @@ place; `update` and `reload` give a live model other weights.
 """
 
 from fixpass.runtime.weights.alias import pack, unpack
-from fixpass.runtime.weights.checkpoint_view import window
+from fixpass.runtime.weights.checkpoint_view import checkpoint_layout
 from fixpass.runtime.weights.digest import digest
 from fixpass.runtime.weights.layouts import Alias, Bytes, Layout, Pad, Permute, Stride
 from fixpass.runtime.weights.loader import load
-from fixpass.runtime.weights.lock import reading, writing
+from fixpass.runtime.weights.lock import read_lock, write_lock
 from fixpass.runtime.weights.mapping import (
     ExpertPart,
     Experts,
@@ -19,7 +19,7 @@ from fixpass.runtime.weights.mapping import (
     Stage,
     TensorParallel,
 )
-from fixpass.runtime.weights.module_hooks import fold_model, protect, unfold_model
+from fixpass.runtime.weights.module_hooks import protect, reset_layouts, set_layouts
 from fixpass.runtime.weights.presets import (
     FUSED_EXPERTS,
     GATE_UP,
@@ -29,7 +29,7 @@ from fixpass.runtime.weights.presets import (
     QKV,
 )
 from fixpass.runtime.weights.rebind import Rebound, copy_or_rebind
-from fixpass.runtime.weights.relayout import fold, layout_of, logical, unfold
+from fixpass.runtime.weights.relayout import layout_of, logical, reset_layout, set_layout
 from fixpass.runtime.weights.reload import reload
 from fixpass.runtime.weights.report import LoadReport
 from fixpass.runtime.weights.shuffle_op import shuffle_weight
@@ -73,27 +73,27 @@ __all__ = [
     "UpdateReport",
     "Writes",
     "announce_loads",
+    "checkpoint_layout",
     "copy_or_rebind",
     "digest",
-    "fold",
-    "fold_model",
     "forget",
     "layout_of",
     "load",
     "logical",
     "pack",
     "protect",
-    "reading",
+    "read_lock",
     "reload",
+    "reset_layout",
+    "reset_layouts",
     "resume",
+    "set_layout",
+    "set_layouts",
     "shuffle_weight",
-    "unfold",
-    "unfold_model",
     "unpack",
     "update",
     "version",
     "watch",
-    "window",
+    "write_lock",
     "writes",
-    "writing",
 ]

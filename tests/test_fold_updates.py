@@ -161,7 +161,7 @@ def test_the_parameters_and_the_state_dict_are_untouched():
 
 
 @pytest.mark.parametrize("fold", ["derived", "inplace"])
-@pytest.mark.parametrize("mode", ["staged", "journal", "double"])
+@pytest.mark.parametrize("mode", ["buffered", "undo_log", "double_buffer"])
 def test_updates_in_every_mode_are_seen_and_compile_nothing_again(mode, fold):
     module, x = Folds(), f32(3, 64)
     with torch.no_grad():

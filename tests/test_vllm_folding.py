@@ -115,7 +115,7 @@ def layer_and_info(module, value):
 def test_a_reload_copies_into_the_fold(switched_on):
     module = Tiles()
     weight = module.weight
-    weights.fold_model(module, {"weight": "aiter_16x16"})
+    weights.set_layouts(module, {"weight": "aiter_16x16"})
     backend_of(configured(switched_on))
     layerwise = import_module(f"{RELOAD}.layerwise")
     for _ in range(3):
@@ -128,7 +128,7 @@ def test_a_reload_copies_into_the_fold(switched_on):
 
 def test_a_reload_that_nobody_hooked_copies_over_the_fold(engine):  # noqa: F811
     module = Tiles()
-    weights.fold_model(module, {"weight": "aiter_16x16"})
+    weights.set_layouts(module, {"weight": "aiter_16x16"})
     value = torch.randn(512, 256)
     layerwise = import_module(f"{RELOAD}.layerwise")
     layerwise._copy_and_restore_kernel_tensors(module, layer_and_info(module, value))
@@ -137,7 +137,7 @@ def test_a_reload_that_nobody_hooked_copies_over_the_fold(engine):  # noqa: F811
 
 def test_values_in_vllms_own_layout_are_copied_into_the_fold_too(switched_on):
     module = nn.ModuleDict({"folded": Tiles(), "plain": Tiles()})
-    weights.fold_model(module, {"folded.weight": "aiter_16x16"})
+    weights.set_layouts(module, {"folded.weight": "aiter_16x16"})
     backend_of(configured(switched_on))
     look_up, value = (
         import_module(f"{RELOAD}.inplace").get_parameter_for_reload,
@@ -152,7 +152,7 @@ def test_values_in_vllms_own_layout_are_copied_into_the_fold_too(switched_on):
 
 def test_a_model_that_loads_into_its_parameters_loads_into_the_fold(switched_on):
     module, value = Tiles(), torch.randn(512, 256)
-    weights.fold_model(module, {"weight": "aiter_16x16"})
+    weights.set_layouts(module, {"weight": "aiter_16x16"})
     backend_of(configured(switched_on))
     loader = import_module("vllm.model_executor.models.utils").AutoWeightsLoader(module)
     version = module.weight._version

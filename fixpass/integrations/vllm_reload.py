@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fixpass.integrations.engine import check_written_in, is_hook_of, once
 from fixpass.runtime.errors import EngineError
-from fixpass.runtime.weights.checkpoint_view import window
+from fixpass.runtime.weights.checkpoint_view import checkpoint_layout
 from fixpass.runtime.weights.table import record_of
 
 log = logging.getLogger("vllm.fixpass")
@@ -68,7 +68,7 @@ def _written(tensors: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
     folded = [tensor for tensor in tensors() if record_of(tensor) is not None]
     try:
         # Without a fold nothing is to be watched.
-        with window(folded) if folded else nullcontext():
+        with checkpoint_layout(folded) if folded else nullcontext():
             yield
     finally:
         # Those that are there now: a load may have put others in their places.

@@ -10,7 +10,7 @@ from typing import Any
 
 from fixpass.backend import last_reports
 from fixpass.integrations.vllm_reload import hook_reload
-from fixpass.runtime.weights.module_hooks import fold_model
+from fixpass.runtime.weights.module_hooks import set_layouts
 
 
 class Reports:
@@ -29,4 +29,4 @@ class Reports:
         Raises LayoutError for a name that is not there, and where a layout does not fit.
         """
         hook_reload()
-        fold_model(self.model_runner.get_model(), layouts)
+        set_layouts(self.model_runner.get_model(), layouts)

@@ -58,7 +58,7 @@ def is_open(param: Tensor) -> bool:
 
 
 @contextmanager
-def window(params: Iterable[Tensor]) -> Iterator[None]:
+def checkpoint_layout(params: Iterable[Tensor]) -> Iterator[None]:
     """Show the checkpoint's layout of the folded ones of `params` until the context ends."""
     opened: list[_Open] = []
     try:

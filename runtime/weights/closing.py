@@ -13,7 +13,7 @@ from typing import Literal
 from torch import nn
 
 from fixpass.runtime.errors import VersionError
-from fixpass.runtime.weights.lock import Gate, closed, gate_of, tensors_of
+from fixpass.runtime.weights.lock import WeightsLock, closed, lock_of, tensors_of
 from fixpass.runtime.weights.options import Options
 from fixpass.runtime.weights.state_file import SavedState, write_state
 from fixpass.runtime.weights.versions import bump
@@ -33,9 +33,9 @@ class Closing:
     check: Callable[[bool], None]
 
     @contextmanager
-    def closed(self, gates: Iterable[Gate]) -> Iterator[float]:
+    def closed(self, gates: Iterable[WeightsLock]) -> Iterator[float]:
         """The closed gate, with the state file around it; the value is when it was closed."""
-        gate = gate_of(self.model)
+        gate = lock_of(self.model)
         with closed({*gates, gate}, self.options.timeout):
             began = time.perf_counter()
             before, to = gate.version, self.options.version or gate.version + 1
@@ -54,7 +54,7 @@ class Closing:
                 raise
             self._save("committed", gate.version, gate.version)
 
-    def forward(self, gates: Collection[Gate], write: Callable[[], object]) -> None:
+    def forward(self, gates: Collection[WeightsLock], write: Callable[[], object]) -> None:
         """Write over the old bytes with new ones that are at hand, whatever interrupts it."""
         interrupt = None
         try:
@@ -76,7 +76,7 @@ class Closing:
             interrupt.add_note("the update was finished first: its weights are in place")
             raise interrupt
 
-    def finish(self, gates: Collection[Gate], *, moved: bool = False) -> None:
+    def finish(self, gates: Collection[WeightsLock], *, moved: bool = False) -> None:
         """Check that nothing but values changed, and give them their version."""
         self.check(moved)
         poisoned = [gate for gate in gates if gate.poisoned]
@@ -88,13 +88,13 @@ class Closing:
                     gate.poisoned = ""
         bump(self.model, self.options.version, gates)
 
-    def poison(self, gates: Iterable[Gate], error: BaseException) -> None:
+    def poison(self, gates: Iterable[WeightsLock], error: BaseException) -> None:
         """Let calls raise until all weights are written again."""
         text = (
             f"an update failed in mid-commit ({error!r}) and its weights are a mixture: update "
             "all weights of the model"
         )
-        for gate in (*gates, gate_of(self.model)):
+        for gate in (*gates, lock_of(self.model)):
             gate.poisoned = text
 
     def _save(self, state: Literal["committed", "committing"], version: int, to: int) -> None:

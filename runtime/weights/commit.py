@@ -23,9 +23,9 @@ from fixpass.runtime.weights.box import Box
 from fixpass.runtime.weights.closing import Closing
 from fixpass.runtime.weights.collected import Prepared, read_files, values_of
 from fixpass.runtime.weights.destination import destination
-from fixpass.runtime.weights.double_buffer import Double
+from fixpass.runtime.weights.double_buffer import DoubleBuffer
 from fixpass.runtime.weights.local import local_box
-from fixpass.runtime.weights.lock import Gate, over
+from fixpass.runtime.weights.lock import WeightsLock, over
 from fixpass.runtime.weights.manifest import Manifest
 from fixpass.runtime.weights.options import Options
 from fixpass.runtime.weights.own_loaders import OwnLoads, call, in_memory
@@ -34,7 +34,7 @@ from fixpass.runtime.weights.read import Copy, copies
 from fixpass.runtime.weights.relayout import logical
 from fixpass.runtime.weights.stored import MemoryPiece, Stored
 from fixpass.runtime.weights.targets import Target, targets
-from fixpass.runtime.weights.undo_log import Journal
+from fixpass.runtime.weights.undo_log import UndoLog
 from fixpass.runtime.weights.versions import all_changes
 
 _PART = 1 << 20  # elements looked at for NaN at once
@@ -55,13 +55,13 @@ class Commit:
         """Write the update; what was written, and the seconds for which calls were held back."""
         self.manifest.check(self.tensors)
         prepared = self.prepare(places(self.live))
-        if self.options.mode == "double":
+        if self.options.mode == "double_buffer":
             return self._double(prepared)
         work = prepared.places.putting([*prepared.copies, *self._own(prepared)])
-        if self.options.finite and self.options.mode == "staged":
+        if self.options.finite and self.options.mode == "buffered":
             check_finite((c.stored.name, p) for c in work for p in values_of(c.stored))
         written = [self.live[name].tensor for name in prepared.written]
-        if self.options.mode == "journal":
+        if self.options.mode == "undo_log":
             return prepared, self._journal(work, prepared.written, written)
         gates = over(written)
         closing = self._closing
@@ -74,7 +74,7 @@ class Commit:
         return {name: target.tensor for name, target in self.live.items()}
 
     def _journal(self, work: list[Copy], names: Sequence[str], written: list[Tensor]) -> float:
-        gates, journal = over(written), Journal()
+        gates, journal = over(written), UndoLog()
         try:
             # Calls go on while the old bytes are written down.
             before = all_changes(written)
@@ -90,8 +90,8 @@ class Commit:
 
     def _write_or_restore(
         self,
-        gates: Collection[Gate],
-        journal: Journal,
+        gates: Collection[WeightsLock],
+        journal: UndoLog,
         work: list[Copy],
         written: Iterable[tuple[str, Tensor]],
     ) -> None:
@@ -108,7 +108,7 @@ class Commit:
 
     def _double(self, prepared: Prepared) -> tuple[Prepared, float]:
         written = [self.live[name].tensor for name in prepared.written]
-        double = Double(self.model, written)
+        double = DoubleBuffer(self.model, written)
         copies = [*prepared.copies, *self._own(prepared)]
         moved = [replace(copy, target=double.on_back(copy.target)) for copy in copies]
         work = places(self.live, double.back).putting(moved)

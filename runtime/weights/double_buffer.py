@@ -101,7 +101,7 @@ def exchange(tensors: Sequence[Tensor], views: Sequence[Tensor]) -> list[Tensor]
     return before
 
 
-class Double:
+class DoubleBuffer:
     """Other memory for some tensors of a model, and all tensors of the model that share it."""
 
     def __init__(self, model: nn.Module, written: Iterable[Tensor]) -> None:
@@ -181,12 +181,14 @@ def _check(tensor: Tensor) -> None:
     if tensor.is_inference():
         raise UpdateError(
             what + "was made in inference mode, and its memory cannot be exchanged: use "
-            "mode='staged' or 'journal'"
+            "mode='buffered' or 'undo_log'"
         )
     if isinstance(tensor, DTensor):
-        raise UpdateError(what + "is a DTensor, whose memory FSDP2 holds too: not mode='double'")
+        raise UpdateError(
+            what + "is a DTensor, whose memory FSDP2 holds too: not mode='double_buffer'"
+        )
     if tensor.device.type == "cpu" and tensor.untyped_storage().is_shared():
         raise UpdateError(
             what + "is in shared memory or in a file, which others go on to read: use "
-            "mode='staged' or 'journal'"
+            "mode='buffered' or 'undo_log'"
         )

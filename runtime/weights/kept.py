@@ -87,7 +87,7 @@ class Kept:
         if options.finite or self.asked != _asked(options):
             return False
         if isinstance(origin, Stream):
-            return options.mode != "journal" and self.streams
+            return options.mode != "undo_log" and self.streams
         return self.origin == origin
 
     def of(self, column: Sequence[T]) -> list[T]:

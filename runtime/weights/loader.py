@@ -20,7 +20,7 @@ from fixpass.runtime.weights.plan import Missed, Plan, fill, make_plan
 from fixpass.runtime.weights.read import read
 from fixpass.runtime.weights.report import RAISES, LoadReport, Strict, some
 from fixpass.runtime.weights.targets import reshard, targets
-from fixpass.runtime.weights.undo_log import Journal
+from fixpass.runtime.weights.undo_log import UndoLog
 
 _SAME_NAMES = Mapping()
 
@@ -78,7 +78,7 @@ def execute(
         bar = stack.enter_context(
             tqdm(total=plan.num_bytes, unit="B", unit_scale=True, desc="loading", disable=disable)
         )
-        kept = stack.enter_context(Journal()) if plan.own or journal else None
+        kept = stack.enter_context(UndoLog()) if plan.own or journal else None
         if kept is not None and journal:
             for copy in plan.copies:
                 kept.keep(copy.target)

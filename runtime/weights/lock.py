@@ -37,7 +37,7 @@ _IS_ORDERED: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
 _SLICE = 1.0
 
 
-class Gate:
+class WeightsLock:
     """A gate over parameters.
 
     covers: gives the parameters as they are now. version: of their weights; 0 before any update.
@@ -68,14 +68,14 @@ class Gate:
             self._poisoned = why
             self._settle()
 
-    def reading(self) -> AbstractContextManager[int]:
+    def read_lock(self) -> AbstractContextManager[int]:
         """A context for a call; its value is the version of the weights that the call sees.
 
         Raises PoisonedError where an update failed and could not be undone.
         """
         return self._reading
 
-    def writing(self, timeout: float | None = None) -> AbstractContextManager[None]:
+    def write_lock(self, timeout: float | None = None) -> AbstractContextManager[None]:
         """A context in which no other thread reads.
 
         timeout: in seconds; None waits as long as it takes. Raises UpdateError where it runs out,
@@ -118,7 +118,7 @@ class _Reading(AbstractContextManager[int]):
 
     __slots__ = ("_gate",)
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: WeightsLock) -> None:
         self._gate = gate
 
     # Written out for speed: each call of a compiled graph comes here.
@@ -152,16 +152,16 @@ class _Reading(AbstractContextManager[int]):
                 _state.notify_all()
 
 
-_GATES: "set[ref[Gate]]" = set()
-_OF_MODULES: WeakKeyDictionary[nn.Module, Gate] = WeakKeyDictionary()
+_GATES: "set[ref[WeightsLock]]" = set()
+_OF_MODULES: WeakKeyDictionary[nn.Module, WeightsLock] = WeakKeyDictionary()
 
 
-def _gates() -> list[Gate]:
+def _gates() -> list[WeightsLock]:
     """All gates. Copied in one step, as others may make gates meanwhile, or let them go."""
     return [gate for weak in _GATES.copy() if (gate := weak()) is not None]
 
 
-def gate_of(module: nn.Module) -> Gate:
+def lock_of(module: nn.Module) -> WeightsLock:
     """The gate of a model, the same for all of its wrappers; of a part of it, one of its own.
 
     An update of a model closes the gates of its parts too, and that of a part those of the models
@@ -176,21 +176,21 @@ def gate_of(module: nn.Module) -> Gate:
             alive = weak()
             return () if alive is None else tensors_of(alive)
 
-        found = _OF_MODULES.setdefault(inside, Gate(covers))
+        found = _OF_MODULES.setdefault(inside, WeightsLock(covers))
     return found
 
 
-def reading(module: nn.Module) -> AbstractContextManager[int]:
+def read_lock(module: nn.Module) -> AbstractContextManager[int]:
     """A context for a call of a model, which no update interrupts; its value is the version."""
-    return gate_of(module).reading()
+    return lock_of(module).read_lock()
 
 
-def writing(module: nn.Module, timeout: float | None = None) -> AbstractContextManager[None]:
+def write_lock(module: nn.Module, timeout: float | None = None) -> AbstractContextManager[None]:
     """A context in which no call of a model, or of what shares its weights, goes on elsewhere.
 
     For loads that are not an update. timeout: in seconds; UpdateError where it runs out.
     """
-    return closed({gate_of(module), *over(tensors_of(module))}, timeout)
+    return closed({lock_of(module), *over(tensors_of(module))}, timeout)
 
 
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:
@@ -200,12 +200,12 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     yield from transient
 
 
-def over(tensors: Iterable[Tensor]) -> tuple[Gate, ...]:
+def over(tensors: Iterable[Tensor]) -> tuple[WeightsLock, ...]:
     """All gates that cover one of these tensors, of models, of parts and of compiled graphs."""
     return over_ids([id(tensor) for tensor in tensors])
 
 
-def over_ids(ids: Iterable[int], known: Gate | None = None) -> tuple[Gate, ...]:
+def over_ids(ids: Iterable[int], known: WeightsLock | None = None) -> tuple[WeightsLock, ...]:
     """As `over`, of tensors by their ids; `known` is one of the gates, and is not looked at."""
     wanted = frozenset(ids)
     return tuple(
@@ -215,7 +215,7 @@ def over_ids(ids: Iterable[int], known: Gate | None = None) -> tuple[Gate, ...]:
     )
 
 
-COMPILED = Gate()
+COMPILED = WeightsLock()
 """The gate of all compiled graphs that read weights: every update closes it, of whichever model.
 
 A graph gets its weights anew at each call, and no weak reference may stand for them, with which
@@ -224,7 +224,7 @@ A graph gets its weights anew at each call, and no weak reference may stand for 
 
 
 @contextmanager
-def closed(gates: Collection[Gate], timeout: float | None = None) -> Iterator[None]:
+def closed(gates: Collection[WeightsLock], timeout: float | None = None) -> Iterator[None]:
     """A context in which no other thread reads any of these gates, or is in a compiled graph.
 
     See `Gate.writing`.
@@ -244,7 +244,7 @@ def closed(gates: Collection[Gate], timeout: float | None = None) -> Iterator[No
             _state.notify_all()
 
 
-def _close(gates: Sequence[Gate], me: int, timeout: float | None) -> None:
+def _close(gates: Sequence[WeightsLock], me: int, timeout: float | None) -> None:
     end = None if timeout is None else time.monotonic() + timeout
     with _state:
         if any(me in gate._readers for gate in gates):

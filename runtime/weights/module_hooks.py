@@ -15,14 +15,14 @@ from fixpass.runtime.errors import LayoutError
 from fixpass.runtime.weights.checkpoint_view import is_open
 from fixpass.runtime.weights.layouts import Layout
 from fixpass.runtime.weights.region import Region, write
-from fixpass.runtime.weights.relayout import check_memory, fold, logical, unfold
+from fixpass.runtime.weights.relayout import check_memory, logical, reset_layout, set_layout
 from fixpass.runtime.weights.table import memory_of, record_of
 from fixpass.runtime.weights.targets import targets
 
 _REDUCE = "__reduce_ex__"
 
 
-def fold_model(model: nn.Module, layouts: Mapping[str, str | Layout]) -> None:
+def set_layouts(model: nn.Module, layouts: Mapping[str, str | Layout]) -> None:
     """Fold the parameters of these names, all or none, and protect the modules that hold them.
 
     Raises LayoutError for a name that is not there, and where a layout does not fit.
@@ -34,19 +34,19 @@ def fold_model(model: nn.Module, layouts: Mapping[str, str | Layout]) -> None:
     done: list[Tensor] = []
     try:
         for name, layout in layouts.items():
-            if fold(found[name].tensor, layout, repr(name)):
+            if set_layout(found[name].tensor, layout, repr(name)):
                 done.append(found[name].tensor)
     except LayoutError:
         for param in done:
-            unfold(param)
+            reset_layout(param)
         raise
     protect(model)
 
 
-def unfold_model(model: nn.Module) -> None:
+def reset_layouts(model: nn.Module) -> None:
     """Undo the folds of all parameters of a model."""
     for name, target in targets(model).items():
-        unfold(target.tensor, repr(name))
+        reset_layout(target.tensor, repr(name))
 
 
 def protect(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from fixpass.runtime.errors import UpdateError
 from fixpass.runtime.weights.mapping import Mapping
 
-Mode = Literal["staged", "journal", "double"]
+Mode = Literal["buffered", "undo_log", "double_buffer"]
 """How live weights are written, and what undoes it: see commit."""
 
 Scope = Literal["model", "parameters", "parts"]
@@ -34,7 +34,7 @@ class Options:
     bytes written.
     """
 
-    mode: Mode = "staged"
+    mode: Mode = "buffered"
     version: int | None = None
     base: int | str | None = None
     scope: Scope = "model"

@@ -21,7 +21,7 @@ from fixpass.runtime.weights.read import copies, read
 from fixpass.runtime.weights.route import Routed
 from fixpass.runtime.weights.stored import Stored
 from fixpass.runtime.weights.targets import Target
-from fixpass.runtime.weights.undo_log import Journal
+from fixpass.runtime.weights.undo_log import UndoLog
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def own_loader(target: Target) -> Callable[..., Any] | None:
 
 
 def run_own_loads(
-    loads: Iterable[OwnLoads], journal: Journal, threads: int, advance: Callable[[int], object]
+    loads: Iterable[OwnLoads], journal: UndoLog, threads: int, advance: Callable[[int], object]
 ) -> None:
     """Call the loaders, one parameter after the other."""
     for load in loads:

@@ -26,7 +26,7 @@ def layout_of(param: Tensor) -> Layout | None:
     return found.plan.layout if found else None
 
 
-def fold(param: Tensor, layout: str | Layout, name: str = "the parameter") -> bool:
+def set_layout(param: Tensor, layout: str | Layout, name: str = "the parameter") -> bool:
     """Fold `param` into `layout`; whether anything was done: folding twice is folding once.
 
     param: dense (row-major) and of the layout's rank or more. Raises LayoutError where it is
@@ -60,7 +60,7 @@ def fold(param: Tensor, layout: str | Layout, name: str = "the parameter") -> bo
     return True
 
 
-def unfold(param: Tensor, name: str = "the parameter") -> bool:
+def reset_layout(param: Tensor, name: str = "the parameter") -> bool:
     """Undo `fold`; whether anything was done. Padding leaves with a move to new memory."""
     found = record_of(param)
     if found is None:
@@ -109,9 +109,9 @@ def check_foldable(param: Tensor, layout: Layout, name: str) -> None:
         raise LayoutError(what + f"it is {param.layout}. to_dense() first")
     if packed(param) is not None:
         raise LayoutError(what + "it is part of a pack. fixpass.weights.unpack it first")
-    if any(isinstance(fold, Alias) for fold in layout.folds):
+    if any(isinstance(step, Alias) for step in layout.folds):
         raise LayoutError(what + "it is of several parameters. fixpass.weights.pack takes them")
-    if any(isinstance(fold, Derived) for fold in layout.folds):
+    if any(isinstance(step, Derived) for step in layout.folds):
         raise LayoutError(what + "the layout loses values, and the parameter is their source")
 
 
@@ -130,14 +130,14 @@ def check_memory(param: Tensor, found: Folded, name: str) -> None:
 
 def _steps(plan: Plan, itemsize: int) -> list[Plan]:
     """A plan of each fold by itself: two simple permutes in place beat one that is neither."""
-    folds = [fold for fold in plan.layout.folds if not isinstance(fold, Pad)]
+    folds = [step for step in plan.layout.folds if not isinstance(step, Pad)]
     if len(folds) == 1:
         return [plan]
-    return [resolve(Layout(plan.layout.name, (fold,)), plan.padded, itemsize) for fold in folds]
+    return [resolve(Layout(plan.layout.name, (step,)), plan.padded, itemsize) for step in folds]
 
 
 def _padded(data: Tensor, plan: Plan) -> Tensor:
-    value = next(fold.value for fold in plan.layout.folds if isinstance(fold, Pad))
+    value = next(step.value for step in plan.layout.folds if isinstance(step, Pad))
     memory = torch.full((prod(plan.padded),), value, dtype=data.dtype, device=data.device)
     write(memory, plan, Region(plan.logical, dense(plan.padded)), data)
     return memory.as_strided(plan.shown, plan.strides)

@@ -25,7 +25,7 @@ from fixpass.runtime.weights.update import UpdateReport, open_update
 def reload(
     model: nn.Module,
     source: Source,
-    mode: Mode = "staged",
+    mode: Mode = "buffered",
     *,
     version: int | None = None,
     base: int | str | None = None,

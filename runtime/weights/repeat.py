@@ -18,7 +18,7 @@ from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights import double_buffer as double
 from fixpass.runtime.weights.closing import Closing
 from fixpass.runtime.weights.kept import Kept, kept_for
-from fixpass.runtime.weights.lock import Gate, gate_of, over_ids
+from fixpass.runtime.weights.lock import WeightsLock, lock_of, over_ids
 from fixpass.runtime.weights.look import parts_of, pointers_of, walk, writes_of
 from fixpass.runtime.weights.occupied import share_memory
 from fixpass.runtime.weights.old_bytes import OldBytes
@@ -45,13 +45,17 @@ def repeated(model: nn.Module, origin: Origin | Stream, options: Options) -> Upd
             reshard(model)
         repeat = _Repeat(model, options, kept, origin, base)
         try:
-            ways = {"staged": repeat.staged, "double": repeat.double, "journal": repeat.journal}
+            ways = {
+                "buffered": repeat.staged,
+                "double_buffer": repeat.double,
+                "undo_log": repeat.journal,
+            }
             seconds = ways[options.mode]()
         except UnlikeError:
             return None
         committed(model)
         load = replace(kept.report, seconds=time.perf_counter() - options.began)
-        return UpdateReport(load, gate_of(model).version, options.mode, seconds, {})
+        return UpdateReport(load, lock_of(model).version, options.mode, seconds, {})
 
 
 def _ignore(_: int) -> None:
@@ -78,7 +82,7 @@ class _Repeat:
             self._take(self.origin, addresses, staging)
         else:
             self._read(self.origin, self.origin.into(self.kept.spans, staging))
-        gates, closing = over_ids(self.kept.ids, gate_of(self.model)), self._closing
+        gates, closing = over_ids(self.kept.ids, lock_of(self.model)), self._closing
         with closing.closed(gates) as began:
             tensors, pointers, _ = self._tensors()
             written = parts_of(self.kept.of(tensors))
@@ -110,7 +114,7 @@ class _Repeat:
             self._take(self.origin, addresses, spare.views)
         else:
             self._read(self.origin, self.origin.to(self.kept.spans, pointers))
-        gates, closing = over_ids(self.kept.ids, gate_of(self.model)), self._closing
+        gates, closing = over_ids(self.kept.ids, lock_of(self.model)), self._closing
         with closing.closed(gates) as began:
             tensors, now, transient = self._tensors()
             written = self.kept.of(tensors)
@@ -137,7 +141,7 @@ class _Repeat:
             raise UnlikeError
         # Should anybody give one of them other memory now, the old is still there.
         held, before = list(map(Tensor.untyped_storage, written)), writes_of(written)
-        gates, closing = over_ids(self.kept.ids, gate_of(self.model)), self._closing
+        gates, closing = over_ids(self.kept.ids, lock_of(self.model)), self._closing
         with OldBytes(self.kept.spans, pointers) as old, closing.closed(gates) as began:
             if pointers_of(tensors) != pointers:
                 raise UnlikeError
@@ -158,7 +162,7 @@ class _Repeat:
         self._advance()
         return time.perf_counter() - began
 
-    def _restore(self, old: OldBytes, gates: Collection[Gate], error: BaseException) -> None:
+    def _restore(self, old: OldBytes, gates: Collection[WeightsLock], error: BaseException) -> None:
         try:
             old.restore()
         except BaseException:

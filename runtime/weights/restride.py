@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fixpass.runtime.weights.layouts import Layout, Stride
 from fixpass.runtime.weights.lock import closed, over
-from fixpass.runtime.weights.relayout import fold
+from fixpass.runtime.weights.relayout import set_layout
 from fixpass.runtime.weights.table import forget, record_of
 
 _PATIENCE = 30.0
@@ -25,7 +25,7 @@ def restride(param: Tensor, order: tuple[int, ...], name: str) -> None:
     """
     layout = Layout(f"stored {order}", (Stride(tuple(range(len(order))), order),))
     with closed(over((param,)), timeout=_PATIENCE):
-        fold(param, layout, name)
+        set_layout(param, layout, name)
         forget(param)
 
 

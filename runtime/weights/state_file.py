@@ -14,7 +14,7 @@ from typing import Literal
 from torch import nn
 
 from fixpass.runtime.errors import UpdateError
-from fixpass.runtime.weights.lock import gate_of
+from fixpass.runtime.weights.lock import lock_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def resume(model: nn.Module, path: str | Path) -> SavedState | None:
     """
     found = read_state(path)
     if found is not None:
-        gate = gate_of(model)
+        gate = lock_of(model)
         gate.version = max(gate.version, found.version)
         gate.poisoned = "" if found.state == "committed" else f"{path} says {found}"
     return found

@@ -30,7 +30,7 @@ class _Entry:
     offset: int
 
 
-class Journal:
+class UndoLog:
     """A context: on an exception, all parameters that were kept get their old bytes back."""
 
     def __init__(self) -> None:

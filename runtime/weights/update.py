@@ -26,7 +26,7 @@ from fixpass.runtime.weights.commit import Commit
 from fixpass.runtime.weights.digest import digest
 from fixpass.runtime.weights.formats import memory
 from fixpass.runtime.weights.kept import Keeping
-from fixpass.runtime.weights.lock import Gate, closed, gate_of, over, tensors_of
+from fixpass.runtime.weights.lock import WeightsLock, closed, lock_of, over, tensors_of
 from fixpass.runtime.weights.manifest import Manifest
 from fixpass.runtime.weights.mapping import Mapping
 from fixpass.runtime.weights.module_hooks import protect
@@ -90,7 +90,7 @@ class Update:
         copied now; in the other modes the tensor must not change before the update ends.
         """
         stored = memory.from_state_dict({name: tensor})[name]
-        if self._options.mode == "staged" or self._is_live(stored):
+        if self._options.mode == "buffered" or self._is_live(stored):
             (stored,) = in_staging([stored], self._options.threads)
         if start is None:
             self._collected.add(stored)
@@ -111,7 +111,7 @@ class Update:
 
         In modes other than "staged" they go to a temporary file.
         """
-        if self._options.mode == "staged":
+        if self._options.mode == "buffered":
             for name, tensor in tensors:
                 self.load(name, tensor)
             return
@@ -122,7 +122,7 @@ class Update:
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Take the tensors of a checkpoint; in mode "staged" their bytes are read now."""
         found: Iterable[Stored] = checkpoint.values()
-        if self._options.mode == "staged":
+        if self._options.mode == "buffered":
             found = in_staging(found, self._options.threads)
         for stored in found:
             self._collected.add(stored)
@@ -142,7 +142,7 @@ class Update:
         committed(self._model)
         self.report = UpdateReport(
             replace(prepared.report, seconds=time.perf_counter() - self._options.began),
-            gate_of(self._model).version,
+            lock_of(self._model).version,
             self._options.mode,
             seconds,
             prepared.covered,
@@ -152,7 +152,7 @@ class Update:
 @contextmanager
 def update(
     model: nn.Module,
-    mode: Mode = "staged",
+    mode: Mode = "buffered",
     *,
     version: int | None = None,
     base: int | str | None = None,
@@ -201,7 +201,7 @@ def open_update(model: nn.Module, options: Options) -> Iterator[Update]:
 @contextmanager
 def alone(model: nn.Module, options: Options) -> Iterator[int]:
     """A context for the one update of a model; its value is the version that it changes."""
-    gate = gate_of(model)
+    gate = lock_of(model)
     if gate.updating:
         raise UpdateError("another update of this model is open")
     gate.updating = True
@@ -212,7 +212,7 @@ def alone(model: nn.Module, options: Options) -> Iterator[int]:
         gate.updating = False
 
 
-def _check_base(model: nn.Module, gate: Gate, options: Options) -> None:
+def _check_base(model: nn.Module, gate: WeightsLock, options: Options) -> None:
     if options.state_file is not None:
         resume(model, options.state_file)
     if gate.poisoned and options.scope != "model":

@@ -11,23 +11,25 @@ from torch import Tensor, nn
 
 from fixpass.runtime.errors import VersionError
 from fixpass.runtime.weights.local import local_part
-from fixpass.runtime.weights.lock import Gate, gate_of, over, tensors_of
+from fixpass.runtime.weights.lock import WeightsLock, lock_of, over, tensors_of
 
 Changes = tuple[int, int]
 
 
 def version(model: nn.Module) -> int:
     """The version of the weights of `model`: 0 before any update."""
-    return gate_of(model).version
+    return lock_of(model).version
 
 
-def bump(model: nn.Module, to: int | None = None, others: Collection[Gate] | None = None) -> int:
+def bump(
+    model: nn.Module, to: int | None = None, others: Collection[WeightsLock] | None = None
+) -> int:
     """Raise the version of `model`, and of all that share a parameter with it; the new one.
 
     to: the new version, above the present one. The others, by default the gates over any parameter
     of the model, are raised by one.
     """
-    own = gate_of(model)
+    own = lock_of(model)
     if to is not None and to <= own.version:
         raise VersionError(f"version {to} does not follow version {own.version}")
     for gate in over(tensors_of(model)) if others is None else others:

@@ -8,7 +8,7 @@ from fixpass.runtime.weights.mapping import Mapping, Stacked
 from fixpass.runtime.weights.relayout import logical
 from fixpass.runtime.weights.reload import reload
 
-MODES = ("staged", "double", "journal")
+MODES = ("buffered", "double_buffer", "undo_log")
 
 
 class Block(nn.Module):
@@ -52,5 +52,5 @@ def named(model):
     return [(name, value) for name, value in both if name in kept]
 
 
-def reloaded(model, folder, mode="staged", **options):
+def reloaded(model, folder, mode="buffered", **options):
     return reload(model, folder, mode, progress=False, **options)

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from fixpass.runtime.weights.alias import pack
-from fixpass.runtime.weights.module_hooks import fold_model
+from fixpass.runtime.weights.module_hooks import set_layouts
 
-MODES = ("staged", "journal", "double")
+MODES = ("buffered", "undo_log", "double_buffer")
 
 
 def model_of(seed=0, folded=True):
@@ -23,7 +23,7 @@ def model_of(seed=0, folded=True):
     for name, param in model.named_parameters():
         param.mark = name
     if folded:
-        fold_model(model, {"shuffled.weight": "aiter_16x16", "turned.weight": "transposed"})
+        set_layouts(model, {"shuffled.weight": "aiter_16x16", "turned.weight": "transposed"})
         pack([model.q.weight, model.k.weight])
     return model
 

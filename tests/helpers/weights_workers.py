@@ -152,11 +152,11 @@ def write_plainly():
 
 def refuse_sharded():
     """What a sharded model says to a fold and to a second set of memory."""
-    from fixpass.runtime.weights.relayout import fold
+    from fixpass.runtime.weights.relayout import set_layout
 
     model, said = sharded(), []
     for work in (
-        lambda: fold(model[0].up.weight, "aiter_16x16", "up"),
+        lambda: set_layout(model[0].up.weight, "aiter_16x16", "up"),
         lambda: _double(model),
     ):
         try:
@@ -167,7 +167,7 @@ def refuse_sharded():
 
 
 def _double(model):
-    with update(model, "double") as tx:
+    with update(model, "double_buffer") as tx:
         tx.load_state_dict({n: torch.ones(p.shape) for n, p in model.named_parameters()})
 
 

@@ -60,7 +60,7 @@ bytes saved: 262,144
 
 def test_of_a_folded_weight_nothing_is_kept():
     module = Shuffled()
-    weights.fold_model(module, {"weight": "aiter_16x16"})
+    weights.set_layouts(module, {"weight": "aiter_16x16"})
     assert_expected_inline(
         report_of(module, "derived"),
         """\
@@ -79,8 +79,8 @@ def test_folding_and_unfolding_a_weight_change_no_result_and_compile_nothing():
     compiles = counters["stats"]["unique_graphs"]
     for _ in range(2):
         for change in (
-            lambda: weights.fold_model(module, {"weight": "aiter_16x16"}),
-            lambda: weights.unfold_model(module),
+            lambda: weights.set_layouts(module, {"weight": "aiter_16x16"}),
+            lambda: weights.reset_layouts(module),
         ):
             change()
             torch.testing.assert_close(run(x), wanted, rtol=0, atol=0)
@@ -92,10 +92,10 @@ def test_folding_and_unfolding_a_weight_change_no_result_and_compile_nothing():
 def test_unfolding_a_weight_that_was_folded_when_its_graph_was_compiled_writes_nothing_into_it():
     module, x = Shuffled(), f32(3, 64)
     values = module.weight.detach().clone()
-    weights.fold_model(module, {"weight": "aiter_16x16"})
+    weights.set_layouts(module, {"weight": "aiter_16x16"})
     run = compiled(module)
     wanted = run(x)
-    weights.unfold_model(module)
+    weights.reset_layouts(module)
     torch.testing.assert_close(run(x), wanted, rtol=0, atol=0)
     assert torch.equal(module.weight, values)
 
@@ -103,7 +103,7 @@ def test_unfolding_a_weight_that_was_folded_when_its_graph_was_compiled_writes_n
 @torch.no_grad()
 def test_updates_of_a_folded_weight_are_those_of_its_logical_values():
     module, x = Shuffled(), f32(3, 64)
-    weights.fold_model(module, {"weight": "aiter_16x16"})
+    weights.set_layouts(module, {"weight": "aiter_16x16"})
     run = compiled(module)
     plain = Shuffled()
     for step in range(3):
@@ -114,7 +114,7 @@ def test_updates_of_a_folded_weight_are_those_of_its_logical_values():
             with weights.update(module) as update:
                 update.load("weight", values)
         else:
-            with weights.window([module.weight]):
+            with weights.checkpoint_layout([module.weight]):
                 module.weight.copy_(values)
         plain.weight.copy_(values)
         torch.testing.assert_close(run(x), plain(x), rtol=0, atol=0)

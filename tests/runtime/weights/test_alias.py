@@ -7,7 +7,7 @@ from torch import nn
 from fixpass.runtime.errors import LayoutError
 from fixpass.runtime.weights.alias import bring_back, moved_away, pack, packed, unpack
 from fixpass.runtime.weights.layouts import Alias, Layout
-from fixpass.runtime.weights.relayout import fold
+from fixpass.runtime.weights.relayout import set_layout
 
 
 def three():
@@ -97,4 +97,4 @@ def test_a_packed_parameter_is_not_folded_by_itself():
     q, k = (nn.Parameter(torch.randn(32, 64)) for _ in range(2))
     pack([q, k])
     with pytest.raises(LayoutError, match="part of a pack"):
-        fold(q, "aiter_16x16")
+        set_layout(q, "aiter_16x16")

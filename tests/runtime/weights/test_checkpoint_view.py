@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from fixpass.runtime.errors import LayoutError
-from fixpass.runtime.weights.checkpoint_view import window
+from fixpass.runtime.weights.checkpoint_view import checkpoint_layout
 from fixpass.runtime.weights.layouts import NAMED, Alias
-from fixpass.runtime.weights.relayout import fold, logical
+from fixpass.runtime.weights.relayout import logical, set_layout
 from helpers.folding import REFERENCES, aiter, equal, parameter
 
 LAYOUTS = [layout.name for layout in NAMED if not isinstance(layout.folds[0], Alias)]
@@ -47,11 +47,11 @@ def loadable(*shape, dtype=torch.bfloat16):
 def test_a_loader_works_three_times_and_memory_and_attributes_stay(layout):
     param = loadable(64, 128, dtype=torch.uint8)
     pointer, attributes = param.data_ptr(), dict(vars(param))
-    fold(param, layout)
+    set_layout(param, layout)
     shape, stride = param.shape, param.stride()
     for seed in range(3):
         loaded = parameter(64, 128, dtype=torch.uint8, seed=seed + 1).data
-        with window([param]):
+        with checkpoint_layout([param]):
             assert param.shape == (64, 128)
             column_parallel(param, loaded)
             assert torch.equal(param, loaded)
@@ -63,9 +63,9 @@ def test_a_loader_works_three_times_and_memory_and_attributes_stay(layout):
 def test_a_square_transposed_parameter_loads_what_the_checkpoint_means():
     """With its dims merely swapped a loader of a square one writes the transpose, in silence."""
     param = loadable(8, 8, dtype=torch.float32)
-    fold(param, "transposed_dense")
+    set_layout(param, "transposed_dense")
     whole = torch.arange(8.0 * 16).view(8, 16)
-    with window([param]):
+    with checkpoint_layout([param]):
         row_parallel(param, whole, rank=1)
     assert torch.equal(param, whole[:, 8:].t())
 
@@ -73,10 +73,10 @@ def test_a_square_transposed_parameter_loads_what_the_checkpoint_means():
 def test_a_transposed_parameter_loads_the_slice_of_its_rank():
     """N=8, K=16: what synced dims got wrong without a word."""
     param = loadable(8, 16, dtype=torch.float32)
-    fold(param, "transposed_dense")
+    set_layout(param, "transposed_dense")
     whole = torch.arange(16.0 * 16).view(16, 16)
     for rank in (0, 1, 0):
-        with window([param]):
+        with checkpoint_layout([param]):
             column_parallel(param, whole, rank=rank, ranks=2)
         assert torch.equal(param, whole[8 * rank : 8 * rank + 8].t())
 
@@ -85,9 +85,9 @@ def test_a_transposed_parameter_loads_the_slice_of_its_rank():
 @pytest.mark.parametrize("sizes", [(32, 16, 16), (40, 12, 12), (1, 62, 1)])
 def test_shards_load_one_by_one_where_they_lie_in_bands_and_where_they_do_not(layout, sizes):
     param, loaded = loadable(64, 128), parameter(64, 128, seed=1).data
-    fold(param, layout)
+    set_layout(param, layout)
     for shard in (2, 0, 1):
-        with window([param]):
+        with checkpoint_layout([param]):
             merged(param, loaded.split(sizes)[shard], shard, sizes)
     assert equal(param, REFERENCES[layout](loaded))
 
@@ -95,8 +95,8 @@ def test_shards_load_one_by_one_where_they_lie_in_bands_and_where_they_do_not(la
 def test_reloading_one_expert_leaves_the_others_right():
     param, loaded = parameter(4, 64, 128), parameter(4, 64, 128, seed=1).data
     before = param.detach().clone()
-    fold(param, "aiter_16x16")
-    with window([param]):
+    set_layout(param, "aiter_16x16")
+    with checkpoint_layout([param]):
         param.data[0].copy_(loaded[0])
     assert equal(param, aiter(torch.cat([loaded[:1], before[1:]])))
 
@@ -140,9 +140,9 @@ STEPS = {
 def test_every_write_lands_where_it_means(step, layout):
     plain, values = torch.arange(2048.0).view(32, 64), -torch.arange(2048.0).view(32, 64) - 9
     param = nn.Parameter(plain.clone())
-    fold(param, layout)
+    set_layout(param, layout)
     STEPS[step](plain, values)
-    with window([param]):
+    with checkpoint_layout([param]):
         STEPS[step](param.data, values)
         assert torch.equal(param, plain)
         assert param.data.sum() == plain.sum()
@@ -152,15 +152,18 @@ def test_every_write_lands_where_it_means(step, layout):
 @pytest.mark.parametrize("layout", ["column_major", "transposed_dense"])
 def test_a_view_that_strides_cannot_say_is_refused_by_torch(layout):
     param = nn.Parameter(torch.randn(32, 64))
-    fold(param, layout)
-    with pytest.raises(RuntimeError, match="view size is not compatible"), window([param]):
+    set_layout(param, layout)
+    with (
+        pytest.raises(RuntimeError, match="view size is not compatible"),
+        checkpoint_layout([param]),
+    ):
         param.data.view(-1)
 
 
 def test_writes_through_the_parameter_itself_land_too():
     param, values = nn.Parameter(torch.randn(32, 64)), torch.randn(32, 64)
-    fold(param, "aiter_16x16")
-    with torch.no_grad(), window([param]):
+    set_layout(param, "aiter_16x16")
+    with torch.no_grad(), checkpoint_layout([param]):
         param.copy_(values)
         param[3:5] = 1.0
     values[3:5] = 1.0
@@ -169,8 +172,8 @@ def test_writes_through_the_parameter_itself_land_too():
 
 def test_load_state_dict_of_a_module_works_in_the_window():
     source, model = nn.Linear(64, 32), nn.Linear(64, 32)
-    fold(model.weight, "aiter_16x16")
-    with window(model.parameters()):
+    set_layout(model.weight, "aiter_16x16")
+    with checkpoint_layout(model.parameters()):
         model.load_state_dict(source.state_dict())
         assert torch.equal(model.state_dict()["weight"], source.weight)
     assert torch.equal(model.weight, aiter(source.weight.detach()))
@@ -178,9 +181,9 @@ def test_load_state_dict_of_a_module_works_in_the_window():
 
 def test_data_that_a_loader_puts_in_place_is_folded_into_the_memory_that_stays():
     param, values = parameter(32, 64), parameter(32, 64, seed=1).data
-    fold(param, "aiter_16x16")
+    set_layout(param, "aiter_16x16")
     pointer = param.data_ptr()
-    with window([param]):
+    with checkpoint_layout([param]):
         param.data = values
     assert equal(param, aiter(values))
     assert param.data_ptr() == pointer
@@ -188,11 +191,11 @@ def test_data_that_a_loader_puts_in_place_is_folded_into_the_memory_that_stays()
 
 def test_data_of_another_shape_put_in_place_is_refused_and_the_values_stay():
     param = parameter(32, 64)
-    fold(param, "aiter_16x16")
+    set_layout(param, "aiter_16x16")
     before = param.detach().clone()
     with (
         pytest.raises(LayoutError, match=r"put \(8, 8\) in the place of a parameter of \(32, 64\)"),
-        window([param]),
+        checkpoint_layout([param]),
     ):
         param.data = torch.zeros(8, 8, dtype=torch.bfloat16)
     assert equal(param, before)
@@ -200,8 +203,8 @@ def test_data_of_another_shape_put_in_place_is_refused_and_the_values_stay():
 
 def test_the_window_closes_when_a_loader_raises():
     param, values = parameter(32, 64), parameter(32, 64, seed=1).data
-    fold(param, "transposed")
-    with suppress(KeyError), window([param]):
+    set_layout(param, "transposed")
+    with suppress(KeyError), checkpoint_layout([param]):
         param.data[:16].copy_(values[:16])
         raise KeyError
     assert param.shape == (64, 32)
@@ -210,8 +213,8 @@ def test_the_window_closes_when_a_loader_raises():
 
 def test_a_view_of_another_element_size_is_refused():
     param = parameter(32, 64)
-    fold(param, "aiter_16x16")
-    with pytest.raises(LayoutError, match="of another size"), window([param]):
+    set_layout(param, "aiter_16x16")
+    with pytest.raises(LayoutError, match="of another size"), checkpoint_layout([param]):
         param.data.view(torch.uint8).copy_(torch.zeros(32, 128, dtype=torch.uint8))
 
 
@@ -219,8 +222,8 @@ def test_padding_is_not_written_by_a_load():
     from fixpass.runtime.weights.layouts import Layout, Pad
 
     param, values = nn.Parameter(torch.randn(19, 40)), torch.randn(19, 40)
-    fold(param, Layout("padded", (Pad((16, 32), value=2.0), *NAMED[0].folds)))
-    with window([param]):
+    set_layout(param, Layout("padded", (Pad((16, 32), value=2.0), *NAMED[0].folds)))
+    with checkpoint_layout([param]):
         param.data.copy_(values)
         param.data.fill_(5.0)
     wanted = torch.full((32, 64), 2.0)
@@ -230,9 +233,9 @@ def test_padding_is_not_written_by_a_load():
 
 def test_other_threads_see_no_window():
     param = parameter(32, 64)
-    fold(param, "aiter_16x16")
+    set_layout(param, "aiter_16x16")
     folded, seen = param.detach().clone(), []
-    with window([param]):
+    with checkpoint_layout([param]):
         thread = threading.Thread(target=lambda: seen.append(param.detach().clone()))
         thread.start()
         thread.join()
@@ -241,8 +244,8 @@ def test_other_threads_see_no_window():
 
 def test_autograd_is_told_that_the_values_changed():
     param = nn.Parameter(torch.randn(32, 64))
-    fold(param, "aiter_16x16")
+    set_layout(param, "aiter_16x16")
     before = param._version
-    with window([param]):
+    with checkpoint_layout([param]):
         param.data.copy_(torch.zeros(32, 64))
     assert param._version > before

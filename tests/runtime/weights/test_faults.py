@@ -13,9 +13,9 @@ from torch import nn
 
 from fixpass.runtime.errors import PoisonedError, UpdateError
 from fixpass.runtime.weights import read
-from fixpass.runtime.weights.lock import gate_of
+from fixpass.runtime.weights.lock import lock_of
 from fixpass.runtime.weights.state_file import read_state, resume
-from fixpass.runtime.weights.undo_log import Journal
+from fixpass.runtime.weights.undo_log import UndoLog
 from fixpass.runtime.weights.update import update
 from fixpass.runtime.weights.versions import version
 from helpers import weights_workers as workers
@@ -53,27 +53,27 @@ def failing(monkeypatch, after, error, times=1):
 def test_a_journal_brings_the_old_weights_back(monkeypatch, error):
     model = model_of()
     done = failing(monkeypatch, 4, error)
-    with pytest.raises(type(error)), update(model, "journal", threads=1) as tx:
+    with pytest.raises(type(error)), update(model, "undo_log", threads=1) as tx:
         tx.load_state_dict(workers.full(1))
     assert len(done) >= 4
     assert holds(model, 0)
     assert version(model) == 0
-    with gate_of(model).reading():
+    with lock_of(model).read_lock():
         pass
 
 
 def test_a_write_while_the_journal_is_kept_is_not_lost_in_a_rollback(monkeypatch):
-    model, keep = model_of(), Journal.keep
+    model, keep = model_of(), UndoLog.keep
 
     def keep_and_write(journal, param):
         keep(journal, param)
         with torch.no_grad():
             model[0].weight.fill_(5.0)
 
-    monkeypatch.setattr(Journal, "keep", keep_and_write)
+    monkeypatch.setattr(UndoLog, "keep", keep_and_write)
     with (
         pytest.raises(UpdateError, match="written while an update was open"),
-        update(model, "journal") as tx,
+        update(model, "undo_log") as tx,
     ):
         tx.load_state_dict(workers.full(1))
     assert bool((model[0].weight == 5.0).all())
@@ -83,7 +83,7 @@ def test_a_write_while_the_journal_is_kept_is_not_lost_in_a_rollback(monkeypatch
 def test_a_second_set_of_memory_is_thrown_away(monkeypatch, error):
     model = model_of()
     failing(monkeypatch, 4, error)
-    with pytest.raises(type(error)), update(model, "double", threads=1) as tx:
+    with pytest.raises(type(error)), update(model, "double_buffer", threads=1) as tx:
         tx.load_state_dict(workers.full(1))
     assert holds(model, 0)
     assert version(model) == 0
@@ -92,7 +92,7 @@ def test_a_second_set_of_memory_is_thrown_away(monkeypatch, error):
 def test_a_staged_commit_that_is_interrupted_is_finished_first(monkeypatch):
     model = model_of()
     failing(monkeypatch, 4, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt), update(model, "staged", threads=1) as tx:
+    with pytest.raises(KeyboardInterrupt), update(model, "buffered", threads=1) as tx:
         tx.load_state_dict(workers.full(1))
     assert holds(model, 1)
     assert version(model) == 1
@@ -103,7 +103,10 @@ def test_weights_that_could_not_be_made_whole_are_used_by_no_call(monkeypatch):
     failing(monkeypatch, 4, RuntimeError("the device is gone"), times=2)
     with pytest.raises(RuntimeError, match="device"), update(model, threads=1) as tx:
         tx.load_state_dict(workers.full(1))
-    with pytest.raises(PoisonedError, match="are a mixture: update all"), gate_of(model).reading():
+    with (
+        pytest.raises(PoisonedError, match="are a mixture: update all"),
+        lock_of(model).read_lock(),
+    ):
         pass
     with (
         pytest.raises(PoisonedError, match="does not make them whole"),
@@ -112,12 +115,12 @@ def test_weights_that_could_not_be_made_whole_are_used_by_no_call(monkeypatch):
         pass
     with update(model) as tx:
         tx.load_state_dict(workers.full(2))
-    with gate_of(model).reading() as number:
+    with lock_of(model).read_lock() as number:
         assert number == 1
     assert holds(model, 2)
 
 
-@pytest.mark.parametrize("mode", ["staged", "journal"])
+@pytest.mark.parametrize("mode", ["buffered", "undo_log"])
 def test_the_next_start_after_a_kill_says_what_state_the_weights_are_in(tmp_path, mode):
     weights, state = tmp_path / "weights", tmp_path / "state.json"
     weights.write_bytes(bytes(8 * 256 * 4))
@@ -134,7 +137,7 @@ def test_the_next_start_after_a_kill_says_what_state_the_weights_are_in(tmp_path
     found = resume(model, state)
     assert (found.state, found.version, found.to, found.mode) == ("committing", 1, 2, mode)
     assert "may be a mixture of versions 1 and 2" in str(found)
-    with pytest.raises(PoisonedError, match="ended in the middle"), gate_of(model).reading():
+    with pytest.raises(PoisonedError, match="ended in the middle"), lock_of(model).read_lock():
         pass
     with pytest.raises(PoisonedError), update(model, mode, scope="parameters", state_file=state):
         pass
@@ -150,7 +153,7 @@ def test_the_next_start_after_a_kill_says_what_state_the_weights_are_in(tmp_path
 def test_a_failed_update_leaves_a_state_file_that_says_so(tmp_path, monkeypatch):
     model, state = model_of(), tmp_path / "state.json"
     failing(monkeypatch, 4, RuntimeError("the device is gone"))
-    with pytest.raises(RuntimeError), update(model, "journal", threads=1, state_file=state) as tx:
+    with pytest.raises(RuntimeError), update(model, "undo_log", threads=1, state_file=state) as tx:
         tx.load_state_dict(workers.full(1))
     assert read_state(state).state == "committed"
     assert read_state(state).version == 0
@@ -171,7 +174,7 @@ def two():
         yield ranks
 
 
-@pytest.mark.parametrize("mode", ["staged", "journal"])
+@pytest.mark.parametrize("mode", ["buffered", "undo_log"])
 @pytest.mark.parametrize("way", ["whole", "sharded"])
 def test_a_sharded_model_is_updated_from_whole_tensors_and_from_shards(two, mode, way):
     for wrong, same, number in two.run(workers.update_sharded, mode, way):

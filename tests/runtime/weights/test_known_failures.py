@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fixpass.runtime.errors import CheckpointError, UpdateError
-from fixpass.runtime.weights.checkpoint_view import window
+from fixpass.runtime.weights.checkpoint_view import checkpoint_layout
 from fixpass.runtime.weights.mapping import Mapping
-from fixpass.runtime.weights.module_hooks import fold_model
+from fixpass.runtime.weights.module_hooks import set_layouts
 from fixpass.runtime.weights.presets import FUSED_EXPERTS
 from fixpass.runtime.weights.rebind import copy_or_rebind
-from fixpass.runtime.weights.relayout import fold, logical
+from fixpass.runtime.weights.relayout import logical, set_layout
 from fixpass.runtime.weights.reload import reload
 from fixpass.runtime.weights.update import update
 from fixpass.runtime.weights.versions import version
@@ -58,7 +58,7 @@ def dying(model=None):
         yield item
 
 
-@pytest.mark.parametrize("mode", ["staged", "journal", "double"])
+@pytest.mark.parametrize("mode", ["buffered", "undo_log", "double_buffer"])
 def test_a_stream_that_dies_leaves_half_of_the_weights_new(mode):
     plain, ours = layers(), layers()
     params = dict(plain.named_parameters())
@@ -71,7 +71,7 @@ def test_a_stream_that_dies_leaves_half_of_the_weights_new(mode):
     assert updated(ours) == 0
 
 
-@pytest.mark.parametrize("mode", ["staged", "journal", "double"])
+@pytest.mark.parametrize("mode", ["buffered", "undo_log", "double_buffer"])
 def test_a_forward_in_the_middle_of_an_update_sees_a_mixture(mode):
     plain, ours, x = layers(1.0), layers(1.0), torch.ones(1, 4)
     seen = {}
@@ -188,9 +188,9 @@ def test_dims_that_follow_a_transpose_load_wrong_data_in_silence():
     assert not torch.equal(plain, wanted)
     ours = nn.Parameter(torch.zeros(8, 16))
     ours.output_dim = 0
-    fold(ours, "transposed_dense")
+    set_layout(ours, "transposed_dense")
     for _ in range(3):
-        with window([ours]):
+        with checkpoint_layout([ours]):
             loader(ours, whole, 1)
         assert torch.equal(ours, wanted)
 
@@ -199,8 +199,8 @@ def test_shuffling_twice_is_wrong_and_folding_twice_is_not():
     weight = torch.randn(32, 64)
     assert not torch.equal(aiter(aiter(weight)), aiter(weight))
     param = nn.Parameter(weight.clone())
-    fold(param, "aiter_16x16")
-    fold(param, "aiter_16x16")
+    set_layout(param, "aiter_16x16")
+    set_layout(param, "aiter_16x16")
     assert torch.equal(param, aiter(weight))
 
 
@@ -212,7 +212,7 @@ def test_shuffling_all_experts_after_one_was_loaded_spoils_the_others():
     assert not torch.equal(plain[1:], aiter(old)[1:])
     model = nn.Module()
     model.weight = nn.Parameter(old.clone())
-    fold_model(model, {"weight": "aiter_16x16"})
+    set_layouts(model, {"weight": "aiter_16x16"})
     with update(model, scope="parts") as tx:
         tx.load("weight", new, start=(0,))
     assert torch.equal(model.weight, aiter(torch.cat([new[None], old[1:]])))

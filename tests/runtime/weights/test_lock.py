@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fixpass.runtime.errors import PoisonedError, UpdateError, VersionError
-from fixpass.runtime.weights.lock import Gate, closed, gate_of, over, reading, writing
+from fixpass.runtime.weights.lock import WeightsLock, closed, lock_of, over, read_lock, write_lock
 from fixpass.runtime.weights.versions import bump, changes, version
 from helpers.threads import in_thread
 
@@ -22,7 +22,7 @@ class Reader:
         self.thread = in_thread(self.run)
 
     def run(self):
-        with self.gate.reading():
+        with self.gate.read_lock():
             self.entered.set()
             self.end.wait(10)
 
@@ -32,7 +32,7 @@ class Reader:
 
 
 def test_calls_go_through_together():
-    gate = Gate()
+    gate = WeightsLock()
     readers = [Reader(gate), Reader(gate)]
     assert all(reader.entered.wait(5) for reader in readers)
     for reader in readers:
@@ -40,18 +40,18 @@ def test_calls_go_through_together():
 
 
 def test_an_update_waits_for_the_calls_under_way_and_holds_back_new_ones():
-    gate, order = Gate(), []
+    gate, order = WeightsLock(), []
     first = Reader(gate)
     assert first.entered.wait(5)
     closing = threading.Event()
 
     def update():
         closing.set()
-        with gate.writing():
+        with gate.write_lock():
             order.append("update")
 
     def call():
-        with gate.reading():
+        with gate.read_lock():
             order.append("call")
 
     writer = in_thread(update)
@@ -68,7 +68,7 @@ def test_an_update_waits_for_the_calls_under_way_and_holds_back_new_ones():
 
 
 def test_a_call_inside_a_call_goes_on_while_an_update_waits():
-    outer, inner, done = Gate(), Gate(), threading.Event()
+    outer, inner, done = WeightsLock(), WeightsLock(), threading.Event()
     waiting = threading.Event()
 
     def update():
@@ -76,35 +76,38 @@ def test_a_call_inside_a_call_goes_on_while_an_update_waits():
         with closed((inner, outer)):
             done.set()
 
-    with outer.reading():
+    with outer.read_lock():
         thread = in_thread(update)
         waiting.wait(5)
         while not outer._waiting:
             time.sleep(0.001)
-        with outer.reading(), inner.reading():
+        with outer.read_lock(), inner.read_lock():
             assert not done.is_set()
     thread.join(5)
     assert done.is_set()
 
 
 def test_the_thread_that_updates_may_call_the_model():
-    gate = Gate()
-    with gate.writing(), gate.writing(), gate.reading() as seen:
+    gate = WeightsLock()
+    with gate.write_lock(), gate.write_lock(), gate.read_lock() as seen:
         assert seen == 0
     assert not gate._readers
 
 
 def test_an_update_inside_a_call_is_refused():
-    gate = Gate()
-    with gate.reading(), pytest.raises(UpdateError, match="inside a call"), gate.writing():
+    gate = WeightsLock()
+    with gate.read_lock(), pytest.raises(UpdateError, match="inside a call"), gate.write_lock():
         pass
 
 
 def test_an_update_gives_up_at_its_timeout_and_lets_calls_through_again():
-    gate = Gate()
+    gate = WeightsLock()
     reader = Reader(gate)
     assert reader.entered.wait(5)
-    with pytest.raises(UpdateError, match="1 calls of the model did not end"), gate.writing(0.01):
+    with (
+        pytest.raises(UpdateError, match="1 calls of the model did not end"),
+        gate.write_lock(0.01),
+    ):
         pass
     other = Reader(gate)
     assert other.entered.wait(5)
@@ -113,25 +116,25 @@ def test_an_update_gives_up_at_its_timeout_and_lets_calls_through_again():
 
 
 def test_no_call_uses_poisoned_weights():
-    gate = Gate()
+    gate = WeightsLock()
     gate.poisoned = "half of an update could not be undone"
-    with pytest.raises(PoisonedError, match="half of an update"), gate.reading():
+    with pytest.raises(PoisonedError, match="half of an update"), gate.read_lock():
         pass
-    with gate.writing(), gate.reading():
+    with gate.write_lock(), gate.read_lock():
         pass
 
 
 def test_a_model_has_one_gate_through_its_wrappers():
     model = nn.Sequential(nn.Linear(2, 2))
-    assert gate_of(model) is gate_of(torch.compile(model, backend="eager"))
-    assert gate_of(model) is gate_of(nn.DataParallel(model))
-    assert gate_of(model) is not gate_of(model[0])
+    assert lock_of(model) is lock_of(torch.compile(model, backend="eager"))
+    assert lock_of(model) is lock_of(nn.DataParallel(model))
+    assert lock_of(model) is not lock_of(model[0])
 
 
 def test_an_update_of_a_part_closes_the_gates_of_the_whole_and_none_of_others():
     model, other = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2)
-    whole, part, beside = gate_of(model), gate_of(model[0]), gate_of(model[1])
-    gate_of(other)
+    whole, part, beside = lock_of(model), lock_of(model[0]), lock_of(model[1])
+    lock_of(other)
     assert set(over([model[0].weight])) == {whole, part}
     assert set(over(model.parameters())) == {whole, part, beside}
 
@@ -139,7 +142,7 @@ def test_an_update_of_a_part_closes_the_gates_of_the_whole_and_none_of_others():
 def test_gates_die_with_their_models():
     model = nn.Linear(2, 2)
     weight = model.weight
-    gate_of(model)
+    lock_of(model)
     del model
     assert over([weight]) == ()
 
@@ -147,12 +150,12 @@ def test_gates_die_with_their_models():
 def test_versions_rise_for_all_that_share_a_parameter():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     for module in (model, *model):
-        gate_of(module)
+        lock_of(module)
     assert version(model) == 0
     assert bump(model[0]) == 1
     assert [version(module) for module in (model, *model)] == [1, 1, 0]
     assert bump(model, 7) == 7
-    with gate_of(model).reading() as seen:
+    with lock_of(model).read_lock() as seen:
         assert seen == 7
     with pytest.raises(VersionError, match="version 7 does not follow version 7"):
         bump(model, 7)
@@ -184,12 +187,12 @@ def test_a_key_of_a_tensor_of_inference_mode_is_of_its_memory():
 
 def test_a_load_that_is_no_update_can_hold_back_calls_of_the_model_and_its_parts():
     model = nn.Sequential(nn.Linear(2, 2))
-    with reading(model[0]):
+    with read_lock(model[0]):
         pass
-    with writing(model):
-        reader = Reader(gate_of(model[0]))
+    with write_lock(model):
+        reader = Reader(lock_of(model[0]))
         assert not reader.entered.wait(0.02)
     assert reader.entered.wait(5)
     reader.finish()
-    with reading(model), pytest.raises(UpdateError, match="inside a call"), writing(model):
+    with read_lock(model), pytest.raises(UpdateError, match="inside a call"), write_lock(model):
         pass

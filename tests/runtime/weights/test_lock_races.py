@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from fixpass.runtime.weights.lock import Gate, closed
+from fixpass.runtime.weights.lock import WeightsLock, closed
 from helpers.threads import in_thread
 
 
@@ -21,12 +21,12 @@ def _switching():
 
 @pytest.mark.usefixtures("_switching")
 def test_no_call_is_inside_while_an_update_is():
-    gates, inside, torn, done = (Gate(), Gate()), [], [], threading.Event()
+    gates, inside, torn, done = (WeightsLock(), WeightsLock()), [], [], threading.Event()
     values = [0, 0]
 
     def call():
         while not done.is_set():
-            with gates[0].reading() as seen, gates[1].reading():
+            with gates[0].read_lock() as seen, gates[1].read_lock():
                 first = values[0]
                 torn.extend(inside)
                 if values[1] != first or gates[0].version != seen:
@@ -54,16 +54,16 @@ def test_no_call_is_inside_while_an_update_is():
 
 @pytest.mark.usefixtures("_switching")
 def test_calls_inside_calls_and_updates_never_wait_for_each_other_for_ever():
-    gates, done, counts = (Gate(), Gate()), threading.Event(), [0, 0, 0]
+    gates, done, counts = (WeightsLock(), WeightsLock()), threading.Event(), [0, 0, 0]
 
     def call(first, second, number):
         while not done.is_set():
-            with first.reading(), second.reading(), first.reading():
+            with first.read_lock(), second.read_lock(), first.read_lock():
                 counts[number] += 1
 
     def update():
         while not done.is_set():
-            with gates[0].writing(), gates[1].reading():
+            with gates[0].write_lock(), gates[1].read_lock():
                 counts[2] += 1
 
     threads = [
@@ -98,10 +98,10 @@ class Counted(dict):
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_of_a_call_and_an_update_that_come_together_one_sees_the_other(moment):
-    gate, order, held, end = Gate(), [], threading.Event(), threading.Event()
+    gate, order, held, end = WeightsLock(), [], threading.Event(), threading.Event()
 
     def update():
-        with gate.writing():
+        with gate.write_lock():
             order.append("update begins")
             held.set()
             end.wait(10)
@@ -113,7 +113,7 @@ def test_of_a_call_and_an_update_that_come_together_one_sees_the_other(moment):
             time.sleep(0.001)
 
     def call():
-        with gate.reading():
+        with gate.read_lock():
             order.append("call")
 
     gate._readers = Counted(**{moment: arrives})
@@ -121,13 +121,13 @@ def test_of_a_call_and_an_update_that_come_together_one_sees_the_other(moment):
     time.sleep(0.1)
     end.set()
     thread.join(5)
-    with gate.writing():
+    with gate.write_lock():
         assert order == ["update begins", "update ends", "call"], "the call steps back"
 
 
 @pytest.mark.usefixtures("_switching")
 def test_gates_that_others_make_meanwhile_are_in_nobodys_way():
-    gate, done, failed = Gate(), threading.Event(), []
+    gate, done, failed = WeightsLock(), threading.Event(), []
 
     def work(step):
         try:
@@ -137,15 +137,15 @@ def test_gates_that_others_make_meanwhile_are_in_nobodys_way():
             failed.append(error)
 
     def call():
-        with gate.reading():
+        with gate.read_lock():
             pass
 
     def update():
-        with gate.writing():
+        with gate.write_lock():
             pass
 
-    kept = [Gate() for _ in range(20)]
-    steps = (call, call, update, lambda: kept.append(Gate()) or kept.pop(0))
+    kept = [WeightsLock() for _ in range(20)]
+    steps = (call, call, update, lambda: kept.append(WeightsLock()) or kept.pop(0))
     threads = [in_thread(lambda step=step: work(step)) for step in steps]
     time.sleep(1.0)
     done.set()
@@ -156,7 +156,7 @@ def test_gates_that_others_make_meanwhile_are_in_nobodys_way():
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_call_that_is_interrupted_as_it_waits_is_not_counted(monkeypatch, late):
-    gate, enter = Gate(), Gate._enter_busy
+    gate, enter = WeightsLock(), WeightsLock._enter_busy
 
     def interrupted(self, me, depth):
         if late:
@@ -165,23 +165,23 @@ def test_a_call_that_is_interrupted_as_it_waits_is_not_counted(monkeypatch, late
 
     gate.poisoned = "" if late else "so that it is busy"
     gate._busy = True
-    monkeypatch.setattr(Gate, "_enter_busy", interrupted)
-    with pytest.raises(KeyboardInterrupt), gate.reading():
+    monkeypatch.setattr(WeightsLock, "_enter_busy", interrupted)
+    with pytest.raises(KeyboardInterrupt), gate.read_lock():
         pass
     assert not gate._readers
-    with gate.writing(1.0):
+    with gate.write_lock(1.0):
         pass
 
 
 def test_an_update_whose_wake_up_was_lost_looks_again():
-    gate, entered, updated = Gate(), threading.Event(), threading.Event()
+    gate, entered, updated = WeightsLock(), threading.Event(), threading.Event()
 
     def update():
         entered.set()
-        with gate.writing():
+        with gate.write_lock():
             updated.set()
 
-    with gate.reading():
+    with gate.read_lock():
         thread = in_thread(update)
         entered.wait(5)
         while not gate._waiting:

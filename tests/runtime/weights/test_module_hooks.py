@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 from fixpass.runtime.errors import LayoutError
-from fixpass.runtime.weights.checkpoint_view import window
-from fixpass.runtime.weights.module_hooks import fold_model, unfold_model
-from fixpass.runtime.weights.relayout import layout_of, unfold
+from fixpass.runtime.weights.checkpoint_view import checkpoint_layout
+from fixpass.runtime.weights.module_hooks import reset_layouts, set_layouts
+from fixpass.runtime.weights.relayout import layout_of, reset_layout
 from fixpass.runtime.weights.reload import reload
 from helpers.folding import aiter
 
@@ -30,7 +30,7 @@ LAYOUTS = {"0.weight": "aiter_16x16", "2.weight": "transposed"}
 def folded():
     model = model_of()
     model.wanted = {name: value.clone() for name, value in model.state_dict().items()}
-    fold_model(model, LAYOUTS)
+    set_layouts(model, LAYOUTS)
     return model
 
 
@@ -70,7 +70,7 @@ def test_load_state_dict_takes_logical_values_and_keeps_the_fold(folded, assign)
 
 
 def test_a_state_dict_in_a_window_keeps_its_values_when_the_window_closes(folded):
-    with window(folded.parameters()):
+    with checkpoint_layout(folded.parameters()):
         state = folded.state_dict()
     assert same(state, folded.wanted)
 
@@ -81,7 +81,7 @@ def test_a_state_dict_in_a_window_keeps_its_values_when_the_window_closes(folded
 def test_copies_of_the_module_are_refused_until_it_is_unfolded(folded, work):
     with pytest.raises(LayoutError, match=r"Linear holds folded weights \(weight\).*unfold_model"):
         work(folded)
-    unfold_model(folded)
+    reset_layouts(folded)
     del folded[0].weight.weight_loader
     work(folded)
     copied = copy.deepcopy(folded)
@@ -90,9 +90,9 @@ def test_copies_of_the_module_are_refused_until_it_is_unfolded(folded, work):
 
 
 def test_a_module_is_protected_again_after_it_was_copied(folded):
-    unfold_model(folded)
+    reset_layouts(folded)
     copy.deepcopy(folded)
-    fold_model(folded, LAYOUTS)
+    set_layouts(folded, LAYOUTS)
     assert same(folded.state_dict(), folded.wanted)
     folded.load_state_dict(folded.wanted)
     assert same(folded.state_dict(), folded.wanted)
@@ -102,7 +102,7 @@ def test_a_module_is_protected_again_after_it_was_copied(folded):
 
 def test_strides_alone_need_no_protection():
     model = nn.Sequential(nn.Linear(64, 32))
-    fold_model(model, {"0.weight": "column_major"})
+    set_layouts(model, {"0.weight": "column_major"})
     copied = copy.deepcopy(model)
     assert torch.equal(copied[0].weight, model[0].weight)
 
@@ -119,13 +119,13 @@ def test_all_names_are_folded_or_none(layouts, match):
     model = model_of()
     before = model[0].weight.detach().clone()
     with pytest.raises(LayoutError, match=match):
-        fold_model(model, layouts)
+        set_layouts(model, layouts)
     assert layout_of(model[0].weight) is None
     assert torch.equal(model[0].weight, before)
 
 
 def test_an_unfolded_parameter_loads_as_ever(folded):
-    unfold(folded[0].weight)
+    reset_layout(folded[0].weight)
     source = model_of()
     folded.load_state_dict(source.state_dict())
     assert torch.equal(folded[0].weight, source[0].weight)

@@ -7,7 +7,7 @@ from torch import nn
 from fixpass.runtime.errors import CheckpointError, VersionError
 from fixpass.runtime.weights.digest import digest
 from fixpass.runtime.weights.mapping import Mapping
-from fixpass.runtime.weights.module_hooks import fold_model
+from fixpass.runtime.weights.module_hooks import set_layouts
 from fixpass.runtime.weights.presets import FUSED_EXPERTS
 from fixpass.runtime.weights.relayout import logical
 from fixpass.runtime.weights.update import update
@@ -67,7 +67,7 @@ class Experts(nn.Module):
 
 def test_parts_are_placed_by_their_start_and_counted(mode):
     model = Experts()
-    fold_model(model, {"w13": "aiter_16x16"})
+    set_layouts(model, {"w13": "aiter_16x16"})
     whole = torch.randn(4, 64, 32)
     with update(model, mode, scope="parts") as tx:
         for expert in (2, 0):
@@ -121,7 +121,7 @@ def expert_tensors():
 
 def test_experts_go_by_their_index_whatever_the_order(mode):
     model, stored = Mixture(), expert_tensors()
-    fold_model(model, {"experts.w13_weight": "aiter_16x16"})
+    set_layouts(model, {"experts.w13_weight": "aiter_16x16"})
     with update(model, mode, mapping=FUSED) as tx:
         tx.load_state_dict(dict(reversed(stored.items())))
     w13 = logical(model.experts.w13_weight)

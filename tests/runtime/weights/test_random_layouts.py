@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from fixpass.runtime.weights.checkpoint_view import window
+from fixpass.runtime.weights.checkpoint_view import checkpoint_layout
 from fixpass.runtime.weights.layout_plan import resolve
 from fixpass.runtime.weights.layouts import Layout, Pad, Permute
-from fixpass.runtime.weights.relayout import fold, logical, unfold
+from fixpass.runtime.weights.relayout import logical, reset_layout, set_layout
 
 
 def random_permute(choose):
@@ -39,14 +39,14 @@ def test_a_random_layout_is_its_permute_and_has_its_inverse(seed):
     layout = Layout(f"random {seed}", (Permute(split, order),))
     values = torch.arange(float(prod(batch) * prod(shape))).view(*batch, *shape)
     param = nn.Parameter(values.clone())
-    fold(param, layout)
+    set_layout(param, layout)
     assert torch.equal(param, reference(values, split, order, batch))
     assert torch.equal(logical(param), values)
     plan = resolve(layout, (*batch, *shape), 4)
     moved = param.detach().view(-1, plan.block)
     for mine, before in zip(moved, values.view(-1, plan.block), strict=True):
         assert set(mine.tolist()) == set(before.tolist())
-    unfold(param)
+    reset_layout(param)
     assert torch.equal(param, values)
 
 
@@ -60,8 +60,8 @@ def test_random_writes_in_the_window_land_where_they_mean(seed):
         shape = tuple(choose.randint(1, size) for size in shape)
     plain = torch.arange(float(prod(shape))).view(shape)
     param = nn.Parameter(plain.clone())
-    fold(param, Layout(f"random {seed}", folds))
-    with window([param]):
+    set_layout(param, Layout(f"random {seed}", folds))
+    with checkpoint_layout([param]):
         for step in range(8):
             mine, wanted = param.data, plain
             for _ in range(choose.randint(0, 3)):

@@ -7,7 +7,7 @@ from torch import nn
 from fixpass.runtime.errors import WeightError
 from fixpass.runtime.weights.alias import pack
 from fixpass.runtime.weights.rebind import copy_or_rebind
-from fixpass.runtime.weights.relayout import fold
+from fixpass.runtime.weights.relayout import set_layout
 from helpers.folding import equal, parameter
 
 
@@ -125,7 +125,7 @@ def test_a_gradient_of_another_shape_is_in_the_way():
 
 def test_a_folded_or_packed_parameter_is_unfolded_first():
     folded, q, k = parameter(32, 64), with_loader(4, 6), with_loader(2, 6)
-    fold(folded, "aiter_16x16")
+    set_layout(folded, "aiter_16x16")
     pack([q, k])
     for param in (folded, q):
         with pytest.raises(WeightError, match="it is folded"):

@@ -7,7 +7,7 @@ from torch import nn
 from fixpass.runtime.errors import LayoutError
 from fixpass.runtime.weights.layout_plan import resolve
 from fixpass.runtime.weights.layouts import Alias, Bytes, Derived, Layout, Pad, Permute, Stride
-from fixpass.runtime.weights.relayout import fold, layout_of, logical, unfold
+from fixpass.runtime.weights.relayout import layout_of, logical, reset_layout, set_layout
 from helpers.folding import REFERENCES, Allocations, aiter, bits, equal, parameter
 
 BF16, FP8, INT4 = torch.bfloat16, torch.float8_e4m3fn, torch.uint8
@@ -17,12 +17,12 @@ STAGING = 4 << 20
 def check_folds(param, layout, wanted):
     """Fold, compare with `wanted`, unfold, compare with what it was."""
     before, pointer, attributes = param.detach().clone(), param.data_ptr(), dict(vars(param))
-    assert fold(param, layout)
+    assert set_layout(param, layout)
     assert equal(param, wanted)
     assert equal(logical(param), before)
     assert param.data_ptr() == pointer
     assert vars(param) == attributes
-    assert unfold(param)
+    assert reset_layout(param)
     assert equal(param, before)
     assert param.is_contiguous()
     assert param.data_ptr() == pointer
@@ -51,7 +51,7 @@ def test_a_fold_keeps_object_class_attributes_and_requires_grad():
     param = Weight(parameter(32, 64).data)
     param.weight_loader, param.input_dim = print, 1
     before = dict(vars(param))
-    fold(param, "aiter_16x16")
+    set_layout(param, "aiter_16x16")
     assert type(param) is Weight
     assert vars(param) == before
     assert param.requires_grad
@@ -60,41 +60,41 @@ def test_a_fold_keeps_object_class_attributes_and_requires_grad():
 def test_folding_twice_is_folding_once():
     param = parameter(32, 64)
     wanted = aiter(param.detach().clone())
-    assert fold(param, "aiter_16x16")
-    assert not fold(param, "aiter_16x16")
+    assert set_layout(param, "aiter_16x16")
+    assert not set_layout(param, "aiter_16x16")
     assert equal(param, wanted)
     assert layout_of(param).name == "aiter_16x16"
-    assert unfold(param)
-    assert not unfold(param)
+    assert reset_layout(param)
+    assert not reset_layout(param)
     assert layout_of(param) is None
 
 
 def test_the_state_is_not_lost_with_the_attributes_nor_copied_with_them():
     param, other = parameter(32, 64), parameter(32, 64)
-    fold(param, "aiter_16x16")
+    set_layout(param, "aiter_16x16")
     other.__dict__.update(vars(param))
     vars(param).clear()
-    assert not fold(param, "aiter_16x16")
+    assert not set_layout(param, "aiter_16x16")
     assert layout_of(other) is None
 
 
 def test_a_square_transpose_moves_bytes_and_its_shape_says_nothing():
     param = parameter(64, 64, dtype=torch.float32)
     before = param.detach().clone()
-    fold(param, "transposed_dense")
+    set_layout(param, "transposed_dense")
     assert equal(param, before.t())
     assert param.is_contiguous()
-    unfold(param)
+    reset_layout(param)
     assert equal(param, before)
 
 
 def test_strides_alone_leave_the_values_where_they_are():
     param = parameter(48, 64, dtype=torch.float32)
     before = param.detach().clone()
-    fold(param, "column_major")
+    set_layout(param, "column_major")
     assert param.stride() == (1, 48)
     assert equal(param, before)
-    fold(other := parameter(48, 64, dtype=torch.float32), "transposed")
+    set_layout(other := parameter(48, 64, dtype=torch.float32), "transposed")
     assert other.shape == (64, 48)
     assert equal(other, before.t())
 
@@ -116,11 +116,11 @@ def test_a_fold_beyond_the_staging_buffer_is_exact_and_takes_no_second_copy(shap
     wanted = REFERENCES[layout](param.detach().clone())
     before = param.detach().clone()
     with Allocations() as seen:
-        fold(param, layout)
+        set_layout(param, layout)
     assert seen.largest <= STAGING
     assert equal(param, wanted)
     with Allocations() as seen:
-        unfold(param)
+        reset_layout(param)
     assert seen.largest <= STAGING
     assert equal(param, before)
 
@@ -129,7 +129,7 @@ def test_all_experts_in_one_parameter_turn_each_by_itself():
     experts = Layout("experts", (Permute(((-1,), (-1,)), (1, 0)),))
     param = parameter(4, 48, 64)
     values = param.detach().clone()
-    fold(param, experts)
+    set_layout(param, experts)
     assert torch.equal(bits(param).view(4, 64, 48), bits(values).mT)
     assert resolve(experts, (4, 48, 64), 2).block == 48 * 64
 
@@ -145,12 +145,12 @@ def test_padding_is_added_and_leaves_again():
     padded = Layout("padded", (Pad((16, 32), value=2.0), *_aiter_folds()))
     param = nn.Parameter(torch.randn(19, 40))
     before = param.detach().clone()
-    fold(param, padded)
+    set_layout(param, padded)
     wanted = torch.full((32, 64), 2.0)
     wanted[:19, :40] = before
     assert torch.equal(param, aiter(wanted))
     assert torch.equal(logical(param), before)
-    unfold(param)
+    reset_layout(param)
     assert torch.equal(param, before)
 
 
@@ -162,7 +162,7 @@ def test_a_part_of_a_larger_storage_is_folded_in_its_place():
     pack = parameter(64, 64)
     before = pack.detach().clone()
     param = nn.Parameter(pack.detach()[16:48], requires_grad=False)
-    fold(param, "aiter_16x16")
+    set_layout(param, "aiter_16x16")
     assert equal(pack[16:48], aiter(before[16:48]))
     assert equal(pack[:16], before[:16])
     assert equal(pack[48:], before[48:])
@@ -171,7 +171,7 @@ def test_a_part_of_a_larger_storage_is_folded_in_its_place():
 def test_a_graph_of_autograd_that_saved_the_weight_is_told():
     param = parameter(32, 64, dtype=torch.float32)
     loss = torch.nn.functional.linear(torch.randn(2, 64, requires_grad=True), param).sum()
-    fold(param, "aiter_16x16")
+    set_layout(param, "aiter_16x16")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -179,7 +179,7 @@ def test_a_graph_of_autograd_that_saved_the_weight_is_told():
 def refused(match, param, layout="aiter_16x16"):
     before = param if param.device.type == "meta" or param.is_sparse else param.detach().clone()
     with pytest.raises(LayoutError, match=match):
-        fold(param, layout, "layers.0.weight")
+        set_layout(param, layout, "layers.0.weight")
     if before is not param:
         assert equal(param, before)
     assert layout_of(param) is None
@@ -201,9 +201,9 @@ def test_an_unknown_name_lists_the_known_ones():
 
 def test_a_fold_over_another_fold_names_both():
     param = parameter(32, 64)
-    fold(param, "aiter_16x16")
+    set_layout(param, "aiter_16x16")
     with pytest.raises(LayoutError, match="folded into aiter_16x16 and not column_major: unfold"):
-        fold(param, "column_major")
+        set_layout(param, "column_major")
 
 
 def test_parameters_without_memory_of_their_own_are_refused():
@@ -211,7 +211,7 @@ def test_parameters_without_memory_of_their_own_are_refused():
     refused("sparse", nn.Parameter(torch.eye(32).to_sparse()))
     refused("starts from a dense one", nn.Parameter(torch.randn(64, 32).t()))
     with pytest.raises(LayoutError, match="loses values"):
-        fold(parameter(2, 2), Layout("cast", (Derived(torch.Tensor.half),)))
+        set_layout(parameter(2, 2), Layout("cast", (Derived(torch.Tensor.half),)))
 
 
 def test_a_layout_of_several_parameters_is_no_fold_of_one():
@@ -220,10 +220,10 @@ def test_a_layout_of_several_parameters_is_no_fold_of_one():
 
 def test_data_replaced_behind_a_fold_is_noticed_before_bytes_are_turned_back():
     param = parameter(32, 64)
-    fold(param, "aiter_16x16")
+    set_layout(param, "aiter_16x16")
     param.data = torch.zeros(32, 64, dtype=BF16)
     with pytest.raises(LayoutError, match=r"\.data was replaced since"):
-        unfold(param, "layers.0.weight")
+        reset_layout(param, "layers.0.weight")
     assert not param.any()
 
 

@@ -12,15 +12,15 @@ from torch import nn
 import fixpass  # noqa: F401  # registers the backend
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights import vectored
-from fixpass.runtime.weights.lock import gate_of
-from fixpass.runtime.weights.module_hooks import fold_model
+from fixpass.runtime.weights.lock import lock_of
+from fixpass.runtime.weights.module_hooks import set_layouts
 from fixpass.runtime.weights.relayout import logical
 from fixpass.runtime.weights.reload import reload
 from fixpass.runtime.weights.update import update
 from fixpass.runtime.weights.versions import version
 from helpers.folding import aiter
 
-MODES = ("staged", "journal", "double")
+MODES = ("buffered", "undo_log", "double_buffer")
 
 
 def model_of(seed=0, layers=4):
@@ -46,7 +46,7 @@ def holds(model, state):
 @pytest.mark.parametrize("kind", ["files", "state dict", "iterator"])
 def test_a_model_is_reloaded_from_any_source(tmp_path, mode, kind):
     model = model_of()
-    fold_model(model, {"1.weight": "aiter_16x16", "2.weight": "column_major"})
+    set_layouts(model, {"1.weight": "aiter_16x16", "2.weight": "column_major"})
     for seed in (1, 2):
         state = saved(tmp_path, seed)
         source = {"files": tmp_path, "state dict": state, "iterator": iter(state.items())}[kind]
@@ -132,7 +132,7 @@ def resident():
 def run_reloads(count, mode):
     """Reload under readers in other threads; torn reads, and bytes of growth from the middle on."""
     model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
-    fold_model(model, {f"{index}.weight": "aiter_16x16" for index in range(0, 8, 2)})
+    set_layouts(model, {f"{index}.weight": "aiter_16x16" for index in range(0, 8, 2)})
     with torch.no_grad():
         for param in model.parameters():
             param.fill_(0.0)
@@ -140,11 +140,11 @@ def run_reloads(count, mode):
         {f"{index}.weight": torch.full((64, 64), float(value)) for index in range(8)}
         for value in range(7)
     ]
-    gate, stop, torn, reads = gate_of(model), threading.Event(), [], [0]
+    gate, stop, torn, reads = lock_of(model), threading.Event(), [], [0]
 
     def call():
         while not stop.is_set():
-            with gate.reading() as number:
+            with gate.read_lock() as number:
                 params = [param.detach() for param in model.parameters()]
                 found = {float(value) for p in params for value in (p.min(), p.max())}
             reads[0] += 1
@@ -165,7 +165,7 @@ def run_reloads(count, mode):
         stop.set()
         for thread in threads:
             thread.join(10)
-    if mode != "double":
+    if mode != "double_buffer":
         assert pointers == [p.data_ptr() for p in model.parameters()]
     assert version(model) == count
     assert reads[0] > 0

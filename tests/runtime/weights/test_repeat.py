@@ -13,7 +13,7 @@ from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights import vectored
 from fixpass.runtime.weights.alias import pack
 from fixpass.runtime.weights.kept import kept_for
-from fixpass.runtime.weights.relayout import fold
+from fixpass.runtime.weights.relayout import set_layout
 from fixpass.runtime.weights.versions import version
 from helpers.folding import aiter
 from helpers.reloading import MODES, holds, model_of, named, reloaded, saved, stacked
@@ -114,7 +114,7 @@ def test_tensors_that_lie_otherwise_are_planned_again(tmp_path, plans, change):
 
 
 def _fold(model):
-    fold(model[0].up.weight, "aiter_16x16")
+    set_layout(model[0].up.weight, "aiter_16x16")
 
 
 def _other_parameter(model):

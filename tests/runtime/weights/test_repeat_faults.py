@@ -11,7 +11,7 @@ from torch import nn
 from fixpass.runtime.errors import CheckpointError, UpdateError
 from fixpass.runtime.weights import double_buffer as double
 from fixpass.runtime.weights import spans, vectored
-from fixpass.runtime.weights.lock import gate_of
+from fixpass.runtime.weights.lock import lock_of
 from fixpass.runtime.weights.versions import version
 from helpers.reloading import MODES, holds, model_of, named, reloaded, saved
 
@@ -100,7 +100,7 @@ def test_it_waits_for_calls_under_way(tmp_path, mode):
         saved(tmp_path, seed)
         reloaded(model, tmp_path, mode)
     state, started = saved(tmp_path, 3), threading.Event()
-    with gate_of(model).reading():
+    with lock_of(model).read_lock():
         before = {name: value.clone() for name, value in named(model)}
 
         def work():
@@ -123,10 +123,10 @@ def test_weights_that_were_a_mixture_are_whole_after_it(tmp_path, mode):
     for seed in (1, 2, 3):
         state = saved(tmp_path, seed)
         reloaded(model, tmp_path, mode)
-    gate_of(model).poisoned = "an update failed"
+    lock_of(model).poisoned = "an update failed"
     state = saved(tmp_path, 4)
     reloaded(model, tmp_path, mode)
-    with gate_of(model).reading():
+    with lock_of(model).read_lock():
         assert holds(model, state)
 
 
@@ -136,7 +136,7 @@ def test_weights_that_were_a_mixture_are_whole_after_it(tmp_path, mode):
 def twice(folder, model):
     for seed in (1, 2):
         state = saved(folder, seed, model=model)
-        reloaded(model, folder, "double")
+        reloaded(model, folder, "double_buffer")
     return state
 
 
@@ -150,7 +150,7 @@ def test_memory_of_another_layout_is_not_put_in_place(tmp_path):
     model = small()
     twice(tmp_path, model)
     model[0].weight.data = model[0].weight.data.view(8, 4)
-    for mode in ("staged", "double", "double"):
+    for mode in ("buffered", "double_buffer", "double_buffer"):
         state = saved(tmp_path, 3, model=model)
         reloaded(model, tmp_path, mode)
         assert model[0].weight.shape == (8, 4)
@@ -164,7 +164,7 @@ def test_weights_that_were_brought_back_by_hand_are_not_written_before_the_gate_
     state = twice(tmp_path, model)
     old = [param.data for param in model.parameters()]
     saved(tmp_path, 3, model=model)
-    reloaded(model, tmp_path, "double")
+    reloaded(model, tmp_path, "double_buffer")
     for param, data in zip(model.parameters(), old, strict=True):
         param.data = data
     assert holds(model, state)
@@ -176,7 +176,7 @@ def test_weights_that_were_brought_back_by_hand_are_not_written_before_the_gate_
 
     monkeypatch.setattr(vectored, "fill", looking)
     fresh = saved(tmp_path, 4, model=model)
-    reloaded(model, tmp_path, "double")
+    reloaded(model, tmp_path, "double_buffer")
     assert holds(model, fresh)
     assert all(seen)
 
@@ -188,9 +188,9 @@ def test_tensors_that_the_user_keeps_are_not_written_over(tmp_path):
     values = {name: value.clone() for name, value in kept.items()}
     for seed in (3, 4, 5):
         saved(tmp_path, seed, model=model)
-        reloaded(model, tmp_path, "double")
+        reloaded(model, tmp_path, "double_buffer")
     assert all(torch.equal(kept[name], values[name]) for name in kept)
-    reloaded(model, kept, "double")
+    reloaded(model, kept, "double_buffer")
     assert holds(model, values)
 
 
@@ -201,7 +201,7 @@ def test_memory_whose_storage_the_user_keeps_is_not_written_over(tmp_path):
     values = torch.empty(0).set_(kept).clone()
     for seed in (3, 4, 5):
         state = saved(tmp_path, seed, model=model)
-        reloaded(model, tmp_path, "double")
+        reloaded(model, tmp_path, "double_buffer")
         assert holds(model, state)
     assert torch.equal(torch.empty(0).set_(kept), values)
 
@@ -212,7 +212,7 @@ def test_what_came_to_share_memory_with_a_weight_goes_on_to_share_it(tmp_path):
     model.register_buffer("row", model[0].weight[1], persistent=False)
     for seed in (3, 4, 5):
         state = saved(tmp_path, seed, model=model)
-        reloaded(model, tmp_path, "double")
+        reloaded(model, tmp_path, "double_buffer")
         assert holds(model, state)
         assert torch.equal(model.row, state["0.weight"][1])
 
@@ -230,11 +230,11 @@ def test_an_interrupt_after_the_exchange_leaves_whole_weights_and_no_memory_to_w
 
     monkeypatch.setattr(double, "keep_spare", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        reloaded(model, tmp_path, "double")
+        reloaded(model, tmp_path, "double_buffer")
     assert holds(model, state) or holds(model, fresh)
     for seed in (4, 5):
         state = saved(tmp_path, seed, model=model)
-        reloaded(model, tmp_path, "double")
+        reloaded(model, tmp_path, "double_buffer")
         assert holds(model, state)
 
 
@@ -257,7 +257,7 @@ def test_a_model_that_shares_what_is_not_loaded_is_not_kept_waiting(tmp_path, mo
     other[1] = model[1]
     for seed in range(3):
         state = saved(tmp_path, seed, model=model[0])
-        with gate_of(other).reading():
+        with lock_of(other).read_lock():
             named_so = {f"0.{name}": value for name, value in state.items()}
             reloaded(model, named_so, mode, scope="parameters")
         assert torch.equal(model[0].weight, state["weight"])

@@ -8,7 +8,7 @@ from torch import nn
 
 from fixpass.runtime.errors import CheckpointError, PoisonedError, UpdateError
 from fixpass.runtime.weights import vectored
-from fixpass.runtime.weights.lock import gate_of
+from fixpass.runtime.weights.lock import lock_of
 from fixpass.runtime.weights.old_bytes import OldBytes
 from fixpass.runtime.weights.versions import version
 from helpers.reloading import holds, model_of, reloaded, saved
@@ -20,7 +20,7 @@ def twice(tmp_path):
     model = model_of()
     for seed in (1, 2):
         state = saved(tmp_path, seed)
-        reloaded(model, tmp_path, "journal")
+        reloaded(model, tmp_path, "undo_log")
     saved(tmp_path, 3)
     return model, state, tmp_path
 
@@ -52,11 +52,11 @@ def test_an_exception_in_mid_commit_brings_the_old_bytes_back(twice, monkeypatch
     monkeypatch.setattr(OldBytes, "restore", looking)
     failing(monkeypatch, vectored, "fill", error, after=1)
     with pytest.raises(type(error)):
-        reloaded(model, folder, "journal", threads=1)
+        reloaded(model, folder, "undo_log", threads=1)
     assert seen == [False], "some of it had been written"
     assert holds(model, state)
     assert version(model) == 2
-    with gate_of(model).reading():
+    with lock_of(model).read_lock():
         pass
 
 
@@ -65,12 +65,12 @@ def test_where_they_do_not_come_back_calls_raise_until_all_weights_are_loaded(tw
     failing(monkeypatch, vectored, "fill", CheckpointError("gone"), after=1)
     failing(monkeypatch, OldBytes, "restore", OSError("the disk is gone"))
     with pytest.raises(OSError, match="the disk is gone"):
-        reloaded(model, folder, "journal", threads=1)
-    with pytest.raises(PoisonedError), gate_of(model).reading():
+        reloaded(model, folder, "undo_log", threads=1)
+    with pytest.raises(PoisonedError), lock_of(model).read_lock():
         pass
     state = saved(folder, 4)
-    reloaded(model, folder, "journal")
-    with gate_of(model).reading():
+    reloaded(model, folder, "undo_log")
+    with lock_of(model).read_lock():
         assert holds(model, state)
 
 
@@ -79,7 +79,7 @@ def test_no_place_for_the_old_bytes_is_an_error_before_any_changes(twice, monkey
     reads = failing(monkeypatch, vectored, "fill", AssertionError("it reads"))
     failing(monkeypatch, vectored, "write", CheckpointError("No space left on device"))
     with pytest.raises(CheckpointError, match="No space left"):
-        reloaded(model, folder, "journal")
+        reloaded(model, folder, "undo_log")
     assert not reads
     assert holds(model, state)
 
@@ -104,7 +104,7 @@ def test_a_write_while_the_old_bytes_are_kept_ends_the_update(twice, monkeypatch
 
     monkeypatch.setattr(vectored, "write", meddling)
     with pytest.raises(UpdateError, match="begin again"):
-        reloaded(model, folder, "journal")
+        reloaded(model, folder, "undo_log")
     assert (model[0].up.weight == 7.0).all()
     assert version(model) == 2
 
@@ -115,14 +115,14 @@ def test_weights_of_the_model_itself_may_be_given(plans):
     for number in range(4):
         live = model.state_dict()
         live["0.up.weight"], live["1.up.weight"] = live["1.up.weight"], live["0.up.weight"]
-        reloaded(model, live, "journal")
+        reloaded(model, live, "undo_log")
         one, other = ("1", "0") if number % 2 == 0 else ("0", "1")
         assert torch.equal(model[0].up.weight, values[f"{one}.up.weight"])
         assert torch.equal(model[1].up.weight, values[f"{other}.up.weight"])
     assert len(plans) == 4, "bytes that are read from where others are written are set aside"
 
 
-@pytest.mark.parametrize("mode", ["journal", "double", "staged"])
+@pytest.mark.parametrize("mode", ["undo_log", "double_buffer", "buffered"])
 def test_weights_of_the_model_may_be_given_through_numpy(mode):
     """Whose tensors have storages of their own over the same memory."""
     model = nn.ParameterDict({name: torch.zeros(8, 8) for name in "ab"}).requires_grad_(False)

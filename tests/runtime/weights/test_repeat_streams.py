@@ -9,7 +9,7 @@ from fixpass.runtime.weights import vectored
 from fixpass.runtime.weights.versions import version
 from helpers.reloading import holds, model_of, named, reloaded, stacked
 
-pytestmark = pytest.mark.parametrize("mode", ["staged", "double"])
+pytestmark = pytest.mark.parametrize("mode", ["buffered", "double_buffer"])
 
 
 def values(seed):
@@ -224,7 +224,7 @@ def test_a_tensor_that_nothing_takes_is_taken_when_something_does(plans, mode):
     assert len(plans) == 2
 
 
-@pytest.mark.parametrize("options", [{"finite": True}, {"mode": "journal"}])
+@pytest.mark.parametrize("options", [{"finite": True}, {"mode": "undo_log"}])
 def test_checks_for_nan_and_mode_journal_are_planned_each_time(plans, options, mode):
     model = model_of()
     for seed in range(3):

@@ -28,7 +28,7 @@ def test_a_folded_weight_is_not_shuffled_twice():
     weight = nn.Parameter(torch.randn(32, 64))
     with torch.no_grad():
         before = weights.shuffle_weight(weight, "aiter_16x16")
-        weights.fold(weight, "aiter_16x16")
+        weights.set_layout(weight, "aiter_16x16")
         after = weights.shuffle_weight(weight, "aiter_16x16")
     assert torch.equal(before, after)
     assert after.data_ptr() != weight.data_ptr()
@@ -36,7 +36,7 @@ def test_a_folded_weight_is_not_shuffled_twice():
 
 def test_a_weight_folded_into_another_layout_is_refused():
     weight = nn.Parameter(torch.randn(32, 64))
-    weights.fold(weight, "gate_up_interleaved")
+    weights.set_layout(weight, "gate_up_interleaved")
     with (
         torch.no_grad(),
         pytest.raises(LayoutError, match="folded into gate_up_interleaved was to be shuffled"),

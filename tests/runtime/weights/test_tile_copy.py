@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fixpass.runtime.weights import tile_copy as turn
-from fixpass.runtime.weights.relayout import fold, logical, unfold
+from fixpass.runtime.weights.relayout import logical, reset_layout, set_layout
 from fixpass.runtime.weights.tile_copy import turn_cells, turn_in_place
 
 needs_compiler = pytest.mark.skipif(turn._library() is None, reason="no C compiler here")
@@ -112,10 +112,10 @@ def test_without_a_compiler_or_a_folder_torch_copies(monkeypatch, tmp_path, comp
         assert turn._library() is None
         param = nn.Parameter(torch.randn(1024, 512), requires_grad=False)
         values = param.detach().clone()
-        fold(param, "aiter_16x16")
+        set_layout(param, "aiter_16x16")
         assert not torch.equal(param, values)
         assert torch.equal(logical(param), values)
-        unfold(param)
+        reset_layout(param)
         assert torch.equal(param, values)
     finally:
         turn._library.cache_clear()

@@ -9,7 +9,7 @@ from torch import nn
 
 from fixpass.runtime.errors import CheckpointError, FixpassError, UpdateError, VersionError
 from fixpass.runtime.weights.alias import pack
-from fixpass.runtime.weights.lock import gate_of
+from fixpass.runtime.weights.lock import lock_of
 from fixpass.runtime.weights.relayout import layout_of
 from fixpass.runtime.weights.update import update
 from fixpass.runtime.weights.versions import changes, version
@@ -53,7 +53,7 @@ def test_all_weights_are_new_after_an_update_and_nothing_else_is(mode, way):
         assert holds(model, values(seed))
         assert torch.equal(model.shuffled.weight, aiter(values(seed)["shuffled.weight"]))
         assert identity(model) == before
-        assert (pointers(model) == addresses) is (mode != "double" or seed == 2)
+        assert (pointers(model) == addresses) is (mode != "double_buffer" or seed == 2)
         assert version(model) == tx.report.version == seed
     whole = torch.cat([model.q.weight, model.k.weight])
     assert (
@@ -167,9 +167,9 @@ def test_calls_are_held_back_and_see_one_version(mode):
     stop = threading.Event()
 
     def call():
-        gate = gate_of(model)
+        gate = lock_of(model)
         while not stop.is_set():
-            with gate.reading() as number:
+            with gate.read_lock() as number:
                 seen.append((number, *(p.mean().item() for p in model.parameters())))
 
     with torch.no_grad():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fixpass.runtime.errors import CheckpointError, UpdateError
-from fixpass.runtime.weights.module_hooks import fold_model
+from fixpass.runtime.weights.module_hooks import set_layouts
 from fixpass.runtime.weights.update import update
 from helpers.folding import aiter
 from helpers.updating import MODES
@@ -34,7 +34,7 @@ class Rows(nn.Module):
 
 def test_a_loader_of_a_parameters_own_is_used_and_may_fail(mode):
     model, whole = Rows(), torch.randn(64, 64)
-    fold_model(model, {"weight": "aiter_16x16"})
+    set_layouts(model, {"weight": "aiter_16x16"})
     for _ in range(2):
         with update(model, mode) as tx:
             tx.load("weight", whole)
@@ -50,7 +50,7 @@ def test_a_loader_of_a_parameters_own_is_used_and_may_fail(mode):
 
 def test_memory_that_others_share_is_not_doubled():
     model = nn.Linear(2, 2).share_memory()
-    with pytest.raises(UpdateError, match="shared memory"), update(model, "double") as tx:
+    with pytest.raises(UpdateError, match="shared memory"), update(model, "double_buffer") as tx:
         tx.load_state_dict(model.state_dict())
 
 
@@ -58,9 +58,12 @@ def test_memory_of_inference_mode_is_written_and_not_exchanged():
     with torch.inference_mode():
         model = nn.Linear(4, 4)
     wanted = nn.Linear(4, 4).state_dict()
-    with pytest.raises(UpdateError, match="made in inference mode"), update(model, "double") as tx:
+    with (
+        pytest.raises(UpdateError, match="made in inference mode"),
+        update(model, "double_buffer") as tx,
+    ):
         tx.load_state_dict(wanted)
-    for mode in ("staged", "journal"):
+    for mode in ("buffered", "undo_log"):
         with update(model, mode) as tx:
             tx.load_state_dict(wanted)
         assert torch.equal(model.weight, wanted["weight"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fixpass.runtime.weights.module_hooks import fold_model
+from fixpass.runtime.weights.module_hooks import set_layouts
 from fixpass.runtime.weights.update import update
 from fixpass.runtime.weights.writes import (
     UnseenWriteWarning,
@@ -163,10 +163,10 @@ def test_a_few_values_that_torch_does_not_signal_are_found_only_by_looking_at_al
         assert writes(model).unseen == ("0.weight",)
 
 
-@pytest.mark.parametrize("mode", ["staged", "journal", "double"])
+@pytest.mark.parametrize("mode", ["buffered", "undo_log", "double_buffer"])
 def test_an_update_is_known_to_the_watch(mode):
     model = model_of()
-    fold_model(model, {"0.weight": "aiter_16x16"})
+    set_layouts(model, {"0.weight": "aiter_16x16"})
     writes(model)
     with update(model, mode, scope="parameters") as tx:
         tx.load("0.weight", NEW)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fixpass.explain import explain
+from fixpass.explanation import explain
 from fixpass.packed import pack_qkv
 
 VOCABULARY, SEQUENCE, NEW_TOKENS, REPEATS = 512, 128, 16, 30

@@ -1,8 +1,8 @@
 """Guards for eager code: norm kernels of other libraries that take any shape and strides.
 
 `guard` wraps a kernel under the contract that CONTRACTS has for it. What the arguments of each
-kernel mean is in OPAQUE_NORMS, where the passes read it too. `FIXPASS_GUARDS=off` gives every
-kernel back as it is. Nothing of another library is imported or replaced here.
+kernel mean is in OPAQUE_NORMS, where the passes read it too. `FIXPASS_EAGER_KERNELS=off` gives
+every kernel back as it is. Nothing of another library is imported or replaced here.
 """
 
 import inspect
@@ -74,7 +74,7 @@ def guard(kernel: Callable[..., Any], op: str) -> Callable[..., Any]:
     if row is None:
         known = ", ".join(row.op for row in GUARDED)
         raise KernelError(f"no guard for {op!r}; there are guards for {known}")
-    if not Config.resolve().guards:
+    if not Config.resolve().eager_kernels:
         return kernel
     call = _call(row, kernel)
     return guarded(kernel, call, planner(row.kernel, call))

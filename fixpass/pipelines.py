@@ -52,12 +52,12 @@ def installed_passes() -> tuple[Pass, ...]:
 def entry_pipeline(config: Config, *, may_restride: bool = False) -> Pipeline:
     """What runs on Dynamo's graph. It is not verified: no recorded value is functional there.
 
-    may_restride: weights may be changed, under fold="inplace".
+    may_restride: weights may be changed, under fold_weights="restride".
     """
     folds = FoldWeights(
-        config.fold or "derived",
+        config.fold_weights or "cache",
         may_restride,
-        explicit=config.fold is not None,
+        explicit=config.fold_weights is not None,
         uses_fsdp=_is_sharded(),
     )
     steps = _enabled(entry_passes(folds, PrepackLinears(packable_dtypes())), config)

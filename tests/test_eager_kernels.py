@@ -66,7 +66,7 @@ def test_a_norm_of_any_layout_is_that_of_dense_rows(layout):
 
 def test_without_a_guard_the_strided_heads_are_a_fault(monkeypatch):
     heads = LAYOUTS["heads of a packed projection"]()
-    monkeypatch.setenv("FIXPASS_GUARDS", "off")
+    monkeypatch.setenv("FIXPASS_EAGER_KERNELS", "off")
     norm = guard(aiter_rms_norm, "aiter::rmsnorm2d_fwd")
     assert norm is aiter_rms_norm
     with pytest.raises(LayoutFault):
@@ -233,8 +233,8 @@ def test_an_unknown_kernel_raises_and_lists_the_known_ones():
 
 
 def test_guards_are_an_option_of_their_own():
-    assert Config.resolve({}, {"FIXPASS_GUARDS": "off"}).guards is False
-    assert Config.resolve({}, {}).guards is True
+    assert Config.resolve({}, {"FIXPASS_EAGER_KERNELS": "off"}).eager_kernels is False
+    assert Config.resolve({}, {}).eager_kernels is True
 
 
 def random_rows(rng, rows, hidden, written):

@@ -68,7 +68,7 @@ def test_without_the_switch_nothing_is_hooked(engine, monkeypatch):
 
 
 def test_guards_can_be_left_out_alone(engine, monkeypatch):
-    monkeypatch.setenv("FIXPASS_GUARDS", "off")
+    monkeypatch.setenv("FIXPASS_EAGER_KERNELS", "off")
     targets = start(engine)._patched
     assert targets == {
         f"{LOADER}.device_loading_context",

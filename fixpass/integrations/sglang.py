@@ -44,8 +44,8 @@ def plugin() -> None:
 
 
 def serving_hooks() -> tuple[Hook, ...]:
-    """The hooks of the serving side; FIXPASS_GUARDS=off leaves those of norms out."""
-    norms = norm_hooks(LAYERNORM, "_use_aiter") if Config.resolve().guards else ()
+    """The hooks of the serving side; FIXPASS_EAGER_KERNELS=off leaves those of norms out."""
+    norms = norm_hooks(LAYERNORM, "_use_aiter") if Config.resolve().eager_kernels else ()
     return (
         *norms,
         Hook(f"{LOADER}.device_loading_context", "AROUND", _keep_parameters),

@@ -38,13 +38,13 @@ def plugin() -> None:
 
 
 def diffusion_hooks() -> tuple[Hook, ...]:
-    """The hooks of the diffusion side; FIXPASS_GUARDS=off leaves those of norms out."""
+    """The hooks of the diffusion side; FIXPASS_EAGER_KERNELS=off leaves those of norms out."""
     stages = f"{RUNTIME}.pipelines_core.stages.denoising"
     norms = norm_hooks(f"{RUNTIME}.layers.layernorm", "USE_AITER")
     # This side has no layer norm of aiter's.
     norms = tuple(hook for hook in norms if not hook.target.endswith(".layer_norm"))
     return (
-        *(norms if Config.resolve().guards else ()),
+        *(norms if Config.resolve().eager_kernels else ()),
         Hook(f"{RUNTIME}.loader.fsdp_load.shard_model", "AROUND", shard_model),
         Hook(f"{stages}.DenoisingStage._get_extra_func_kwarg_names", "AROUND", keyword_names),
         Hook(

@@ -20,7 +20,7 @@ from torch._inductor.compile_fx import compile_fx
 
 from fixpass.backend import record
 from fixpass.config import Config
-from fixpass.dynamo_stage import enter
+from fixpass.dynamo_stage import run_entry_passes
 from fixpass.integrations.engine import check_written_in, is_hook_of, once
 from fixpass.integrations.vllm_reload import hook_reload
 from fixpass.passes.functionalize_norms import FunctionalizeNorms
@@ -39,11 +39,11 @@ class FoldingBackend:
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         # Norms become functional among Inductor's options, behind vLLM's own ops.
         config = replace(self.config, disable=(*self.config.disable, FunctionalizeNorms.name))
-        entry = enter(gm, inputs, config, touch=True)
+        entry = run_entry_passes(gm, inputs, config, may_restride=True)
         record(entry.report)
-        entry.restart()
+        entry.retrace_if_restrided()
         compiled: Any = compile_fx(entry.gm, entry.inputs, config_patches=dict(self.options))
-        return entry.bind(compiled)
+        return entry.bind_inputs(compiled)
 
 
 def hook_backend(
@@ -64,7 +64,7 @@ def hook_backend(
         found, ours = original(self, *args, **kwargs), config_of(self)
         if ours is not None:
             hook_reload()
-        if found != "inductor" or ours is None or ours.fold == "off":
+        if found != "inductor" or ours is None or ours.fold_weights == "off":
             return found
         if importlib.import_module(f"{engine.__name__}.envs").VLLM_USE_AOT_COMPILE:
             say_once("VLLM_USE_AOT_COMPILE is on: vLLM runs without fold-weights")

@@ -10,10 +10,9 @@ from torch import fx
 
 from fixpass.aot_eager import compile_graphs, copy_graph
 from fixpass.config import Config
-from fixpass.dynamo_stage import enter
+from fixpass.dynamo_stage import run_entry_passes, specialize_eps
 from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.passes.printer import format_graph
-from fixpass.specialize import specialize_eps
 
 
 def trace(
@@ -33,7 +32,7 @@ def trace(
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         specialize_eps(gm.graph)
         # One graph on every machine: what is packed depends on the CPU.
-        entry = enter(gm, example_inputs, Config(disable=(PrepackLinears.name,)))
+        entry = run_entry_passes(gm, example_inputs, Config(disable=(PrepackLinears.name,)))
         names = [_short(node.name) for node in entry.gm.graph.find_nodes(op="placeholder")]
 
         def keep(graph: fx.Graph, stage: str) -> None:
@@ -41,7 +40,7 @@ def trace(
                 _rename_inputs(graph, names)
                 found.append(fx.GraphModule(graph.owning_module or {}, copy_graph(graph)))
 
-        return entry.bind(compile_graphs(entry.gm, entry.inputs, keep))
+        return entry.bind_inputs(compile_graphs(entry.gm, entry.inputs, keep))
 
     torch._dynamo.reset()
     with contextlib.nullcontext() if training else torch.no_grad():

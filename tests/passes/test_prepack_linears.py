@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 
 import fixpass
 from fixpass import Config, Report
-from fixpass.dynamo_stage import enter
+from fixpass.dynamo_stage import run_entry_passes
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.runtime.weights.prepack import packable_dtypes
@@ -33,7 +33,7 @@ def graph_of(module, x, dtypes=None):
     found = []
 
     def backend(gm, example_inputs):
-        entry = enter(gm, example_inputs, Config(disable=("prepack-linears",)))
+        entry = run_entry_passes(gm, example_inputs, Config(disable=("prepack-linears",)))
         step = PrepackLinears(packable_dtypes() if dtypes is None else dtypes)
         report = Pipeline((step,), strict=True).run(entry.gm.graph)
         found.append((entry.gm.graph, report))

@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## Compile a small Qwen3 with fixpass; report, checks, times
-	@$(PY) -m fixpass demo
+	@$(PY) examples/demo.py
 
 test: $(STAMP) ## Run the tests; TESTS=path runs a part
 	$(PYTEST) -m "not full" $(TESTS)

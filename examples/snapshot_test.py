@@ -14,8 +14,6 @@ from fixpass.testing import assert_same, bf16, text, trace
 
 
 class QueryNorm(nn.Module):
-    """Queries of a packed projection, normalised a head at a time."""
-
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(64, eps=1e-6, dtype=torch.bfloat16)

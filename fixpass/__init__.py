@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from fixpass.backend import compile, last_reports
     from fixpass.config import Config
     from fixpass.explanation import explain
-    from fixpass.lowering.contract import Contract
+    from fixpass.lowering.contract import Contract, Kernel
     from fixpass.lowering.target import Target
     from fixpass.passes.base import Pass, PassResult, Remark
     from fixpass.passes.pipeline import Pipeline
     from fixpass.passes.report import Report
-    from fixpass.passes.rewrite import Editor, Match, Missed, Rewrite
+    from fixpass.passes.rewrite import Editor, Match, Missed, Rewrite, apply_rewrite
     from fixpass.runtime.errors import FixpassError
 
 __version__ = "0.1.0"
@@ -27,6 +27,7 @@ __all__ = [
     "Contract",
     "Editor",
     "FixpassError",
+    "Kernel",
     "Match",
     "Missed",
     "Pass",
@@ -36,6 +37,7 @@ __all__ = [
     "Report",
     "Rewrite",
     "Target",
+    "apply_rewrite",
     "compile",
     "explain",
     "last_reports",
@@ -45,12 +47,12 @@ _MODULES = {
     "fixpass.backend": ("compile", "last_reports"),
     "fixpass.config": ("Config",),
     "fixpass.explanation": ("explain",),
-    "fixpass.lowering.contract": ("Contract",),
+    "fixpass.lowering.contract": ("Contract", "Kernel"),
     "fixpass.lowering.target": ("Target",),
     "fixpass.passes.base": ("Pass", "PassResult", "Remark"),
     "fixpass.passes.pipeline": ("Pipeline",),
     "fixpass.passes.report": ("Report",),
-    "fixpass.passes.rewrite": ("Editor", "Match", "Missed", "Rewrite"),
+    "fixpass.passes.rewrite": ("Editor", "Match", "Missed", "Rewrite", "apply_rewrite"),
     "fixpass.runtime.errors": ("FixpassError",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -28,6 +28,7 @@ from fixpass.pipelines import (
     present_target,
     register_lowerings,
 )
+from fixpass.runtime.providers import asked_once
 
 log = logging.getLogger("fixpass")
 HOOK = "post_grad_custom_pre_pass"
@@ -64,6 +65,7 @@ def last_reports() -> tuple[Report, ...]:
     return tuple(_reports)
 
 
+@asked_once()
 def fixpass(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],

@@ -16,12 +16,16 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
 import fixpass
-from fixpass.lowering.contract_table import CONTRACTS
+from fixpass.lowering.contract import Kernel
+from fixpass.lowering.contract_table import add_kernels, rows_of
 from fixpass.lowering.target import CPU, TARGETS
 from fixpass.passes import default_passes, entry_passes
-from fixpass.pipelines import check_torch, installed_passes
+from fixpass.pipelines import check_torch, installed_kernels, installed_passes
 from fixpass.runtime.errors import ConfigError, FixpassError
-from fixpass.runtime.providers import PROVIDERS
+from fixpass.runtime.providers import TRITON
+
+_LIBRARY = {"_C": "vllm"}
+"""The package that registers the ops of a namespace, where the names differ."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,9 +147,9 @@ def _passes(_: argparse.Namespace) -> int:
 
 
 def _kernels(_: argparse.Namespace) -> int:
-    for contract in CONTRACTS:
-        print(f"{contract.kernel} computes {contract.op}  [{contract.source}]")
-        for constraint in contract.constraints:
+    for kernel in _known_kernels():
+        print(f"{kernel.name} computes {kernel.op}  [{kernel.contract.source}]")
+        for constraint in kernel.contract.constraints:
             print(f"    {constraint}")
     return 0
 
@@ -155,7 +159,7 @@ def _doctor(_: argparse.Namespace) -> int:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"fixpass {fixpass.__version__}, torch {torch.__version__}, device {device}")
     groups: dict[str, list[str]] = {_way_out_of_inductor(): ["inductor"]}
-    for kernel in PROVIDERS:
+    for kernel in dict.fromkeys(row.name for row in _known_kernels() if row.name != "inductor"):
         groups.setdefault(_way_out(kernel), []).append(kernel)
     for way_out, kernels in groups.items():
         print(f"{'does not work:' if way_out else 'works:':<16}{', '.join(kernels)}")
@@ -174,13 +178,17 @@ def _way_out_of_inductor() -> str:
 
 
 def _way_out(kernel: str) -> str:
-    """The way out where `kernel` is not available, else ""."""
-    provider = PROVIDERS[kernel]
-    if provider.is_available():
+    """The way out where `kernel` is not installed, else ""."""
+    rows = rows_of(kernel)
+    if any(row.is_installed for row in rows):
         return ""
-    if not provider.needs:
-        return "run on a CUDA or ROCm device, with Triton installed"
-    library = provider.needs.partition("::")[0]
-    return (
-        f"install {'vllm' if library == '_C' else library}, and import it before fixpass compiles"
-    )
+    library = rows[-1].needs.partition("::")[0]
+    if library == TRITON:
+        return f"have {TRITON}"
+    return f"install {_LIBRARY.get(library, library)}, and import it before fixpass compiles"
+
+
+def _known_kernels() -> tuple[Kernel, ...]:
+    """Our kernels and those of installed packages."""
+    add_kernels(installed_kernels())
+    return rows_of()

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
-from fixpass.lowering.contract_table import kernel_names
+from fixpass.lowering.contract import Kernel
+from fixpass.lowering.target import Target
 from fixpass.passes.base import Pass
 from fixpass.passes.fold_weights import Mode
 from fixpass.runtime.errors import ConfigError
@@ -60,34 +61,36 @@ def _is_policy(label: str, value: Any) -> bool | Policy:
     raise ConfigError(f"{label} is True, False or a Policy, not {value!r}")
 
 
-def _are_passes(label: str, value: Any) -> tuple[Pass, ...]:
-    items = _items(label, value)
-    for item in items:
-        if not isinstance(item, Pass):
-            raise ConfigError(f"{label}: {item!r} is no instance of fixpass.Pass")
-    return items
+def _instances_of(kind: type) -> Callable[[str, Any], Any]:
+    def check(label: str, value: Any) -> tuple[Any, ...]:
+        for item in _items(label, value):
+            if not isinstance(item, kind):
+                raise ConfigError(f"{label}: {item!r} is no instance of fixpass.{kind.__name__}")
+        return tuple(value)
+
+    return check
 
 
-def _are_kernels(label: str, value: Any) -> tuple[str, ...] | None:
-    return None if value is None else _known(label, value, kernel_names())
+def _are_kernel_names(label: str, value: Any) -> tuple[str, ...] | None:
+    # `resolve` looks the names up when it knows the option `kernels`.
+    for item in () if value is None else _items(label, value):
+        if not isinstance(item, str):
+            raise ConfigError(f"{label}: {item!r} is no name of a kernel")
+    return None if value is None else tuple(value)
 
 
 def _are_pass_names(label: str, value: Any) -> tuple[str, ...]:
-    return _known(label, value, pass_names())
+    known = pass_names()
+    for item in _items(label, value):
+        if item not in known:
+            raise ConfigError(f"{label}: unknown {item!r}; known: {', '.join(known)}")
+    return tuple(value)
 
 
 def _are_inductors(label: str, value: Any) -> tuple[tuple[str, Any], ...]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{label} is a mapping of names to values, not {value!r}")
     return tuple(sorted(value.items()))
-
-
-def _known(label: str, value: Any, known: tuple[str, ...]) -> tuple[str, ...]:
-    items = _items(label, value)
-    for item in items:
-        if item not in known:
-            raise ConfigError(f"{label}: unknown {item!r}; known: {', '.join(known)}")
-    return items
 
 
 def _items(label: str, value: Any) -> tuple[Any, ...]:
@@ -151,7 +154,7 @@ class Config:
     )
     """"inductor" compiles; "eager" runs the rewritten graph op by op, for debugging."""
     norm_kernels: tuple[str, ...] | None = field(
-        default=None, metadata=_facts(_are_kernels, _words, "FIXPASS_NORM_KERNELS")
+        default=None, metadata=_facts(_are_kernel_names, _words, "FIXPASS_NORM_KERNELS")
     )
     """Norm kernels in order of preference, in place of the target's own order."""
     disable: tuple[str, ...] = field(
@@ -160,8 +163,12 @@ class Config:
     """Names of passes to leave out."""
     fuel: int | None = field(default=None, metadata=_facts(_is_count, _number, "FIXPASS_FUEL"))
     """Stop rewriting after this many changes, to bisect a wrong result."""
-    passes: tuple[Pass, ...] = field(default=(), metadata=_facts(_are_passes))
-    """Passes of your own, run after ours."""
+    passes: tuple[Pass, ...] = field(default=(), metadata=_facts(_instances_of(Pass)))
+    """Passes of your own. They run after ours, or where their `after` and `before` say."""
+    kernels: tuple[Kernel, ...] = field(default=(), metadata=_facts(_instances_of(Kernel)))
+    """Kernels of your own, to be named in `norm_kernels` or in a target."""
+    targets: tuple[Target, ...] = field(default=(), metadata=_facts(_instances_of(Target)))
+    """Targets of your own; they win over ours of the same name."""
     symmetric_memory: bool | Policy = field(
         default=True, metadata=_facts(_is_policy, _flag, "FIXPASS_SYMMETRIC_MEMORY")
     )
@@ -200,7 +207,12 @@ class Config:
             if name not in known:
                 raise ConfigError(f"unknown option {name!r}; known options: {', '.join(known)}")
             found[name] = known[name].metadata["check"](f"option {name!r}", value)
-        return replace(Config(), **found)
+        config = replace(Config(), **found)
+        if config.norm_kernels is not None:
+            from fixpass.pipelines import check_kernels
+
+            check_kernels(config.norm_kernels, config)
+        return config
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:

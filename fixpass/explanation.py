@@ -26,7 +26,7 @@ from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.passes.report import Report
 from fixpass.passes.rewrite import guards_suppressed
-from fixpass.pipelines import check_torch, graph_pipeline, preferred, present_target
+from fixpass.pipelines import check_torch, graph_pipeline, known_targets, preferred, present_target
 
 
 def explain(
@@ -60,7 +60,9 @@ def explain(
     """
     check_torch()
     config = Config.resolve(options)
-    absent = preferred(target_named(target), config) if target else None
+    absent = None
+    if target:
+        absent = preferred(target_named(target, known_targets(config)), config)
     if absent and absent.device_type != "cpu":
         # A weight that is packed for the CPU is no tensor that another device could claim.
         config = replace(config, disable=(*config.disable, PrepackLinears.name))

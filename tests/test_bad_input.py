@@ -15,22 +15,8 @@ from fixpass.backend import last_reports
 from fixpass.pipelines import check_torch
 from fixpass.runtime.errors import ConfigError, FixpassError, UnsupportedTorchError
 from fixpass.testing import assert_same, f32
-
-OPTIONS = {"lower": "eager", "verify": True, "strict": True}
-INDUCTOR = {"verify": True, "strict": True}
-
-
-def llama(x, weight):
-    h = x.to(torch.float32)
-    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
-    return weight * h.to(x.dtype)
-
-
-def compiled(fn, dynamic=None, fullgraph=True, **options):
-    options = {**OPTIONS, **options}
-    return torch.compile(
-        fn, backend="fixpass", dynamic=dynamic, fullgraph=fullgraph, options=options
-    )
+from helpers.compiling import compiled
+from helpers.spellings import llama
 
 
 def error_of(call):
@@ -87,7 +73,7 @@ def test_an_option_with_a_wrong_value_is_named(options, words):
         ("FIXPASS_FUEL", "²", "FIXPASS_FUEL='²' is not a number"),
         ("FIXPASS_FUEL", "-1", "FIXPASS_FUEL='-1' is not a number"),
         ("FIXPASS_LOWER", "triton", 'FIXPASS_LOWER is "inductor" or "eager", not \'triton\''),
-        ("FIXPASS_NORM_KERNELS", "inductor, fastest", "FIXPASS_NORM_KERNELS: unknown 'fastest'"),
+        ("FIXPASS_NORM_KERNELS", "inductor, fastest", "'norm_kernels': unknown 'fastest'"),
     ],
 )
 def test_a_variable_that_does_not_parse_is_named(name, value, words):

@@ -10,8 +10,9 @@ from torch import nn
 from fixpass.cli import load_function, main
 from fixpass.runtime.errors import ConfigError
 from fixpass.testing import bf16
+from helpers.processes import run_python
 
-FIXPASS = [sys.executable, "-P", "-W", "ignore", "-m", "fixpass"]
+FIXPASS = ("-P", "-m", "fixpass")
 MODEL = """
 import torch
 from torch import nn
@@ -67,14 +68,9 @@ def test_a_model_of_a_file_is_explained_from_any_folder(name, place, folder, tmp
     (tmp_path / "elsewhere").mkdir()
     (home / name).write_text(MODEL)
     (home / "sizes.py").write_text("HEADS = 4")
-    run = subprocess.run(
-        [*FIXPASS, "explain", f"{place.format(home=home)}:build", "--target", "rocm:gfx942"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path / folder,
-    )
-    assert run.returncode == 0, run.stderr
-    assert "(q_norm): became rms_norm of bf16[5, 4, 16][192, 16, 1]" in run.stdout
+    words = "explain", f"{place.format(home=home)}:build", "--target", "rocm:gfx942"
+    report = run_python(*FIXPASS, *words, cwd=tmp_path / folder)
+    assert "(q_norm): became rms_norm of bf16[5, 4, 16][192, 16, 1]" in report
 
 
 def test_a_function_may_give_keyword_arguments_and_the_report_may_be_json(capsys):
@@ -126,17 +122,20 @@ def test_passes_kernels_and_doctor_list_what_there_is(command, expected, capsys)
 def test_doctor_says_what_works_and_the_way_out_for_the_rest(capsys):
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "works:          inductor" in lines
+    assert lines[1].startswith("works:          inductor")
     ours = next(i for i, line in enumerate(lines) if "strided_rms_norm" in line)
     assert lines[ours].startswith("does not work:  strided_rms_norm, strided_layer_norm")
-    assert lines[ours + 1] == "  to use them:  run on a CUDA or ROCm device, with Triton installed"
+    assert lines[ours + 1] == "  to use them:  have Triton with a CUDA or ROCm device"
     assert len(lines) < 12
 
 
 @pytest.mark.parametrize("command", ["kernels", "passes"])
 def test_a_closed_pipe_ends_a_command_without_a_word(command):
     with subprocess.Popen(
-        [*FIXPASS, command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, *FIXPASS, command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as run:
         run.stdout.close()
         assert run.stderr.read() == ""

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 import fixpass
 from examples import packed_qkv
 from helpers.models import build
+from helpers.processes import run_python
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -40,24 +39,16 @@ PROGRAMS = [
 ]
 
 
-def run(words, cwd=EXAMPLES, **environ):
-    command = [sys.executable, "-W", "ignore", *map(str, words)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, cwd=cwd, env=os.environ | environ
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.mark.parametrize(("words", "shows"), PROGRAMS)
 def test_a_program_shows_what_it_is_about(words, shows):
-    output = run(words)
+    output = run_python(*words, cwd=EXAMPLES)
     for text in shows:
         assert text in output
 
 
 def test_the_snapshot_example_passes():
-    assert "3 passed" in run(["-m", "pytest", "-q", "-p", "no:cacheprovider", "snapshot_test.py"])
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "snapshot_test.py"]
+    assert "3 passed" in run_python(*words, cwd=EXAMPLES)
 
 
 def test_a_packed_model_computes_what_the_model_does():
@@ -89,17 +80,25 @@ def installed(name, folder):
         "--no-build-isolation",
         "--target",
     ]
-    run([*pip, folder / "site", source], cwd=folder)
+    run_python(*pip, folder / "site", source, cwd=folder)
     return os.pathsep.join([str(folder / "site"), os.environ.get("PYTHONPATH", "")])
 
 
 def test_an_installed_pass_runs_and_is_listed(tmp_path):
     path = installed("own_pass", tmp_path)
-    output = run(["-m", "own_pass"], cwd=tmp_path, PYTHONPATH=path)
+    output = run_python("-m", "own_pass", cwd=tmp_path, PYTHONPATH=path)
     assert "clamp-to-relu\n    applied relu: became relu\n" in output
     assert "missed  clamp_min_1: the minimum is 2, and relu needs 0" in output
-    listed = run(["-m", "fixpass", "passes"], cwd=tmp_path, PYTHONPATH=path)
+    listed = run_python("-m", "fixpass", "passes", cwd=tmp_path, PYTHONPATH=path)
     assert "clamp-to-relu          Clamps at zero become relu." in listed
+
+
+def test_an_installed_kernel_runs_behind_a_relayout_and_is_listed(tmp_path):
+    path = installed("own_kernel", tmp_path)
+    output = run_python("-m", "own_kernel", cwd=tmp_path, PYTHONPATH=path)
+    assert "own_rms_norm reads f32[5, 4, 64][768, 64, 1]" in output
+    listed = run_python("-m", "fixpass", "kernels", cwd=tmp_path, PYTHONPATH=path)
+    assert "own_rms_norm computes rms_norm  [own_kernel.py: rows are dense]" in listed
 
 
 def test_every_example_is_short_and_run_by_a_test():

@@ -1,16 +1,13 @@
 """`import fixpass`: cheap, complete, and every submodule at hand."""
 
-import subprocess
-import sys
-
 import pytest
 
 import fixpass
+from helpers.processes import run_python
 
 
 def in_a_new_process(code):
-    command = [sys.executable, "-P", "-W", "ignore", "-c", f"import sys, fixpass\n{code}"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return run_python("-P", "-c", f"import sys, fixpass\n{code}").strip()
 
 
 def test_importing_the_package_loads_no_torch_and_no_submodule():

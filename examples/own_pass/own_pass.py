@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, fx
 
 import fixpass
-from fixpass.passes.rewrite import apply_rewrite
 
 aten = torch.ops.aten
 
@@ -39,7 +38,7 @@ class ClampToRelu(fixpass.Pass):
     name: ClassVar[str] = "clamp-to-relu"
 
     def run(self, graph: fx.Graph, result: fixpass.PassResult) -> None:
-        apply_rewrite(graph, ClampOfZero(), result)
+        fixpass.apply_rewrite(graph, ClampOfZero(), result)
 
 
 def clamps(x: Tensor) -> Tensor:

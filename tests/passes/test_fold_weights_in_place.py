@@ -11,6 +11,7 @@ import fixpass
 from fixpass import Config, Report
 from fixpass.dynamo_stage import run_entry_passes
 from fixpass.testing import f32
+from helpers.compiling import compiled_anew
 from helpers.weight_updates import COUNTED, EAGER, UNCOUNTED, Folds, Reads, same
 
 IN_PLACE = EAGER | {"fold_weights": "restride"}
@@ -21,8 +22,7 @@ def turned(weight):
 
 
 def compiled(module, **options):
-    torch._dynamo.reset()
-    return torch.compile(module, backend="fixpass", options=IN_PLACE | options, fullgraph=True)
+    return compiled_anew(module, **(IN_PLACE | options))
 
 
 @torch.no_grad()

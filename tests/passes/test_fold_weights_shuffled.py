@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 import fixpass
 from fixpass import Report, weights
 from fixpass.testing import f32
+from helpers.compiling import compiled_anew
 from helpers.weight_updates import COUNTED, EAGER, UNCOUNTED, same
 
 
@@ -25,8 +26,7 @@ class Shuffled(nn.Module):
 
 
 def compiled(module, **options):
-    torch._dynamo.reset()
-    return torch.compile(module, backend="fixpass", options=EAGER | options, fullgraph=True)
+    return compiled_anew(module, **(EAGER | options))
 
 
 @torch.no_grad()

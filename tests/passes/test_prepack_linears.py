@@ -13,7 +13,8 @@ from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.runtime.weights.prepack import packable_dtypes
 from fixpass.testing import bf16, f32
-from helpers.prepacking import Joined, compiled, same
+from helpers.compiling import compiled_anew as compiled
+from helpers.prepacking import Joined, same
 
 pytestmark = pytest.mark.skipif(
     not packable_dtypes(), reason="no oneDNN here, which packs the weights, or no x86"

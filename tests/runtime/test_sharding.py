@@ -112,4 +112,4 @@ def test_nothing_matched_is_an_error_that_lists_the_containers():
 
 def test_the_table_of_the_docs_is_what_the_models_resolve_to():
     page = sharding_page.PAGE.read_text()
-    assert sharding_page.table() in page, "run `cd tests && python -m helpers.sharding_page`"
+    assert sharding_page.table() in page, "run `make sharding-page`"

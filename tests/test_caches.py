@@ -106,7 +106,7 @@ def test_every_source_file_of_the_layers_is_hashed():
     assert {
         "canonicalize_norms.py",
         "norm_scale.py",
-        "contracts.py",
+        "contract_table.py",
         "norms.py",
         "rms_norm.py",
     } <= names

@@ -1,31 +1,25 @@
-"""Copies of 16-byte cells between two orders, in C: what folds into tiles of rows come down to.
+"""Copies of 16-byte cells between two orders of dimensions, in C++, for layouts of tiled rows.
 
-torch copies such cells one by one, at half the speed of memory. The C is compiled once a process,
-in a tenth of a second, when it is first needed; without a compiler torch copies.
+torch copies such cells one by one, at half the speed of memory. Without a C++ compiler torch
+copies.
 """
 
 import ctypes
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fixpass.runtime import extension
 from fixpass.runtime.weights.local import PLAIN
 
-SOURCE = Path(__file__).parent / "csrc" / "turn.c"
 LEAST = 1 << 20
 """Bytes from which on a copy is worth the trouble."""
 
-_COMPILERS = ("cc", "gcc", "clang")
-_FLAGS = ("-O3", "-march=native", "-std=c17", "-shared", "-fPIC")
 _MOST_OUTER = 8
 _CELL = 16
 
@@ -44,7 +38,7 @@ def turn_cells(out: Tensor, source: Tensor) -> bool:
     if plan is None or library is None:
         return False
     parts = plan.parts(torch.get_num_threads())
-    _call(library.turn, [(p.out, p.source, *p.numbers(), 1) for p in parts])
+    _call(library.turn, [(p.out, p.source, *p.numbers()) for p in parts])
     _written(out)
     return True
 
@@ -138,7 +132,7 @@ class _Plan:
         return found
 
     def numbers(self) -> tuple[object, ...]:
-        """All but the addresses, as the C takes it."""
+        """All but the addresses, as the C++ takes it."""
         columns = list(zip(*self.outer, strict=True)) or [(), (), ()]
         outer = [(ctypes.c_int64 * len(self.outer))(*column) for column in columns]
         return self.rows, self.columns, self.row, self.column, len(self.outer), *outer
@@ -152,23 +146,13 @@ def _is_plain(tensor: Tensor) -> bool:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled C; None without a compiler that makes something of it."""
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if compiler is None:
-        return None
-    # No folder to write to is as good as no compiler.
-    try:
-        with tempfile.TemporaryDirectory(prefix="fixpass-turn-") as folder:
-            path = Path(folder) / "turn.so"
-            command = [compiler, *_FLAGS, str(SOURCE), "-o", str(path)]
-            subprocess.run(command, check=True, capture_output=True, timeout=60)
-            # It stays mapped when the file is gone.
-            library = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError):
+    """The compiled C++; None where it cannot be built."""
+    library = extension.load("tile_copy").library
+    if library is None:
         return None
     integer, address = ctypes.c_int64, ctypes.c_void_p
     numbers: list[Any] = [*[integer] * 5, address, address, address]
-    library.turn.argtypes = [address, address, *numbers, integer]
+    library.turn.argtypes = [address, address, *numbers]
     library.turn_in_place.argtypes = [address, address, integer, integer, *numbers]
     library.turn.restype = library.turn_in_place.restype = None
     return library

@@ -81,7 +81,7 @@ def collectives(config: Config, target: Target, meet: bool) -> PlaceSymmetricMem
 
     groups.configure(timeout=config.symmetric_timeout)
     topology = f"{dist.get_world_size()} ranks, {local_world_size() or '?'} of them here"
-    describe = groups.settle if meet else groups.peek
+    describe = groups.rendezvous_facts if meet else groups.local_facts
     return PlaceSymmetricMemory(target, policy, topology, describe)
 
 

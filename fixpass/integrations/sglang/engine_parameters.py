@@ -17,9 +17,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fixpass.integrations.sglang.undo import Undo, as_bytes, undo_of
 from fixpass.runtime.attributes import Remembered, note
 from fixpass.runtime.errors import CheckpointError
-from fixpass.runtime.undo import Undo, as_bytes, undo_of
 
 # Random bytes at the start of a parameter whose values are lost: a load writes over them.
 MARK_BYTES = 16

@@ -19,8 +19,8 @@ from vllm.platforms import current_platform
 
 from fixpass.backend import HOOK, hooks_of, joint_keys, run_on
 from fixpass.config import Config, set_default
-from fixpass.integrations import vllm_collectives, vllm_ir
-from fixpass.integrations.vllm_collectives import FunctionalizeShmAllReduce
+from fixpass.integrations.vllm import ir, shm_all_reduce
+from fixpass.integrations.vllm.shm_all_reduce import FunctionalizeShmAllReduce
 from fixpass.lowering.target import Target
 from fixpass.passes.base import Pass
 from fixpass.passes.functionalize_norms import FunctionalizeNorms
@@ -34,7 +34,7 @@ from fixpass.pipelines import (
     target_here,
 )
 
-FILES = (__file__, vllm_ir.__file__, vllm_collectives.__file__)
+FILES = (__file__, ir.__file__, shm_all_reduce.__file__)
 ENTRY_HOOK = "pre_grad_custom_pass"
 log = logging.getLogger("vllm.fixpass")
 
@@ -115,7 +115,7 @@ class GraphPass(_Stage):
         pipeline = graph_pipeline(self.config, target)
         if not self.lowers_ir:
             return pipeline
-        return replace(pipeline, passes=(*pipeline.passes, vllm_ir.LowerVllmIr()))
+        return replace(pipeline, passes=(*pipeline.passes, ir.LowerVllmIr()))
 
 
 class EntryPass(_Stage):
@@ -129,7 +129,7 @@ class EntryPass(_Stage):
     def pipeline(self) -> Pipeline:
         target = target_here(torch.device(current_platform.device_type), self.config)
         place = collectives(self.config, target, meet=True)
-        steps: tuple[Pass, ...] = (vllm_ir.FunctionalizeVllmIr(), FunctionalizeNorms())
+        steps: tuple[Pass, ...] = (ir.FunctionalizeVllmIr(), FunctionalizeNorms())
         # Nobody else would take what it makes: an all-reduce through the process group.
         if place.name not in self.config.disable:
             steps = (*steps, FunctionalizeShmAllReduce(place))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from helpers import sharded_models
+from helpers import attribute_workers, sharded_models
 from helpers import sharding_workers as workers
 from helpers.ranks import Ranks
 
@@ -107,7 +107,9 @@ def to_double_and_back(model):
 @pytest.mark.parametrize("convert", [to_bfloat16, to_double_and_back])
 def test_attributes_stay_through_conversions_of_a_sharded_model(two, convert):
     dtype = torch.bfloat16 if convert is to_bfloat16 else torch.float32
-    for lost, later, changed, now in two.run(workers.attributes_through_conversions, convert):
+    for lost, later, changed, now in two.run(
+        attribute_workers.attributes_through_conversions, convert
+    ):
         assert lost == ["norm.weight"]  # its mark was changed, and stays changed
         assert (later, changed) == ("set after sharding", "changed after sharding")
         assert now == dtype
@@ -116,7 +118,9 @@ def test_attributes_stay_through_conversions_of_a_sharded_model(two, convert):
 @pytest.mark.parametrize("shards", [False, True])
 def test_loaders_that_were_set_before_tensor_parallelism_are_called(shards):
     with Ranks(4) as four:
-        for called, wrong, lost in four.run(workers.loaders_before_tensor_parallelism, shards):
+        for called, wrong, lost in four.run(
+            attribute_workers.loaders_before_tensor_parallelism, shards
+        ):
             assert called == ["attribute"] * 2 + ["property"] * 2
             assert (wrong, lost) == ([], [])
 

@@ -47,14 +47,14 @@ def install(config: VllmConfig, ours: Config) -> None:
     ranks = f"{config.parallel_config.world_size} ranks"
     if compilation.mode == CompilationMode.VLLM_COMPILE:
         key = current_platform.pass_key
-        options[key] = GraphPass(ours, ranks, _theirs(options.get(key)))
+        options[key] = GraphStage(ours, ranks, _theirs(options.get(key)))
     else:
         # In this mode vLLM 0.32 saves what it compiled in a form that it cannot load: every start
         # would compile again, while Inductor's own caches hold all of it.
         set_default("VLLM_USE_AOT_COMPILE", "0")
         compilation.ir_enable_torch_wrap = True
-        options[HOOK] = GraphPass(ours, ranks, _theirs(options.get(HOOK)), lowers_ir=True)
-        options[ENTRY_HOOK] = EntryPass(ours, ranks, _theirs(options.get(ENTRY_HOOK)))
+        options[HOOK] = GraphStage(ours, ranks, _theirs(options.get(HOOK)), lowers_ir=True)
+        options[ENTRY_HOOK] = EntryStage(ours, ranks, _theirs(options.get(ENTRY_HOOK)))
     log.info("fixpass is on, in compilation mode %s", compilation.mode.name)
 
 
@@ -98,7 +98,7 @@ class _Stage(InductorPass):  # type: ignore[misc]
         return None if keys is None else repr((type(self).__name__, self.lowers_ir, files, keys))
 
 
-class GraphPass(_Stage):
+class GraphStage(_Stage):
     """Our pipeline on the functional graph, for the device that vLLM runs on."""
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -118,7 +118,7 @@ class GraphPass(_Stage):
         return replace(pipeline, passes=(*pipeline.passes, ir.LowerVllmIr()))
 
 
-class EntryPass(_Stage):
+class EntryStage(_Stage):
     """What runs on Dynamo's graph: ops that may write into their arguments become functional."""
 
     def __call__(self, graph: fx.Graph) -> None:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from fixpass.runtime import kept_parameters, undo
+from fixpass.integrations.sglang import engine_parameters, undo
+from fixpass.integrations.sglang.engine_parameters import keeping, restore
+from fixpass.integrations.sglang.undo import undo_of, unshuffled
 from fixpass.runtime.errors import CheckpointError
-from fixpass.runtime.kept_parameters import keeping, restore
-from fixpass.runtime.undo import undo_of, unshuffled
 
 FP8 = torch.float8_e4m3fn
 
@@ -91,7 +91,7 @@ def processed(values, step):
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("shape", [(32, 64), (64, 64)])
 def test_loads_and_processing_can_be_repeated(step, shape, monkeypatch):
-    monkeypatch.setattr(kept_parameters, "SMALL_BYTES", 0)
+    monkeypatch.setattr(engine_parameters, "SMALL_BYTES", 0)
     # Compared in several pieces.
     monkeypatch.setattr(undo, "PIECE_BYTES", 1 << 10)
     module = layer(weights(0, *shape))
@@ -146,7 +146,7 @@ def test_few_values_are_remembered_where_nothing_can_be_undone(step):
 
 @pytest.mark.parametrize("step", [repack, take_away])
 def test_values_that_are_lost_and_not_brought_are_an_error_that_names_them(step, monkeypatch):
-    monkeypatch.setattr(kept_parameters, "SMALL_BYTES", 0)
+    monkeypatch.setattr(engine_parameters, "SMALL_BYTES", 0)
     module = layer(weights(0))
     with keeping(module):
         step(module)

@@ -1,4 +1,4 @@
-"""The layout of a norm's operands, in the form in which the kernels are told of it.
+"""Rows of a norm's operands as integers: sizes, strides and vector width, the kernels' arguments.
 
 Leading dimensions of all operands are merged jointly, bases are moved back to a 16-byte
 boundary, and strides are divided by the largest vector that divides them all: the kernel
@@ -32,8 +32,8 @@ class Operand:
 
 
 @dataclass(frozen=True)
-class Placement:
-    """One operand as a kernel is told: strides outermost first, all but `unit` run-time."""
+class OperandPlacement:
+    """One operand as a kernel's arguments: strides outermost first, all but `unit` run-time."""
 
     start: int
     column: int
@@ -42,15 +42,15 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """Rows common to several operands, and where each operand keeps them."""
+class RowGeometry:
+    """The rows that several operands have in common, and the placement of each operand."""
 
     hidden_size: int
     num_rows: int
     sizes: tuple[int, ...]
     vector: int
     size_unit: int
-    placements: tuple[Placement, ...]
+    placements: tuple[OperandPlacement, ...]
 
 
 def aligned_base(tensor: Tensor) -> tuple[Tensor, int]:
@@ -74,7 +74,7 @@ def operand(tensor: Tensor, skew: int) -> Operand:
 
 
 @lru_cache(maxsize=4096)
-def lay_out(operands: tuple[Operand, ...]) -> Geometry:
+def lay_out(operands: tuple[Operand, ...]) -> RowGeometry:
     """The joint geometry of operands of one shape."""
     shape = operands[0].shape
     hidden_size = shape[-1]
@@ -94,7 +94,7 @@ def lay_out(operands: tuple[Operand, ...]) -> Geometry:
     # Loads along rows need to know that a vector of rows never straddles two of them.
     size_unit = vector if by_rows else 1
     told_sizes = (*sizes[:-1], sizes[-1] // size_unit)
-    return Geometry(hidden_size, num_rows, told_sizes, vector, size_unit, placements)
+    return RowGeometry(hidden_size, num_rows, told_sizes, vector, size_unit, placements)
 
 
 def merge(
@@ -134,12 +134,14 @@ def _counted(column: int, leading: tuple[int, ...], unit: int) -> tuple[int, ...
     return (column, *leading[:-1]) if unit == UNIT_ROW else (column, *leading)
 
 
-def _place(skew: int, column: int, leading: tuple[int, ...], unit: int, vector: int) -> Placement:
+def _place(
+    skew: int, column: int, leading: tuple[int, ...], unit: int, vector: int
+) -> OperandPlacement:
     told = [stride // vector for stride in leading]
     if unit == UNIT_ROW:
         told[-1] = 1
     column = 1 if unit == UNIT_COLUMN else column // vector
-    return Placement(skew // vector, column, tuple(told), unit)
+    return OperandPlacement(skew // vector, column, tuple(told), unit)
 
 
 def describe(tensor: Tensor) -> str:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fixpass.runtime.kernels.layout import (
+from fixpass.runtime.kernels.row_geometry import (
     UNIT_COLUMN,
     UNIT_NONE,
     UNIT_ROW,

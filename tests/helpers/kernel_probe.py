@@ -14,13 +14,11 @@ from torch import Tensor
 
 from fixpass.runtime import norms
 from fixpass.runtime.kernels.add_rms_norm import add_rms_norm
-from fixpass.runtime.kernels.layer_norm import layer_norm
 from fixpass.runtime.kernels.qk_norm import qk_norm
-from fixpass.runtime.kernels.rms_norm import rms_norm
-from fixpass.testing.kernel_memory.accuracy import excess, ulps
-from fixpass.testing.kernel_memory.layouts import EVERY, READ_ONLY, Make
-from fixpass.testing.kernel_memory.report import MemoryReport
-from fixpass.testing.kernel_memory.trace import trace_memory
+from fixpass.runtime.kernels.rms_norm import layer_norm, rms_norm
+from fixpass.testing.kernel_memory import MemoryReport, trace_memory
+from helpers.accuracy import excess, ulps
+from helpers.row_layouts import EVERY, READ_ONLY, Make
 
 HIDDEN_SIZES = (1, 17, 63, 64, 80, 127, 128, 192, 256, 1024, 4096, 5000, 7168, 8192)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -2,7 +2,7 @@
 
 SGLang's serving has no graph for passes to see. Its calls of aiter's norm kernels get guards, and
 what it does to weights after a load keeps their parameters, so that they can be loaded again. The
-diffusion side is in `sglang_diffusion`.
+diffusion side is in `diffusion`.
 """
 
 import importlib
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from fixpass.config import Config, is_switched_on
 from fixpass.eager_kernels import guard
-from fixpass.integrations.sglang_hooks import Hook, check_version, install, say_once
+from fixpass.integrations.sglang.engine_parameters import keeping, restore
+from fixpass.integrations.sglang.hooks import Hook, check_version, install, say_once
 from fixpass.runtime.errors import EngineError
-from fixpass.runtime.kept_parameters import keeping, restore
 
 LAYERNORM = "sglang.srt.layers.layernorm"
 LOADER = "sglang.srt.model_loader.loader"

@@ -22,7 +22,7 @@ from fixpass.backend import record
 from fixpass.config import Config
 from fixpass.dynamo_stage import enter
 from fixpass.integrations.engine import check_written_in, is_hook_of, once
-from fixpass.integrations.vllm_reload import hook_reload
+from fixpass.integrations.vllm.live_reload import hook_reload
 from fixpass.passes.functionalize_norms import FunctionalizeNorms
 
 say_once = once(logging.getLogger("vllm.fixpass"), in_workers=True)

@@ -15,7 +15,7 @@ from vllm.distributed import parallel_state
 from fixpass.passes.base import Pass, PassResult
 from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
 from fixpass.runtime.providers import op_exists, overload_of
-from fixpass.runtime.symmetric_memory.ordinary import SUMMED
+from fixpass.runtime.symmetric_memory.process_group import SUMMED
 
 SHM = "_C::shm_allreduce"
 

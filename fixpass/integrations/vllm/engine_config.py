@@ -22,7 +22,7 @@ from fixpass.integrations.engine import (
     once,
     whose,
 )
-from fixpass.integrations.vllm_folding import hook_backend
+from fixpass.integrations.vllm.folding_backend import hook_backend
 from fixpass.runtime.errors import EngineError
 
 NAME = "fixpass"
@@ -86,7 +86,7 @@ def _hook_folds(configuration: type, engine: ModuleType) -> None:
 
 def _folding(compilation: Any) -> Config | None:
     """Our options, where our passes stand in vLLM's configuration."""
-    from fixpass.integrations.vllm_passes import options_of
+    from fixpass.integrations.vllm.inductor_stages import options_of
 
     return options_of(compilation)
 
@@ -114,7 +114,7 @@ def _configure(config: Any, original: Callable[[Any], None], in_front: Any) -> N
 
 def adopt(config: Any) -> str:
     """Put our passes among the options of Inductor; or why there is nothing to put them in."""
-    from fixpass.integrations.vllm_passes import install
+    from fixpass.integrations.vllm.inductor_stages import install
 
     compilation = config.compilation_config
     if compilation.mode is None or compilation.mode.name in ("NONE", "STOCK_TORCH_COMPILE"):

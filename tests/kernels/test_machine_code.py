@@ -7,12 +7,13 @@ import pytest
 import torch
 import triton
 
-from benchmarks import machine_code as offline
+from benchmarks import __main__ as benchmarks
+from benchmarks import machine_code
 from benchmarks.machine_code import Specimen, compile_launch, gpu_target, plan, specialize
 from fixpass.runtime.errors import ConfigError
-from fixpass.runtime.kernels.layout import describe
+from fixpass.runtime.kernels.launch import rounding
 from fixpass.runtime.kernels.rms_norm import plan_norm
-from fixpass.runtime.kernels.rounding import rounding
+from fixpass.runtime.kernels.row_geometry import describe
 from fixpass.runtime.kernels.shuffle import plan_shuffle
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
@@ -51,7 +52,7 @@ def assert_wide_and_documented(target_name, specimen):
     document = DOCUMENT.read_text()
     if f"Compiled with Triton {triton.__version__}." in document:  # others allocate otherwise
         section = document.split(f"## {target_name}\n")[1].split("\n## ")[0]
-        assert offline.table_row(specimen, target) in section.splitlines()
+        assert machine_code.table_row(specimen, target) in section.splitlines()
 
 
 @pytest.mark.parametrize(("target", "specimen"), SHORT, ids=str)
@@ -60,8 +61,8 @@ def test_machine_code(target, specimen):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("specimen", offline.specimens(), ids=str)
-@pytest.mark.parametrize("target", offline.DOCUMENTED_TARGETS)
+@pytest.mark.parametrize("specimen", machine_code.specimens(), ids=str)
+@pytest.mark.parametrize("target", machine_code.DOCUMENTED_TARGETS)
 def test_machine_code_of_the_whole_table(target, specimen):
     assert_wide_and_documented(target, specimen)
 
@@ -69,7 +70,7 @@ def test_machine_code_of_the_whole_table(target, specimen):
 # Sizes that fill no power of two, and so are masked.
 MASKED = [
     Specimen(op, size)
-    for op in offline.OPS
+    for op in machine_code.OPS
     for size in ((80, 192) if op == "qk_norm" else (80, 192, 1536, 5000, 7168))
 ]
 
@@ -88,16 +89,16 @@ def test_a_masked_size_loads_wide_too():
 
 @pytest.mark.full
 @pytest.mark.parametrize("specimen", MASKED, ids=str)
-@pytest.mark.parametrize("target", offline.DOCUMENTED_TARGETS)
+@pytest.mark.parametrize("target", machine_code.DOCUMENTED_TARGETS)
 def test_every_masked_size_loads_wide_too(target, specimen):
     assert_wide(target, specimen)
 
 
 def test_the_document_names_every_kernel_of_every_target():
     sections = re.findall(r"^## (\S+:\S+)$", DOCUMENT.read_text(), re.MULTILINE)
-    assert sections == list(offline.DOCUMENTED_TARGETS)
+    assert sections == list(machine_code.DOCUMENTED_TARGETS)
     rows = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("| rms_norm")]
-    assert len(rows) == 4 * len(offline.specimens(("rms_norm",)))
+    assert len(rows) == 4 * len(machine_code.specimens(("rms_norm",)))
 
 
 def source_hash(x, target):
@@ -136,13 +137,29 @@ def test_weights_are_shuffled_in_whole_cells():
 
 def test_an_unknown_target_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match=r"known targets: .*rocm:gfx942"):
-        offline.kernels_command("rocm:gfx000")
+        machine_code.kernels_command("rocm:gfx000")
     with pytest.raises(ConfigError, match="target cpu has no kernels"):
-        offline.kernels_command("cpu")
+        machine_code.kernels_command("cpu")
 
 
 def test_the_command_prints_a_row_a_kernel():
     lines = []
-    assert offline.kernels_command("rocm:gfx942", ops=("qk_norm",), show=lines.append) == 0
-    assert lines[1] == offline.HEADER
+    assert machine_code.kernels_command("rocm:gfx942", ops=("qk_norm",), show=lines.append) == 0
+    assert lines[1] == machine_code.HEADER
     assert len(lines) == 2 + 6
+
+
+def test_the_benchmark_writes_the_tables_into_a_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine_code, "table", lambda name, ops: [f"a row of {name}"])
+    page = tmp_path / "page.md"
+    page.write_text(f"prose\n{machine_code.MARKER}\nan old table\n")
+    assert benchmarks.main(["machine_code", "--target", "rocm:gfx942", "--write", str(page)]) == 0
+    assert page.read_text() == (
+        f"prose\n{machine_code.MARKER}\n\nCompiled with Triton {triton.__version__}.\n"
+        "a row of rocm:gfx942\n"
+    )
+
+
+def test_the_benchmark_refuses_an_unknown_target_in_one_line(capsys):
+    assert benchmarks.main(["machine_code", "--target", "rocm:gfx000"]) == 2
+    assert capsys.readouterr().err.startswith("python -m benchmarks machine_code: ")

@@ -1,4 +1,4 @@
-"""A call of an op as tensors and text: what the schema of an op that calls another can hold."""
+"""Encodes a call of an op as tensors and text, which the schema of another op can hold."""
 
 import json
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from torch import Tensor
 from fixpass.runtime.providers import overload_of
 
 
-def packed_call(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], str] | None:
+def encode_call(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], str] | None:
     """The tensors of a call, and the rest of it as text; None where it cannot be written down.
 
     Tensors may be nodes of a graph. Numbers, words, dtypes and lists of these can be written down.
     """
     tensors: list[Any] = []
 
-    def packed(value: Any) -> Any:
+    def encoded(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
-            return [packed(each) for each in value]
+            return [encoded(each) for each in value]
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         if isinstance(value, torch.dtype):
@@ -31,13 +31,13 @@ def packed_call(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any],
         return {"tensor": len(tensors) - 1}
 
     try:
-        spec = json.dumps([packed(args), {k: packed(v) for k, v in kwargs.items()}])
+        spec = json.dumps([encoded(args), {k: encoded(v) for k, v in kwargs.items()}])
     except TypeError:
         return None
     return tensors, spec
 
 
-def unpacked_call(
+def decode_call(
     op: str, arguments: str, tensors: Sequence[Any]
 ) -> tuple[Any, list[Any], dict[str, Any]]:
     """The op, its positional and its keyword arguments."""

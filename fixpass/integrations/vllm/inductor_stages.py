@@ -19,8 +19,8 @@ from vllm.platforms import current_platform
 
 from fixpass.backend import HOOK, hooks_of, joint_keys, run_on
 from fixpass.config import Config, set_default
-from fixpass.integrations import vllm_collectives, vllm_ir
-from fixpass.integrations.vllm_collectives import FunctionalizeShmAllReduce
+from fixpass.integrations.vllm import ir, shm_all_reduce
+from fixpass.integrations.vllm.shm_all_reduce import FunctionalizeShmAllReduce
 from fixpass.lowering.target import Target
 from fixpass.passes.base import Pass
 from fixpass.passes.functionalize_norms import FunctionalizeNorms
@@ -34,7 +34,7 @@ from fixpass.pipelines import (
     target_here,
 )
 
-FILES = (__file__, vllm_ir.__file__, vllm_collectives.__file__)
+FILES = (__file__, ir.__file__, shm_all_reduce.__file__)
 ENTRY_HOOK = "pre_grad_custom_pass"
 log = logging.getLogger("vllm.fixpass")
 
@@ -47,14 +47,14 @@ def install(config: VllmConfig, ours: Config) -> None:
     ranks = f"{config.parallel_config.world_size} ranks"
     if compilation.mode == CompilationMode.VLLM_COMPILE:
         key = current_platform.pass_key
-        options[key] = GraphPass(ours, ranks, _theirs(options.get(key)))
+        options[key] = GraphStage(ours, ranks, _theirs(options.get(key)))
     else:
         # In this mode vLLM 0.32 saves what it compiled in a form that it cannot load: every start
         # would compile again, while Inductor's own caches hold all of it.
         set_default("VLLM_USE_AOT_COMPILE", "0")
         compilation.ir_enable_torch_wrap = True
-        options[HOOK] = GraphPass(ours, ranks, _theirs(options.get(HOOK)), lowers_ir=True)
-        options[ENTRY_HOOK] = EntryPass(ours, ranks, _theirs(options.get(ENTRY_HOOK)))
+        options[HOOK] = GraphStage(ours, ranks, _theirs(options.get(HOOK)), lowers_ir=True)
+        options[ENTRY_HOOK] = EntryStage(ours, ranks, _theirs(options.get(ENTRY_HOOK)))
     log.info("fixpass is on, in compilation mode %s", compilation.mode.name)
 
 
@@ -98,7 +98,7 @@ class _Stage(InductorPass):  # type: ignore[misc]
         return None if keys is None else repr((type(self).__name__, self.lowers_ir, files, keys))
 
 
-class GraphPass(_Stage):
+class GraphStage(_Stage):
     """Our pipeline on the functional graph, for the device that vLLM runs on."""
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -115,10 +115,10 @@ class GraphPass(_Stage):
         pipeline = graph_pipeline(self.config, target)
         if not self.lowers_ir:
             return pipeline
-        return replace(pipeline, passes=(*pipeline.passes, vllm_ir.LowerVllmIr()))
+        return replace(pipeline, passes=(*pipeline.passes, ir.LowerVllmIr()))
 
 
-class EntryPass(_Stage):
+class EntryStage(_Stage):
     """What runs on Dynamo's graph: ops that may write into their arguments become functional."""
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -129,7 +129,7 @@ class EntryPass(_Stage):
     def pipeline(self) -> Pipeline:
         target = target_here(torch.device(current_platform.device_type), self.config)
         place = collectives(self.config, target, may_communicate=True)
-        steps: tuple[Pass, ...] = (vllm_ir.FunctionalizeVllmIr(), FunctionalizeNorms())
+        steps: tuple[Pass, ...] = (ir.FunctionalizeVllmIr(), FunctionalizeNorms())
         # Nobody else would take what it makes: an all-reduce through the process group.
         if place.name not in self.config.disable:
             steps = (*steps, FunctionalizeShmAllReduce(place))

@@ -17,9 +17,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fixpass.integrations.sglang.undo import Undo, as_bytes, undo_of
 from fixpass.runtime.attributes import Remembered, note
 from fixpass.runtime.errors import CheckpointError
-from fixpass.runtime.undo import Undo, as_bytes, undo_of
 
 # Random bytes at the start of a parameter whose values are lost: a load writes over them.
 MARK_BYTES = 16
@@ -28,7 +28,7 @@ SMALL_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
-class Kept:
+class ProcessedParameter:
     """A parameter as the checkpoint has it, and what the engine made of it.
 
     processed: what the engine computes with; None where it took the parameter away. undo: back to
@@ -54,7 +54,7 @@ class Kept:
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
 
-_KEPT: WeakKeyDictionary[nn.Module, dict[str, Kept]] = WeakKeyDictionary()
+_KEPT: WeakKeyDictionary[nn.Module, dict[str, ProcessedParameter]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def keeping(module: nn.Module) -> Iterator[None]:
     _check_loaded(module, kept)
     before = {name: (p, p.data) for name, p in module._parameters.items() if p is not None}
     yield
-    found: dict[str, Kept] = {}
+    found: dict[str, ProcessedParameter] = {}
     for name in dict.fromkeys((*before, *module._parameters)):
         one = _settle(module, name, before.get(name), kept.get(name))
         if one is not None:
@@ -93,8 +93,11 @@ def restore(model: nn.Module) -> int:
 
 
 def _settle(
-    module: nn.Module, name: str, before: tuple[nn.Parameter, Tensor] | None, prior: Kept | None
-) -> Kept | None:
+    module: nn.Module,
+    name: str,
+    before: tuple[nn.Parameter, Tensor] | None,
+    prior: ProcessedParameter | None,
+) -> ProcessedParameter | None:
     """Put the old parameter into its place with the new values; None where nothing changed."""
     new = module._parameters.get(name)
     if before is None:
@@ -123,8 +126,10 @@ def _kept(
     processed: Tensor | None,
     undo: Undo | None = None,
     derived: bool = False,
-) -> Kept:
-    return Kept(note(param), old.shape, old.dtype, old.device, processed, undo, derived)
+) -> ProcessedParameter:
+    return ProcessedParameter(
+        note(param), old.shape, old.dtype, old.device, processed, undo, derived
+    )
 
 
 def _remembering(old: Tensor) -> Undo | None:
@@ -135,7 +140,7 @@ def _remembering(old: Tensor) -> Undo | None:
     return lambda _: values
 
 
-def _placed(after: Tensor, prior: Kept | None) -> Tensor:
+def _placed(after: Tensor, prior: ProcessedParameter | None) -> Tensor:
     """The new values in the storage that the engine computed with before, where they fit."""
     held = None if prior is None else prior.processed
     if held is None or _same_place(after, held) or not _same_layout(after, held):
@@ -153,7 +158,7 @@ def _replace(module: nn.Module, new: nn.Parameter, param: nn.Parameter) -> None:
                 held[name] = param
 
 
-def _is_as_processed(module: nn.Module, name: str, one: Kept) -> bool:
+def _is_as_processed(module: nn.Module, name: str, one: ProcessedParameter) -> bool:
     """Whether the engine has not undone its own step by itself."""
     param = module._parameters.get(name)
     if one.processed is None or param is None:
@@ -161,7 +166,7 @@ def _is_as_processed(module: nn.Module, name: str, one: Kept) -> bool:
     return _same_place(param.data, one.processed)
 
 
-def _restored(module: nn.Module, name: str, one: Kept) -> Kept:
+def _restored(module: nn.Module, name: str, one: ProcessedParameter) -> ProcessedParameter:
     """Give one parameter the checkpoint's layout, with its values or with a mark."""
     mark = None
     if one.undo is not None:
@@ -178,7 +183,7 @@ def _restored(module: nn.Module, name: str, one: Kept) -> Kept:
     return replace(one, restored=True, mark=mark)
 
 
-def _undone(one: Kept, undo: Undo) -> Tensor:
+def _undone(one: ProcessedParameter, undo: Undo) -> Tensor:
     held = one.empty() if one.processed is None else one.processed
     values = undo(held)
     if values.is_contiguous() and values.data_ptr() == held.data_ptr():
@@ -188,7 +193,7 @@ def _undone(one: Kept, undo: Undo) -> Tensor:
     return _room(one).copy_(values)
 
 
-def _room(one: Kept) -> Tensor:
+def _room(one: ProcessedParameter) -> Tensor:
     """Dense storage for the checkpoint's layout: the engine's own, where all of it is ours."""
     held = one.processed
     if held is None or not held.is_contiguous() or held.dtype != one.dtype:
@@ -205,7 +210,7 @@ def _marked(data: Tensor) -> Tensor:
     return start.clone()
 
 
-def _check_loaded(module: nn.Module, kept: dict[str, Kept]) -> None:
+def _check_loaded(module: nn.Module, kept: dict[str, ProcessedParameter]) -> None:
     missing = []
     for name, one in kept.items():
         param = module._parameters.get(name)

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 import fixpass
-from fixpass.lowering.contract_table import CONTRACTS
+from fixpass.lowering.contract_table import kernel_names, rows_of
 from fixpass.lowering.target import CPU, TARGETS, target_named
 from fixpass.passes import default_passes, entry_passes
 from fixpass.pipelines import check_torch, installed_passes
 from fixpass.runtime.errors import ConfigError, FixpassError
-from fixpass.runtime.providers import PROVIDERS, is_available
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,9 +103,9 @@ def _passes(_: argparse.Namespace) -> int:
 def _kernels(arguments: argparse.Namespace) -> int:
     if arguments.target:
         return _compile_kernels(arguments)
-    for contract in CONTRACTS:
-        print(f"{contract.kernel} computes {contract.op}  [{contract.source}]")
-        for constraint in contract.constraints:
+    for kernel in rows_of():
+        print(f"{kernel.name} computes {kernel.op}  [{kernel.contract.source}]")
+        for constraint in kernel.contract.constraints:
             print(f"    {constraint}")
     return 0
 
@@ -125,9 +124,10 @@ def _doctor(_: argparse.Namespace) -> int:
     print(f"fixpass {fixpass.__version__}, torch {torch.__version__}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none, CPU only"
     print(f"accelerator: {device}")
-    for kernel, provider in PROVIDERS.items():
-        state = "available" if is_available(kernel) else f"not loaded (needs {provider.needs})"
-        print(f"    {kernel:<26} {state}")
+    for name in kernel_names():
+        rows = rows_of(name)
+        found = any(row.is_installed for row in rows)
+        print(f"    {name:<26} {'available' if found else f'not loaded (needs {rows[-1].needs})'}")
     return 0
 
 

@@ -28,6 +28,7 @@ from fixpass.pipelines import (
     present_target,
     register_lowerings,
 )
+from fixpass.runtime.providers import asked_once
 from fixpass.specialize import specialize_eps
 
 log = logging.getLogger("fixpass")
@@ -36,6 +37,7 @@ HOOK = "post_grad_custom_pre_pass"
 _reports: deque[Report] = deque(maxlen=64)
 
 
+@asked_once()
 def fixpass(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from fixpass.lowering.contract_table import kernel_names
+from fixpass.lowering.contract import Kernel
+from fixpass.lowering.target import Target
 from fixpass.passes.base import Pass
 from fixpass.passes.fold_weights import Mode
 from fixpass.runtime.errors import ConfigError
@@ -33,7 +34,11 @@ class Config:
     fuel: int | None = None
     """Stop rewriting after this many changes, to bisect a wrong result."""
     passes: tuple[Pass, ...] = ()
-    """Passes of your own, run after ours."""
+    """Passes of your own. They run after ours, or where their `after` and `before` say."""
+    kernels: tuple[Kernel, ...] = ()
+    """Kernels of your own, to be named in `norm_kernels` or in a target."""
+    targets: tuple[Target, ...] = ()
+    """Targets of your own; they win over ours of the same name."""
     symmetric_memory: bool | Policy = True
     """All-reduces in symmetric memory: on, off, or on under a policy of your own."""
     symmetric_timeout: float = 30.0
@@ -60,10 +65,16 @@ class Config:
             raise ConfigError(
                 f"unknown option {', '.join(map(repr, unknown))}; known options: {', '.join(known)}"
             )
-        return replace(config, **{name: _check(name, value) for name, value in given.items()})
+        config = replace(config, **{name: _check(name, value) for name, value in given.items()})
+        if config.norm_kernels is not None:
+            from fixpass.pipelines import check_kernels
+
+            check_kernels(config.norm_kernels, config)
+        return config
 
 
-# Variables that parse from a word; `passes` and `inductor` take objects and have no variable.
+_TYPES: dict[str, type] = {"passes": Pass, "kernels": Kernel, "targets": Target}
+# Variables that parse from a word. Options that take objects have none.
 _VARIABLES: dict[str, Callable[[str, str], Any]] = {
     "strict": lambda name, text: _boolean(name, text),
     "verify": lambda name, text: _boolean(name, text),
@@ -105,7 +116,7 @@ def _check(name: str, value: Any) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(f"option 'inductor' is a mapping of names to values, not {value!r}")
         return tuple(sorted(dict(value).items()))
-    if name in ("norm_kernels", "disable", "passes") and value is not None:
+    if name in ("norm_kernels", "disable", *_TYPES) and value is not None:
         return _check_names(name, value)
     return value
 
@@ -114,11 +125,14 @@ def _check_names(name: str, value: Any) -> tuple[Any, ...]:
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise ConfigError(f"option {name!r} is a sequence, not {value!r}")
     items = tuple(value)
-    if name == "passes":
-        wrong = [item for item in items if not isinstance(item, Pass)]
-        known: tuple[str, ...] = ("instances of fixpass.Pass",)
+    if name in _TYPES:
+        wrong = [item for item in items if not isinstance(item, _TYPES[name])]
+        known: tuple[str, ...] = (f"instances of fixpass.{_TYPES[name].__name__}",)
+    elif name == "norm_kernels":
+        # `Config.resolve` checks the names, which depend on the option `kernels`, too.
+        wrong, known = [item for item in items if not isinstance(item, str)], ("names of kernels",)
     else:
-        known = kernel_names() if name == "norm_kernels" else pass_names()
+        known = pass_names()
         wrong = [item for item in items if item not in known]
     if wrong:
         raise ConfigError(f"option {name!r}: unknown {wrong[0]!r}; known: {', '.join(known)}")

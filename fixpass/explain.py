@@ -20,7 +20,7 @@ from fixpass.passes.base import Remark
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.passes.report import Report
-from fixpass.pipelines import check_torch, graph_pipeline, preferred, present_target
+from fixpass.pipelines import check_torch, graph_pipeline, known_targets, preferred, present_target
 from fixpass.retarget import claim_device
 from fixpass.specialize import specialize_eps
 
@@ -39,7 +39,7 @@ def explain(
     """
     check_torch()
     config = Config.resolve(options)
-    asked = preferred(target_named(target), config) if target else None
+    asked = preferred(target_named(target, known_targets(config)), config) if target else None
     if asked and asked.device_type != "cpu":
         # What is packed for the CPU that traces is no tensor that another device could claim.
         config = replace(config, disable=(*config.disable, PrepackLinears.name))

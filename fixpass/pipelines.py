@@ -1,17 +1,21 @@
 """From options and a device to the pipelines that run: ours, the user's, installed ones.
 
-Entry points of the group `fixpass.passes` are read here, once a process.
+The entry point groups `fixpass.passes`, `fixpass.kernels` and `fixpass.targets` are read here, once
+a process.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import entry_points
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fixpass.config import Config, local_world_size
+from fixpass.lowering.contract import Kernel
+from fixpass.lowering.contract_table import add_kernels, kernel_names, rows_of
 from fixpass.lowering.target import Target, target_of
 from fixpass.passes import default_passes, entry_passes
 from fixpass.passes.base import Pass
@@ -20,7 +24,7 @@ from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
 from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.runtime.errors import ConfigError, UnsupportedTorchError
-from fixpass.runtime.providers import is_available
+from fixpass.runtime.providers import describe_needs
 from fixpass.runtime.symmetric_memory.policy import Policy
 from fixpass.runtime.weights.prepack import packable_dtypes
 
@@ -38,15 +42,57 @@ def check_torch(version: str = torch.__version__) -> None:
 
 
 @cache
+def installed(group: str) -> tuple[Any, ...]:
+    """The objects that installed packages offer through an entry point group, by entry name."""
+    entries = sorted(entry_points(group=group), key=lambda entry: entry.name)
+    return tuple(entry.load() for entry in entries)
+
+
+@cache
 def installed_passes() -> tuple[Pass, ...]:
-    """Passes that installed packages offer through the entry point group `fixpass.passes`."""
-    found = []
-    for entry in sorted(entry_points(group="fixpass.passes"), key=lambda entry: entry.name):
-        step = entry.load()()
-        if not isinstance(step, Pass):
-            raise ConfigError(f"entry point {entry.name} ({entry.value}) gives no fixpass.Pass")
-        found.append(step)
-    return tuple(found)
+    """An instance of each pass class of the entry point group `fixpass.passes`."""
+    return _of_type("fixpass.passes", Pass, tuple(cls() for cls in installed("fixpass.passes")))
+
+
+@cache
+def installed_kernels() -> tuple[Kernel, ...]:
+    """Each `Kernel` of the entry point group `fixpass.kernels`."""
+    return _of_type("fixpass.kernels", Kernel, installed("fixpass.kernels"))
+
+
+@cache
+def installed_targets() -> tuple[Target, ...]:
+    """Each `Target` of the entry point group `fixpass.targets`."""
+    return _of_type("fixpass.targets", Target, installed("fixpass.targets"))
+
+
+def _of_type(group: str, kind: type, found: tuple[Any, ...]) -> tuple[Any, ...]:
+    for item in found:
+        if not isinstance(item, kind):
+            raise ConfigError(f"entry point group {group}: {item!r} is no fixpass.{kind.__name__}")
+    return found
+
+
+def in_order(ours: Sequence[Pass], theirs: Sequence[Pass]) -> tuple[Pass, ...]:
+    """Our passes with those of others where their `after` and `before` ask for, else at the end.
+
+    Raises:
+        ConfigError: an anchor is none of the passes so far, or `after` does not precede `before`.
+
+    """
+    steps = list(ours)
+    for step in theirs:
+        names = [known.name for known in steps]
+        for anchor in (step.after, step.before):
+            if anchor and anchor not in names:
+                known = ", ".join(names)
+                raise ConfigError(f"pass {step.name}: there is no pass {anchor!r}; known: {known}")
+        last = names.index(step.before) if step.before else len(steps)
+        place = names.index(step.after) + 1 if step.after else last
+        if place > last:
+            raise ConfigError(f"pass {step.name}: {step.after} does not run before {step.before}")
+        steps.insert(place, step)
+    return tuple(steps)
 
 
 def entry_pipeline(config: Config, *, may_restride: bool = False) -> Pipeline:
@@ -70,7 +116,7 @@ def graph_pipeline(config: Config, target: Target, *, may_communicate: bool = Tr
     may_communicate: the ranks of a group may be asked about it, which waits until they all compile.
     """
     ours = default_passes(target, collectives(config, target, may_communicate))
-    steps = (*ours, *installed_passes(), *config.passes)
+    steps = in_order(ours, (*installed_passes(), *config.passes))
     return Pipeline(_enabled(steps, config), config.verify, config.strict, config.fuel)
 
 
@@ -118,17 +164,56 @@ def present_target(example_inputs: Sequence[object], config: Config) -> Target:
 
 
 def target_here(device: torch.device, config: Config) -> Target:
-    """The target of a device that is present, with the kernels that are installed."""
-    target = preferred(target_of(device), config)
-    installed = tuple(k for k in target.kernels if k == "inductor" or is_available(k))
-    return replace(target, kernels=installed)
+    """The target of a device that is present; it says which of its kernels are not installed.
+
+    Raises:
+        ConfigError: a kernel is unknown; or, under `strict`, a kernel of the option
+            `norm_kernels` is not installed.
+
+    """
+    target = preferred(target_of(device, known_targets(config)), config)
+    missing = tuple(name for name in target.kernels if not _is_installed(name))
+    if missing and config.strict and config.norm_kernels is not None:
+        needs = "; ".join(f"{name} needs {_needs(name)}" for name in missing)
+        raise ConfigError(f'option "norm_kernels": not installed: {needs}')
+    return replace(target, missing=missing)
+
+
+def _is_installed(kernel: str) -> bool:
+    return any(row.is_installed for row in rows_of(kernel))
+
+
+def _needs(kernel: str) -> str:
+    return describe_needs(rows_of(kernel)[-1].needs)
+
+
+def known_targets(config: Config) -> tuple[Target, ...]:
+    """The targets of the option `targets` and of installed packages, which win over ours."""
+    return (*config.targets, *installed_targets())
 
 
 def preferred(target: Target, config: Config) -> Target:
-    """The target with the user's order of kernels, where there is one: then it is kept to."""
-    if config.norm_kernels is None:
-        return target
-    return replace(target, kernels=config.norm_kernels, prefers_fusion=False)
+    """The target with the kernels of the option `norm_kernels`, kept to in that order.
+
+    Raises:
+        ConfigError: a kernel of the target or of the option is unknown.
+
+    """
+    if config.norm_kernels is not None:
+        target = replace(target, kernels=config.norm_kernels, prefers_fusion=False)
+    check_kernels(target.kernels, config, f"target {target.name}")
+    return target
+
+
+def check_kernels(
+    names: Sequence[str], config: Config, where: str = "option 'norm_kernels'"
+) -> None:
+    """Make the kernels of the options and of installed packages known; ConfigError for others."""
+    add_kernels((*config.kernels, *installed_kernels()))
+    unknown = [name for name in names if name not in kernel_names()]
+    if unknown:
+        known = ", ".join(kernel_names())
+        raise ConfigError(f"{where}: unknown {unknown[0]!r}; known: {known}")
 
 
 def _enabled(steps: tuple[Pass, ...], config: Config) -> tuple[Pass, ...]:

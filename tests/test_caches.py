@@ -104,8 +104,8 @@ def test_our_own_source_is_in_the_uuid(tmp_path, monkeypatch):
 def test_every_source_file_of_the_layers_is_hashed():
     names = {path.name for path in pipeline.source_files()}
     assert {
-        "canonicalize_norms.py",
-        "norm_scale.py",
+        "lower_norms.py",
+        "scale.py",
         "contract_table.py",
         "norms.py",
         "rms_norm.py",

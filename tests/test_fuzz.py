@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from fixpass import explain
-from fixpass.runtime.providers import PROVIDERS
+from fixpass.lowering.contract_table import KERNELS
 from fixpass.testing import assert_same
 from helpers import standins
 from helpers.fuzz_modules import Input, Program, RandomModule, Step, new_input
@@ -28,7 +28,7 @@ from helpers.fuzz_strategies import DTYPES, draw_form, draw_input, draw_view, pi
 # Where everything cancels, as in the layer norm of rows of one element, float32's noise is left.
 EAGER = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 # The kernels that stand-ins compute here; our own need a GPU.
-FOREIGN = sorted(name for name, provider in PROVIDERS.items() if provider.needs)
+FOREIGN = sorted({row.name for row in KERNELS if "::" in row.needs})
 FULL = os.environ.get("FIXPASS_TEST_FULL", "0") == "1"
 OPTIONS = {"lower": "eager", "verify": True, "strict": True}
 

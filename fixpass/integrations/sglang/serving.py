@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fixpass.config import Config, is_switched_on
-from fixpass.eager_kernels import guard
+from fixpass.eager_kernels import wrap
 from fixpass.integrations.sglang.engine_parameters import keeping, restore
 from fixpass.integrations.sglang.hooks import Hook, check_version, install, say_once
 from fixpass.runtime.errors import EngineError
@@ -72,7 +72,7 @@ def guarding(op: str) -> Callable[..., Any]:
     def hook(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         nonlocal guarded
         if guarded is None:
-            guarded = guard(kernel, op)
+            guarded = wrap(kernel, op)
         return guarded(*args, **kwargs)
 
     return hook

@@ -1,9 +1,8 @@
-"""Guards: eager calls of opaque norm kernels, with the operands laid out as the kernel asks.
+"""Run an opaque norm kernel in eager code, with its operands laid out as its contract asks.
 
-`guard` wraps a kernel. What a call needs is planned once for each combination of layouts and
-remembered, so that a call whose contract holds costs one Python call more. The plan comes from a
-function that is handed in: nothing here knows a contract, and nothing here is for compiled graphs,
-where the passes do the same.
+`wrapped` gives the wrapper. It plans a call once for each combination of layouts and remembers
+the plan, so that a call whose contract holds costs one more Python call. The planner is handed in:
+nothing here knows a contract. Dynamo sees the kernel itself, because passes serve compiled graphs.
 """
 
 import math
@@ -18,80 +17,46 @@ from torch.compiler import is_dynamo_compiling
 
 from fixpass.runtime import ops
 from fixpass.runtime.errors import KernelError
+from fixpass.runtime.opaque_norms import READ, ROWS, SENSITIVE, WRITTEN, OpaqueNorm
 
 # Layouts remembered for one kernel: serving meets a new one with each new number of tokens.
 MOST_PLANS = 4096
 # A base address matters to kernels at most modulo so many elements: vectors have 16 bytes.
 OFFSETS = 16
-READ, WRITTEN = ("x", "residual"), ("out", "total")
-ROWS = (*READ, *WRITTEN)
+PARAMETERS = ("weight", "bias")
 
 
 @dataclass(frozen=True)
-class NormCall:
-    """How an opaque kernel takes a norm's operands.
-
-    op: "rms_norm", "layer_norm" or "add_rms_norm".
-    arguments: the names of the kernel's parameters, in order.
-    roles: the parameter for each of x, residual, weight, bias, eps, out, total that it has. `out`
-    and `total` are written to, and may be the parameters of x and residual; a kernel without
-    `out` returns the norm.
-    rounds_before: a parameter that is 1 where the value is rounded before the weight, or a bool.
-    default_eps: eps where the call gives none.
-    ignored: parameters that do not change what is computed.
-    """
-
-    op: str
-    arguments: tuple[str, ...]
-    roles: Mapping[str, str]
-    rounds_before: str | bool = False
-    weight_offset: float = 0.0
-    default_eps: float = 1e-6
-    ignored: tuple[str, ...] = ()
-    aligned: bool = False
-    """Whether the kernel minds where in its storage an operand starts."""
-
-    def position(self, role: str) -> int:
-        return self.arguments.index(self.roles[role])
-
-    def steps(self, dtype: torch.dtype, rounds_before: bool) -> dict[str, Any]:
-        """The rounding steps of the norm that the kernel computes, as our ops take them."""
-        steps: dict[str, Any] = {}
-        if rounds_before and dtype != torch.float32:
-            steps["norm_dtype"] = dtype
-        if self.weight_offset:
-            steps |= {"weight_offset": self.weight_offset, "weight_dtype": torch.float32}
-        return steps
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What makes a call legal: roles to copy dense, and whether all are then viewed as rows."""
+class CallPlan:
+    """The change that makes a call legal: roles to copy dense, and whether rows are viewed 2-D."""
 
     copied: frozenset[str] = frozenset()
     as_rows: bool = False
 
 
-NOTHING = Plan()
+NOTHING = CallPlan()
 """The kernel's contract holds."""
 MISSING: Any = object()
 
-Planner = Callable[[Mapping[str, Tensor]], Plan | None]
+Planner = Callable[[Mapping[str, Tensor]], CallPlan | None]
 """From operands by role to the plan; None where no layout makes the kernel right."""
 
 
-def guard(kernel: Callable[..., Any], call: NormCall, plan: Planner) -> Callable[..., Any]:
+def wrapped(
+    kernel: Callable[..., Any], call: OpaqueNorm, plan: Planner, *, aligned: bool = False
+) -> Callable[..., Any]:
     """`kernel` for operands of any shape and strides; where it has no plan, the reference runs.
 
     x is (..., hidden_size); residual, out and total have as many rows as x, in any shape. Raises
     KernelError where they have not: a kernel would read or write behind their end.
+    aligned: the kernel's contract asks where in its storage a row operand starts.
     """
     rows = tuple(dict.fromkeys(call.position(role) for role in ROWS if role in call.roles))
-    read = _reader(call, rows)
-    plans: dict[Any, Plan | None] = {}
+    read = _reader(call, rows, aligned)
+    plans: dict[Any, CallPlan | None] = {}
 
     @wraps(kernel)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
         # Dynamo sees the kernel itself, for the passes to find.
         if is_dynamo_compiling():
             return kernel(*args, **kwargs)
@@ -110,40 +75,50 @@ def guard(kernel: Callable[..., Any], call: NormCall, plan: Planner) -> Callable
             found = _remember(plans, key, plan(_operands(call, args)))
         return _run(kernel, call, found, args, kwargs)
 
-    return guarded
+    return run
 
 
 Reader = Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
 
-def _reader(call: NormCall, rows: tuple[int, ...]) -> Reader:
-    """What names the layouts of a call. Written out, because a loop costs half as much again."""
+def _reader(call: OpaqueNorm, rows: tuple[int, ...], aligned: bool) -> Reader:
+    """The key of a call's layouts. Written out, because a loop costs half as much again."""
     weight = call.position("weight")
     # Three rows read the first twice: nothing is lost but a little time.
     first, second, third, fourth = (*rows, *[rows[0]] * (4 - len(rows)))
 
     def one(args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = args[first]
-        return x.shape, x.stride(), x.dtype, args[weight].dtype
+        x, w = args[first], args[weight]
+        return x.shape, x.stride(), x.dtype, w.dtype, w.stride(), w.storage_offset() % OFFSETS
 
     def two(args: tuple[Any, ...]) -> tuple[Any, ...]:
-        a, b = args[first], args[second]
-        return a.shape, a.stride(), a.dtype, b.shape, b.stride(), b.dtype, args[weight].dtype
+        a, b, w = args[first], args[second], args[weight]
+        return (
+            a.shape, a.stride(), a.dtype, b.shape, b.stride(), b.dtype, w.dtype, w.stride(),
+            w.storage_offset() % OFFSETS,
+        )  # fmt: skip
 
     def four(args: tuple[Any, ...]) -> tuple[Any, ...]:
-        a, b, c, d = args[first], args[second], args[third], args[fourth]
+        a, b, c, d, w = args[first], args[second], args[third], args[fourth], args[weight]
         return (
             a.shape, a.stride(), a.dtype, b.shape, b.stride(), b.dtype, c.shape, c.stride(),
-            c.dtype, d.shape, d.stride(), d.dtype, args[weight].dtype,
+            c.dtype, d.shape, d.stride(), d.dtype, w.dtype, w.stride(),
+            w.storage_offset() % OFFSETS,
         )  # fmt: skip
 
     read: Reader = one if len(rows) == 1 else two if len(rows) == 2 else four
     read = _with_bias(read, call.position("bias")) if "bias" in call.roles else read
-    return _with_offsets(read, rows) if call.aligned else read
+    return _with_offsets(read, rows) if aligned else read
 
 
-def _with_bias(read: Reader, bias: int) -> Reader:
-    return lambda args: (*read(args), args[bias] is None)
+def _with_bias(read: Reader, position: int) -> Reader:
+    def biased(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        b = args[position]
+        if b is None:
+            return read(args)
+        return (*read(args), b.dtype, b.stride(), b.storage_offset() % OFFSETS)
+
+    return biased
 
 
 def _with_offsets(read: Reader, rows: tuple[int, ...]) -> Reader:
@@ -153,7 +128,7 @@ def _with_offsets(read: Reader, rows: tuple[int, ...]) -> Reader:
     return aligned
 
 
-def _remember(plans: dict[Any, Plan | None], key: Any, plan: Plan | None) -> Any:
+def _remember(plans: dict[Any, CallPlan | None], key: Any, plan: CallPlan | None) -> Any:
     if len(plans) >= MOST_PLANS:
         plans.clear()
     plans[key] = NOTHING if plan == NOTHING else plan
@@ -161,7 +136,7 @@ def _remember(plans: dict[Any, Plan | None], key: Any, plan: Plan | None) -> Any
 
 
 def _positional(
-    call: NormCall, args: tuple[Any, ...], kwargs: dict[str, Any]
+    call: OpaqueNorm, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The same call with each parameter that follows without a gap by position."""
     left = dict(kwargs)
@@ -173,7 +148,7 @@ def _positional(
     return tuple(moved), left
 
 
-def _operands(call: NormCall, args: tuple[Any, ...]) -> dict[str, Tensor]:
+def _operands(call: OpaqueNorm, args: tuple[Any, ...]) -> dict[str, Tensor]:
     """The tensors of a call by role."""
     given = {role: args[call.position(role)] for role in call.roles if role != "eps"}
     return {role: value for role, value in given.items() if value is not None}
@@ -181,8 +156,8 @@ def _operands(call: NormCall, args: tuple[Any, ...]) -> dict[str, Tensor]:
 
 def _run(
     kernel: Callable[..., Any],
-    call: NormCall,
-    plan: Plan | None,
+    call: OpaqueNorm,
+    plan: CallPlan | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
@@ -195,13 +170,16 @@ def _run(
 
 def _run_relaid(
     kernel: Callable[..., Any],
-    call: NormCall,
-    plan: Plan,
+    call: OpaqueNorm,
+    plan: CallPlan,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     """Copy, view, call, and give what was written and returned its own shape again."""
     given, laid = _operands(call, args), list(args)
+    for role in PARAMETERS:
+        if role in plan.copied:
+            laid[call.position(role)] = given[role].clone(memory_format=torch.contiguous_format)
     done: set[int] = set()
     for role in ROWS:
         position = call.position(role) if role in given else -1
@@ -216,7 +194,7 @@ def _run_relaid(
     return _given_back(result, args, laid, given["x"])
 
 
-def _laid_out(x: Tensor, plan: Plan, role: str) -> Tensor:
+def _laid_out(x: Tensor, plan: CallPlan, role: str) -> Tensor:
     if role in plan.copied:
         # What is only written has nothing to copy.
         empty = role in WRITTEN
@@ -236,18 +214,16 @@ def _given_back(result: Any, args: tuple[Any, ...], laid: list[Any], x: Tensor) 
     return result.view(*x.shape[:-1], result.shape[-1])
 
 
-def _run_reference(call: NormCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run_reference(call: OpaqueNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the op means, for operands that the kernel cannot be given: also no rows at all."""
     given = _operands(call, args)
     x = given["x"]
     _check_rows(call, given)
     _check_known(call, args, kwargs)
     rows = [given[role].reshape(_num_rows(x), x.shape[-1]) for role in READ if role in given]
-    eps = _argument(call, call.roles["eps"], args, kwargs, call.default_eps)
-    before = call.rounds_before
-    if isinstance(before, str):
-        before = bool(_argument(call, before, args, kwargs, 0))
-    steps = call.steps(x.dtype, before)
+    named = {**dict(zip(call.arguments, args, strict=False)), **kwargs}
+    eps = named.get(call.eps, call.default_eps)
+    steps = call.steps(x.dtype, named)
     results = ops.REFERENCES[call.op](*rows, given["weight"], given.get("bias"), eps, **steps)
     results = results if isinstance(results, tuple) else (results,)
     if "out" not in given:
@@ -258,16 +234,9 @@ def _run_reference(call: NormCall, args: tuple[Any, ...], kwargs: dict[str, Any]
     return None
 
 
-def _argument(
-    call: NormCall, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], default: Any
-) -> Any:
-    position = call.arguments.index(name)
-    return args[position] if position < len(args) else kwargs.get(name, default)
-
-
-def _check_known(call: NormCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_known(call: OpaqueNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise where an argument asks for what the reference does not know."""
-    known = {*call.roles.values(), call.rounds_before, *call.ignored}
+    known = {*call.roles.values(), SENSITIVE, *call.ignored}
     named = {**dict(zip(call.arguments, args, strict=False)), **kwargs}
     for name, value in named.items():
         if name not in known and (isinstance(value, Tensor) or value):
@@ -277,7 +246,7 @@ def _check_known(call: NormCall, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             )
 
 
-def _check_rows(call: NormCall, given: Mapping[str, Tensor]) -> None:
+def _check_rows(call: OpaqueNorm, given: Mapping[str, Tensor]) -> None:
     wanted = given["x"].numel(), given["x"].shape[-1:]
     for role in ROWS:
         if role in given and (given[role].numel(), given[role].shape[-1:]) != wanted:

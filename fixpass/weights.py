@@ -4,12 +4,11 @@
 place; `update` and `reload` give a live model other weights.
 """
 
-from fixpass.runtime.weights.alias import pack, unpack
 from fixpass.runtime.weights.checkpoint_view import checkpoint_layout
 from fixpass.runtime.weights.digest import digest
 from fixpass.runtime.weights.layouts import Alias, Bytes, Layout, Pad, Permute, Stride
 from fixpass.runtime.weights.loader import load
-from fixpass.runtime.weights.lock import read_lock, write_lock
+from fixpass.runtime.weights.lock import read_lock, version, write_lock
 from fixpass.runtime.weights.mapping import (
     ExpertPart,
     Experts,
@@ -20,6 +19,7 @@ from fixpass.runtime.weights.mapping import (
     TensorParallel,
 )
 from fixpass.runtime.weights.module_hooks import protect, reset_layouts, set_layouts
+from fixpass.runtime.weights.packed_parameters import pack, unpack
 from fixpass.runtime.weights.presets import (
     FUSED_EXPERTS,
     GATE_UP,
@@ -29,15 +29,13 @@ from fixpass.runtime.weights.presets import (
     QKV,
 )
 from fixpass.runtime.weights.rebind import Rebound, copy_or_rebind
-from fixpass.runtime.weights.relayout import layout_of, logical, reset_layout, set_layout
+from fixpass.runtime.weights.relayout import forget, layout_of, logical, reset_layout, set_layout
 from fixpass.runtime.weights.reload import reload
 from fixpass.runtime.weights.report import LoadReport
 from fixpass.runtime.weights.shuffle_op import shuffle_weight
 from fixpass.runtime.weights.state_file import SavedState, resume
-from fixpass.runtime.weights.table import forget
 from fixpass.runtime.weights.update import Update, UpdateReport, update
-from fixpass.runtime.weights.versions import version
-from fixpass.runtime.weights.writes import (
+from fixpass.runtime.weights.weight_version import (
     UnseenWriteWarning,
     Writes,
     announce_loads,

@@ -25,7 +25,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class PrepackLinears(Pass):
-    """Folded weights of linear layers, packed for oneDNN."""
+    """LayoutRecord weights of linear layers, packed for oneDNN."""
 
     name: ClassVar[str] = "prepack-linears"
 

@@ -18,7 +18,7 @@ from fixpass.passes.rewrite import Missed
 from fixpass.passes.rewrites.weight_recipe import Cut
 from fixpass.passes.rewrites.weight_sources import Weight, examples_of
 from fixpass.runtime.errors import WeightError
-from fixpass.runtime.weights.restride import restride
+from fixpass.runtime.weights.relayout import restride
 from fixpass.runtime.weights.shuffle_op import is_folded
 from fixpass.runtime.weights.weight_cache import Derived, Recipe
 

@@ -20,8 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fixpass.runtime.errors import LayoutError
 from fixpass.runtime.weights.layout_plan import Plan, dense
 from fixpass.runtime.weights.region import Region, read, write
-from fixpass.runtime.weights.relayout import check_memory
-from fixpass.runtime.weights.table import Folded, memory_of, record_of
+from fixpass.runtime.weights.relayout import LayoutRecord, check_memory, memory_of, record_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class _Open:
     """A folded parameter while its window is open."""
 
     param: Tensor
-    folded: Folded
+    folded: LayoutRecord
     memory: Tensor
 
     @property

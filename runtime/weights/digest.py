@@ -10,8 +10,7 @@ from torch import nn
 
 from fixpass.runtime.weights.formats.memory import raw_bytes
 from fixpass.runtime.weights.local import local_box
-from fixpass.runtime.weights.relayout import logical
-from fixpass.runtime.weights.table import record_of
+from fixpass.runtime.weights.relayout import logical, record_of
 from fixpass.runtime.weights.targets import targets
 
 

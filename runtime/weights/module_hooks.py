@@ -15,8 +15,14 @@ from fixpass.runtime.errors import LayoutError
 from fixpass.runtime.weights.checkpoint_view import is_open
 from fixpass.runtime.weights.layouts import Layout
 from fixpass.runtime.weights.region import Region, write
-from fixpass.runtime.weights.relayout import check_memory, logical, reset_layout, set_layout
-from fixpass.runtime.weights.table import memory_of, record_of
+from fixpass.runtime.weights.relayout import (
+    check_memory,
+    logical,
+    memory_of,
+    record_of,
+    reset_layout,
+    set_layout,
+)
 from fixpass.runtime.weights.targets import targets
 
 _REDUCE = "__reduce_ex__"

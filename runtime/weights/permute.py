@@ -10,8 +10,7 @@ from math import gcd, prod
 import torch
 from torch import Tensor
 
-from fixpass.runtime.weights.cells import STAGING, widest
-from fixpass.runtime.weights.tile_copy import turn_in_place
+from fixpass.runtime.weights.tile_copy import STAGING, permute_blocks, widest
 
 # What is moved at once where blocks are small: it stays in a processor's second cache.
 _CHUNK = 512 << 10
@@ -60,7 +59,7 @@ def _through_staging(blocks: Tensor, order: tuple[int, ...]) -> None:
     nbytes = blocks[0].numel() * blocks.element_size()
     group = max(1, min(blocks.shape[0], _CHUNK // nbytes))
     moved = (0, *(axis + 1 for axis in order), blocks.dim() - 1)
-    if turn_in_place(blocks, moved, STAGING):
+    if permute_blocks(blocks, moved, STAGING):
         return
     shape = (group, *(blocks.shape[axis] for axis in moved[1:]))
     staging = torch.empty(shape, dtype=blocks.dtype, device=blocks.device)

@@ -13,8 +13,7 @@ from torch import Tensor
 from fixpass.runtime.weights.layout_plan import Plan, dense
 from fixpass.runtime.weights.read import Copy
 from fixpass.runtime.weights.region import Region, write
-from fixpass.runtime.weights.relayout import check_memory
-from fixpass.runtime.weights.table import memory_of, record_of
+from fixpass.runtime.weights.relayout import check_memory, memory_of, record_of
 from fixpass.runtime.weights.targets import Target
 
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fixpass.runtime.errors import WeightError
-from fixpass.runtime.weights.alias import packed
-from fixpass.runtime.weights.cells import copy_cells
-from fixpass.runtime.weights.table import record_of
+from fixpass.runtime.weights.relayout import packed, record_of
+from fixpass.runtime.weights.tile_copy import wide_copy
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def _write(param: Tensor, value: Tensor) -> None:
         if data.data_ptr() != value.data_ptr():
             strides = value.stride()
             order = sorted(range(value.dim()), key=lambda dim: -strides[dim])
-            copy_cells(data.permute(order), value.permute(order))
+            wide_copy(data.permute(order), value.permute(order))
         if (data.shape, data.stride(), data.dtype) != (param.shape, param.stride(), param.dtype):
             param.data = data
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fixpass.runtime.weights.cells import copy_cells, raw
 from fixpass.runtime.weights.layout_plan import Plan, dense
+from fixpass.runtime.weights.tile_copy import raw_dtype, wide_copy
 
 _PIECE = 32768  # elements; their places take 8 bytes each, some times over
 
@@ -39,7 +39,7 @@ def write(memory: Tensor, plan: Plan, region: Region, values: Tensor) -> None:
     if parts is None:
         _write_by_place(memory, plan, region, values)
         return
-    copy_cells(_part_of(memory, parts), _split(values, parts))
+    wide_copy(_part_of(memory, parts), _split(values, parts))
 
 
 def read(memory: Tensor, plan: Plan, region: Region) -> Tensor:
@@ -51,7 +51,7 @@ def read(memory: Tensor, plan: Plan, region: Region) -> Tensor:
     if parts is None:
         _read_by_place(memory, plan, region, out)
     else:
-        copy_cells(_split(out, parts), _part_of(memory, parts))
+        wide_copy(_split(out, parts), _part_of(memory, parts))
     return out
 
 
@@ -118,13 +118,13 @@ def _split(values: Tensor, parts: _Parts) -> Tensor:
 def _write_by_place(memory: Tensor, plan: Plan, region: Region, values: Tensor) -> None:
     if values.dtype != memory.dtype:
         values = values.to(memory.dtype)
-    kind = raw(memory.dtype)
+    kind = raw_dtype(memory.dtype)
     for piece, places in _pieces(plan, region, memory.device):
         memory.view(kind).index_copy_(0, places, _take(values, piece).view(kind))
 
 
 def _read_by_place(memory: Tensor, plan: Plan, region: Region, out: Tensor) -> None:
-    kind = raw(memory.dtype)
+    kind = raw_dtype(memory.dtype)
     for piece, places in _pieces(plan, region, memory.device):
         out.view(-1)[piece].view(kind).copy_(memory.view(kind).index_select(0, places))
 

@@ -1,7 +1,7 @@
-"""Copies of 16-byte cells between two orders, in C: what folds into tiles of rows come down to.
+"""Copy between two orders of the same elements, bit for bit, in the widest cells that both allow.
 
-torch copies such cells one by one, at half the speed of memory. The C is compiled once a process,
-in a tenth of a second, when it is first needed; without a compiler torch copies.
+A cell of 16 bytes is copied as one complex128. torch copies such cells one by one, at half the
+speed of memory, so C does it on CPU from 1 MiB on. Without a compiler torch copies.
 """
 
 import ctypes
@@ -20,6 +20,10 @@ from torch import Tensor
 
 from fixpass.runtime.weights.local import PLAIN
 
+STAGING = 4 << 20
+"""The most bytes of staging that a layout takes."""
+WIDE = (torch.complex128, torch.int64, torch.int32, torch.int16)
+
 SOURCE = Path(__file__).parent / "csrc" / "turn.c"
 LEAST = 1 << 20
 """Bytes from which on a copy is worth the trouble."""
@@ -30,7 +34,38 @@ _MOST_OUTER = 8
 _CELL = 16
 
 
-def turn_cells(out: Tensor, source: Tensor) -> bool:
+def wide_copy(out: Tensor, source: Tensor) -> None:
+    """`out.copy_(source)` of equal shapes, bit for bit where the dtypes are the same."""
+    if out.dtype == source.dtype:
+        for dtype in WIDE:
+            if dtype.itemsize < out.element_size():
+                break
+            if _divides(out, dtype) and _divides(source, dtype):
+                wide, given = out.view(dtype), source.view(dtype)
+                if not copy_tiles(wide, given):
+                    wide.copy_(given)
+                return
+        out, source = out.view(raw_dtype(out.dtype)), source.view(raw_dtype(source.dtype))
+    out.copy_(source)
+
+
+def raw_dtype(dtype: torch.dtype) -> torch.dtype:
+    """An integer dtype of the same size, which every operation supports."""
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(
+        dtype.itemsize, dtype
+    )
+
+
+def widest(nbytes: int, *tensors: Tensor) -> torch.dtype:
+    """The widest dtype whose size divides `nbytes` and the offset in bytes of each flat tensor."""
+    for dtype in WIDE:
+        offsets = (t.storage_offset() * t.element_size() % dtype.itemsize for t in tensors)
+        if nbytes % dtype.itemsize == 0 and not any(offsets):
+            return dtype
+    return torch.uint8
+
+
+def copy_tiles(out: Tensor, source: Tensor) -> bool:
     """`out.copy_(source)` of complex128 on CPU, where they differ in the order of two dimensions.
 
     Whether it was done: not for few bytes or other layouts, nor where there is no compiler. They
@@ -40,7 +75,7 @@ def turn_cells(out: Tensor, source: Tensor) -> bool:
         return False
     if out.shape != source.shape or out.requires_grad:
         return False
-    plan, library = _Plan.of(out, source), _library()
+    plan, library = _TilePlan.of(out, source), _library()
     if plan is None or library is None:
         return False
     parts = plan.parts(torch.get_num_threads())
@@ -49,16 +84,16 @@ def turn_cells(out: Tensor, source: Tensor) -> bool:
     return True
 
 
-def turn_in_place(blocks: Tensor, moved: tuple[int, ...], staging: int) -> bool:
+def permute_blocks(blocks: Tensor, moved: tuple[int, ...], staging: int) -> bool:
     """Let each of some dense blocks (count, *sizes) become its `.permute(moved)`.
 
-    Whether it was done: see `turn_cells`. staging: how many bytes may be taken for it.
+    Whether it was done: see `copy_tiles`. staging: how many bytes may be taken for it.
     """
     if blocks.nbytes < LEAST or not _is_plain(blocks) or not blocks.is_contiguous():
         return False
     stage = torch.empty_like(blocks[:1])
     turned = stage.permute(moved)
-    plan, library = _Plan.of(blocks[:1].view(turned.shape), turned), _library()
+    plan, library = _TilePlan.of(blocks[:1].view(turned.shape), turned), _library()
     if plan is None or library is None:
         return False
     threads = max(1, min(torch.get_num_threads(), staging // stage.nbytes))
@@ -71,6 +106,15 @@ def turn_in_place(blocks: Tensor, moved: tuple[int, ...], staging: int) -> bool:
     _call(library.turn_in_place, calls)
     _written(blocks)
     return True
+
+
+def _divides(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the tensor can be viewed as `dtype`: whole cells in its last dimension."""
+    if tensor.dim() == 0 or tensor.stride(-1) != 1:
+        return False
+    count = dtype.itemsize // tensor.element_size()
+    numbers = (tensor.shape[-1], tensor.storage_offset(), *tensor.stride()[:-1])
+    return all(number % count == 0 for number in numbers)
 
 
 def _call(function: Callable[..., None], calls: Sequence[tuple[object, ...]]) -> None:
@@ -87,7 +131,7 @@ def _written(tensor: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _TilePlan:
     """Addresses, and sizes and strides in cells: of rows, columns, and the dimensions outside."""
 
     out: int
@@ -99,7 +143,7 @@ class _Plan:
     outer: tuple[tuple[int, int, int], ...]
 
     @staticmethod
-    def of(out: Tensor, source: Tensor) -> "_Plan | None":
+    def of(out: Tensor, source: Tensor) -> "_TilePlan | None":
         triples = list(zip(out.shape, out.stride(), source.stride(), strict=True))
         dims = [triple for triple in triples if triple[0] != 1]
         rows = next((dim for dim in dims if dim[1] == 1), None)
@@ -112,9 +156,9 @@ class _Plan:
         out_at, source_at = out.data_ptr(), source.data_ptr()
         if not out_at or not source_at or out_at % _CELL:
             return None
-        return _Plan(out_at, source_at, rows[0], columns[0], rows[2], columns[1], outer)
+        return _TilePlan(out_at, source_at, rows[0], columns[0], rows[2], columns[1], outer)
 
-    def parts(self, count: int) -> list["_Plan"]:
+    def parts(self, count: int) -> list["_TilePlan"]:
         """The work in about so many parts: by the longest outer dimension, or by columns."""
         dims = [*self.outer, (self.columns, self.column, 1)]
         index = max(range(len(dims)), key=lambda i: dims[i][0])
@@ -125,7 +169,7 @@ class _Plan:
             length = min(step, size - start)
             dims[index] = length, out_step, source_step
             found.append(
-                _Plan(
+                _TilePlan(
                     self.out + start * out_step * _CELL,
                     self.source + start * source_step * _CELL,
                     self.rows,

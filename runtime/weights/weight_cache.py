@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fixpass.runtime.errors import WeightError
-from fixpass.runtime.weights.weight_version import Source, can_be_watched
+from fixpass.runtime.weights.weight_version import WeightVersion, can_be_watched
 
 Compute = Callable[..., Tensor]
 
@@ -55,7 +55,7 @@ class Recipe:
 class Entry:
     """A value, and the weights that it was derived from as they were then."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[WeightVersion, ...]
     value: Tensor | None
     """None where the weight itself is the value."""
 
@@ -82,7 +82,7 @@ class Store:
             if entry is not None and all(source.is_same(weight) for source, weight in pairs):
                 return weights[0].detach() if entry.value is None else entry.value
             # Looked at before they are read: what is written meanwhile is seen at the next call.
-            sources = tuple(Source(weight) for weight in weights)
+            sources = tuple(WeightVersion(weight) for weight in weights)
             own = not self._is_itself(weights)
             value = self._compute(weights) if own else weights[0].detach()
             old = entry.value if entry is not None and self.recipe.form is None else None

@@ -143,7 +143,8 @@ def test_a_folded_model_that_was_cast_is_refused_and_not_read_in_another_layout(
         lambda: reload(folded, wanted, progress=False),
     ):
         with pytest.raises(
-            LayoutError, match=r"'0.weight' was folded.* unfold it before it is moved or cast"
+            LayoutError,
+            match=r"'0.weight' was given layout .*reset_layout before a parameter is",
         ):
             work()
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from fixpass.runtime.errors import WeightError
 from fixpass.runtime.weights.weight_cache import Derived, Recipe, drop_dead
-from fixpass.runtime.weights.weight_version import Source
+from fixpass.runtime.weights.weight_version import WeightVersion
 
 
 def turned(weight):
@@ -160,7 +160,7 @@ def test_a_recipe_that_fails_leaves_the_old_value():
 def test_memory_that_was_freed_and_taken_again_is_told_apart():
     """One parameter, one address, one version, the same values in the words that are compared."""
     weight = parameter(4, 4)
-    source = Source(weight)
+    source = WeightVersion(weight)
     assert source.is_same(weight)
     storage = weight.untyped_storage()
     weight.data = torch.empty(0)
@@ -178,7 +178,7 @@ def test_memory_that_was_freed_and_taken_again_is_told_apart():
 @pytest.mark.parametrize("shape", [(1,), (3,), (17, 5), (64, 128), (0, 4)])
 def test_every_shape_can_be_watched(dtype, shape):
     weight = torch.ones(shape).to(dtype)
-    source = Source(weight)
+    source = WeightVersion(weight)
     assert source.is_same(weight)
     if weight.nbytes >= 64:
         weight.data.copy_(torch.full(shape, 2.0).to(dtype))
@@ -188,7 +188,7 @@ def test_every_shape_can_be_watched(dtype, shape):
 def test_a_narrow_view_is_watched_within_its_own_memory():
     whole = torch.randn(64, 64)
     weight = nn.Parameter(whole[:, 7:9])
-    source = Source(weight)
+    source = WeightVersion(weight)
     assert source.is_same(weight)
     weight.data.copy_(torch.randn(64, 2))
     assert not source.is_same(weight)
@@ -196,7 +196,7 @@ def test_a_narrow_view_is_watched_within_its_own_memory():
 
 def test_a_write_that_is_not_counted_and_too_small_to_be_seen_is_announced_by_its_version():
     weight = parameter(1024, 1024)
-    source = Source(weight)
+    source = WeightVersion(weight)
     weight.data[5, 5] += 1
     assert source.is_same(weight)
     torch.autograd.graph.increment_version(weight)

@@ -5,41 +5,13 @@ never stale. Their memory moves once, into the pack. Nothing is concatenated aga
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fixpass.runtime.errors import LayoutError
 from fixpass.runtime.weights.layouts import Alias, Layout, named
-from fixpass.runtime.weights.table import changed, record_of
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A parameter that is `pack.narrow(dim, start, size)`."""
-
-    layout: Layout
-    pack: Tensor
-    dim: int
-    start: int
-    size: int
-
-    @property
-    def view(self) -> Tensor:
-        return self.pack.narrow(self.dim, self.start, self.size)
-
-
-_PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def packed(param: Tensor) -> Packed | None:
-    """Where in a pack `param` lies, or None."""
-    if not len(_PACKED):
-        return None
-    found: Packed | None = _PACKED.get(param)
-    return found
+from fixpass.runtime.weights.relayout import PackedPart, forget, packed, record, record_of
 
 
 def pack(params: Sequence[Tensor], layout: str | Layout = "qkv_pack") -> Tensor:
@@ -61,11 +33,10 @@ def pack(params: Sequence[Tensor], layout: str | Layout = "qkv_pack") -> Tensor:
         start = 0
         for param in params:
             size = param.shape[alias.dim]
-            place = Packed(layout, whole, alias.dim, start, size)
+            place = PackedPart(layout, whole, alias.dim, start, size)
             param.data = place.view
-            _PACKED[param] = place
+            record(param, place)
             start += size
-    changed()
     return whole
 
 
@@ -74,21 +45,20 @@ def unpack(param: Tensor) -> bool:
     if packed(param) is None:
         return False
     param.data = param.detach().clone(memory_format=torch.contiguous_format)
-    _PACKED.pop(param, None)
-    changed()
+    forget(param)
     return True
 
 
-def moved_away(param: Tensor) -> bool:
+def has_left_pack(param: Tensor) -> bool:
     """Whether a packed parameter was given other memory, so that its pack misses its values."""
     found = packed(param)
     return found is not None and param.data_ptr() != found.view.data_ptr()
 
 
-def bring_back(param: Tensor) -> None:
+def return_to_pack(param: Tensor) -> None:
     """Copy a parameter that was given other memory into its pack, and make it a view again."""
     found = packed(param)
-    if found is None or not moved_away(param):
+    if found is None or not has_left_pack(param):
         return
     if (param.shape, param.dtype) != (found.view.shape, found.pack.dtype):
         raise LayoutError(

@@ -1,12 +1,15 @@
-"""Checkpoints into models, folds of weights, and updates that are whole or not at all.
+"""Load checkpoints, set the layouts of weights, and update the weights of a live model.
 
-`load` and `Mapping` bring a checkpoint into a model; `fold` and `fold_model` rearrange weights in
-place; `update` and `reload` give a live model other weights.
+`load` and `Mapping` bring a checkpoint into a model. `set_layout` and `set_layouts` rearrange
+weights in place. `update` and `reload` give a live model other weights: all of them, or none.
 """
+
+import warnings
+from typing import Any
 
 from fixpass.runtime.weights.checkpoint_view import checkpoint_layout
 from fixpass.runtime.weights.digest import digest
-from fixpass.runtime.weights.layouts import Alias, Bytes, Layout, Pad, Permute, Stride
+from fixpass.runtime.weights.layouts import Alias, Bytes, Pad, Permute, Stride, WeightLayout
 from fixpass.runtime.weights.loader import load
 from fixpass.runtime.weights.lock import read_lock, version, write_lock
 from fixpass.runtime.weights.mapping import (
@@ -54,7 +57,6 @@ __all__ = [
     "Bytes",
     "ExpertPart",
     "Experts",
-    "Layout",
     "LoadReport",
     "Mapping",
     "Pad",
@@ -69,6 +71,7 @@ __all__ = [
     "UnseenWriteWarning",
     "Update",
     "UpdateReport",
+    "WeightLayout",
     "Writes",
     "announce_loads",
     "checkpoint_layout",
@@ -95,3 +98,28 @@ __all__ = [
     "write_lock",
     "writes",
 ]
+
+_OLD_NAMES = {
+    "Layout": "WeightLayout",
+    "fold": "set_layout",
+    "fold_model": "set_layouts",
+    "reading": "read_lock",
+    "unfold": "reset_layout",
+    "unfold_model": "reset_layouts",
+    "window": "checkpoint_layout",
+    "writing": "write_lock",
+}
+"""Names of the release before, which warn and work for one more."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OLD_NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _OLD_NAMES[name]
+    warnings.warn(
+        f"fixpass.weights.{name} is now fixpass.weights.{new}; the old name goes in the next "
+        "release",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return globals()[new]

@@ -3,7 +3,8 @@
 vLLM loads into temporary parameters, processes those, and copies them into the ones that its
 kernels read, through `.data`; or a model loads into its parameters as they are. Around both, folded
 parameters show the layout that vLLM knows, so that values land where the fold has them; and torch
-is told of the writes, which it does not see. Whatever else writes needs `fixpass.weights.window`.
+is told of the writes, which it does not see. Whatever else writes needs
+`fixpass.weights.checkpoint_layout`.
 """
 
 import importlib

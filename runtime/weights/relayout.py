@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fixpass.runtime.errors import LayoutError
-from fixpass.runtime.weights.layout_plan import Plan, dense, resolve
-from fixpass.runtime.weights.layouts import Alias, Derived, Layout, Pad, Stride, named
+from fixpass.runtime.weights.layout_plan import LayoutPlan, resolve
+from fixpass.runtime.weights.layouts import Alias, Pad, Stride, WeightLayout, named
 from fixpass.runtime.weights.lock import closed, over
 from fixpass.runtime.weights.permute import permute_in_place
 from fixpass.runtime.weights.region import Region, read, write
@@ -31,7 +31,7 @@ _PATIENCE = 30.0
 class LayoutRecord:
     """A parameter whose memory, which starts at the address `pointer`, is laid out by `plan`."""
 
-    plan: Plan
+    plan: LayoutPlan
     pointer: int
     before: tuple[tuple[int, ...], tuple[int, ...]]
     """Shape and strides that the parameter had before."""
@@ -41,7 +41,7 @@ class LayoutRecord:
 class PackedPart:
     """A parameter that is `pack.narrow(dim, start, size)`."""
 
-    layout: Layout
+    layout: WeightLayout
     pack: Tensor
     dim: int
     start: int
@@ -99,19 +99,24 @@ def layout_generation() -> int:
     return _changes[0]
 
 
-def memory_of(param: Tensor, plan: Plan) -> Tensor:
+def memory_of(param: Tensor, plan: LayoutPlan) -> Tensor:
     """The elements of a parameter with a layout, in memory order: 1-D and contiguous."""
     data = param.detach()
     return data.as_strided((plan.numel,), (1,), data.storage_offset())
 
 
-def layout_of(param: Tensor) -> Layout | None:
+def owned_bytes(tensor: Tensor) -> int:
+    """Bytes from the first element of a tensor to the end of its storage."""
+    return int(tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size())
+
+
+def layout_of(param: Tensor) -> WeightLayout | None:
     """The layout that `set_layout` gave `param`, or None."""
     found = record_of(param)
     return found.plan.layout if found else None
 
 
-def set_layout(param: Tensor, layout: str | Layout, name: str = "the parameter") -> bool:
+def set_layout(param: Tensor, layout: str | WeightLayout, name: str = "the parameter") -> bool:
     """Lay out the memory of `param` as `layout` says.
 
     Args:
@@ -183,7 +188,7 @@ def logical(param: Tensor, name: str = "the parameter") -> Tensor:
     return read(memory_of(param, found.plan), found.plan, Region.of(found.plan))
 
 
-def check_can_relayout(param: Tensor, layout: Layout, name: str) -> None:
+def check_can_relayout(param: Tensor, layout: WeightLayout, name: str) -> None:
     """Raise LayoutError where `param` has no memory of its own that a layout could order."""
     what = f"{name}, {param.dtype} {tuple(param.shape)}, cannot be given layout {layout}: "
     if isinstance(param, DTensor):
@@ -194,17 +199,14 @@ def check_can_relayout(param: Tensor, layout: Layout, name: str) -> None:
         raise LayoutError(what + f"it is {param.layout}. to_dense() first")
     if packed(param) is not None:
         raise LayoutError(what + "it is part of a pack. fixpass.weights.unpack it first")
-    if any(isinstance(step, Alias) for step in layout.folds):
+    if any(isinstance(step, Alias) for step in layout.steps):
         raise LayoutError(what + "it is of several parameters. fixpass.weights.pack takes them")
-    if any(isinstance(step, Derived) for step in layout.folds):
-        raise LayoutError(what + "the layout loses values, and the parameter is their source")
 
 
 def check_memory(param: Tensor, found: LayoutRecord, name: str) -> None:
     """Raise LayoutError where a parameter with a layout was given other memory since."""
     same = param.data_ptr() == found.pointer
-    room = param.untyped_storage().nbytes() // param.element_size() - param.storage_offset()
-    if same and room >= found.plan.numel:
+    if same and owned_bytes(param) >= found.plan.numel * param.element_size():
         return
     raise LayoutError(
         f"{name} was given layout {found.plan.layout}, and then other memory, by "
@@ -225,7 +227,7 @@ def restride(param: Tensor, order: tuple[int, ...], name: str) -> None:
         UpdateError: the thread is inside a call that reads `param`.
 
     """
-    layout = Layout(f"stored {order}", (Stride(tuple(range(len(order))), order),))
+    layout = WeightLayout(f"stored {order}", (Stride(tuple(range(len(order))), order),))
     with closed(over((param,)), timeout=_PATIENCE):
         set_layout(param, layout, name)
         forget(param)
@@ -262,16 +264,18 @@ def _show(param: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> No
     param.data = data.as_strided(shape, strides, data.storage_offset())
 
 
-def _steps(plan: Plan, itemsize: int) -> list[Plan]:
+def _steps(plan: LayoutPlan, itemsize: int) -> list[LayoutPlan]:
     """A plan of each step of the layout: two simple permutes in place beat one complicated one."""
-    steps = [step for step in plan.layout.folds if not isinstance(step, Pad)]
+    steps = [step for step in plan.layout.steps if not isinstance(step, Pad)]
     if len(steps) == 1:
         return [plan]
-    return [resolve(Layout(plan.layout.name, (step,)), plan.padded, itemsize) for step in steps]
+    return [
+        resolve(WeightLayout(plan.layout.name, (step,)), plan.padded, itemsize) for step in steps
+    ]
 
 
-def _padded(data: Tensor, plan: Plan) -> Tensor:
-    value = next(step.value for step in plan.layout.folds if isinstance(step, Pad))
+def _padded(data: Tensor, plan: LayoutPlan) -> Tensor:
+    value = next(step.value for step in plan.layout.steps if isinstance(step, Pad))
     memory = torch.full((prod(plan.padded),), value, dtype=data.dtype, device=data.device)
-    write(memory, plan, Region(plan.logical, dense(plan.padded)), data)
+    write(memory, plan, Region.of(plan), data)
     return memory.as_strided(plan.shown, plan.strides)

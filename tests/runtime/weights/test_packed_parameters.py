@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fixpass.runtime.errors import LayoutError
-from fixpass.runtime.weights.layouts import Alias, Layout
+from fixpass.runtime.weights.layouts import Alias, WeightLayout
 from fixpass.runtime.weights.packed_parameters import has_left_pack, pack, return_to_pack, unpack
 from fixpass.runtime.weights.relayout import packed, set_layout
 
@@ -73,7 +73,7 @@ def test_unpacking_gives_memory_of_its_own_back():
 def test_a_pack_along_another_dimension():
     params = [nn.Parameter(torch.randn(4, n)) for n in (2, 6)]
     wanted = torch.cat([p.detach() for p in params], 1)
-    assert torch.equal(pack(params, Layout("columns", (Alias(1),))), wanted)
+    assert torch.equal(pack(params, WeightLayout("columns", (Alias(1),))), wanted)
 
 
 def test_what_does_not_go_together_is_refused_and_left_alone():
@@ -88,7 +88,7 @@ def test_what_does_not_go_together_is_refused_and_left_alone():
     with pytest.raises(LayoutError, match="is of one parameter"):
         pack([q, k], "aiter_16x16")
     pack([k, v])
-    with pytest.raises(LayoutError, match="folded already"):
+    with pytest.raises(LayoutError, match="has a layout or pack already"):
         pack([q, k])
     assert packed(q) is None
 

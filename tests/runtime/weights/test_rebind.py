@@ -128,5 +128,5 @@ def test_a_folded_or_packed_parameter_is_unfolded_first():
     set_layout(folded, "aiter_16x16")
     pack([q, k])
     for param in (folded, q):
-        with pytest.raises(WeightError, match="it is folded"):
+        with pytest.raises(WeightError, match="it has a layout or is part of a pack"):
             copy_or_rebind(param, param.detach().clone())

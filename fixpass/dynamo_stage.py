@@ -22,7 +22,7 @@ from fixpass.passes.fold_weights.graph_weights import weights_of
 from fixpass.passes.report import Report
 from fixpass.pipelines import entry_pipeline
 from fixpass.runtime.weights.lock import COMPILED
-from fixpass.runtime.weights.weight_cache import Derived
+from fixpass.runtime.weights.weight_cache import CachedWeight
 
 SOURCE = "_dynamo_source"
 
@@ -38,7 +38,7 @@ class Entry:
     gm: fx.GraphModule
     inputs: list[Any]
     report: Report
-    folds: tuple[Derived, ...] = ()
+    folds: tuple[CachedWeight, ...] = ()
     own: bool = False
     reads_weights: bool = False
 

@@ -13,10 +13,9 @@ from typing import Literal
 from torch import nn
 
 from fixpass.runtime.errors import VersionError
-from fixpass.runtime.weights.lock import WeightsLock, closed, lock_of, tensors_of
+from fixpass.runtime.weights.lock import WeightsLock, bump, closed, lock_of, tensors_of
 from fixpass.runtime.weights.options import Options
 from fixpass.runtime.weights.state_file import SavedState, write_state
-from fixpass.runtime.weights.versions import bump
 
 
 @dataclass(frozen=True)

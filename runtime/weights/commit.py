@@ -35,7 +35,7 @@ from fixpass.runtime.weights.relayout import logical
 from fixpass.runtime.weights.stored import MemoryPiece, Stored
 from fixpass.runtime.weights.targets import Target, targets
 from fixpass.runtime.weights.undo_log import UndoLog
-from fixpass.runtime.weights.versions import all_changes
+from fixpass.runtime.weights.weight_version import write_keys
 
 _PART = 1 << 20  # elements looked at for NaN at once
 
@@ -77,11 +77,11 @@ class Commit:
         gates, journal = over(written), UndoLog()
         try:
             # Calls go on while the old bytes are written down.
-            before = all_changes(written)
+            before = write_keys(written)
             for param in written:
                 journal.keep(param)
             with self._closing.closed(gates) as began:
-                if all_changes(written) != before:
+                if write_keys(written) != before:
                     raise UpdateError("weights were written while an update was open: begin again")
                 self._write_or_restore(gates, journal, work, zip(names, written, strict=True))
             return time.perf_counter() - began

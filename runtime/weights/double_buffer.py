@@ -17,10 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from fixpass.runtime.errors import UpdateError
 from fixpass.runtime.modules import unwrapped
-from fixpass.runtime.weights.alias import packed
 from fixpass.runtime.weights.lock import tensors_of
 from fixpass.runtime.weights.look import Layouts, pointers_of
-from fixpass.runtime.weights.table import any_folded, record, record_of
+from fixpass.runtime.weights.relayout import any_layout_set, packed, record, record_of
 
 _address = attrgetter("_cdata")
 
@@ -159,7 +158,7 @@ def _point(tensors: Sequence[Tensor], views: Sequence[Tensor]) -> None:
     for tensor, data in zip(tensors, views, strict=True):
         tensor.data = data
     torch.autograd.graph.increment_version(tensors)
-    for tensor in tensors if any_folded() else ():
+    for tensor in tensors if any_layout_set() else ():
         if (found := record_of(tensor)) is not None:
             record(tensor, replace(found, pointer=tensor.data_ptr()))
 

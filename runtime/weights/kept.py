@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights import vectored
-from fixpass.runtime.weights.alias import packed
 from fixpass.runtime.weights.collected import Prepared
 from fixpass.runtime.weights.local import local_part
 from fixpass.runtime.weights.look import Layouts, pointers_of, walk
@@ -28,11 +27,11 @@ from fixpass.runtime.weights.mapping import Mapping
 from fixpass.runtime.weights.options import Options, Scope
 from fixpass.runtime.weights.origins import FromMemory, Origin
 from fixpass.runtime.weights.read import Copy, direct
+from fixpass.runtime.weights.relayout import layout_generation, packed
 from fixpass.runtime.weights.report import LoadReport
 from fixpass.runtime.weights.spans import Part, Span
 from fixpass.runtime.weights.stored import FilePiece
 from fixpass.runtime.weights.stream import Stream, may_stream
-from fixpass.runtime.weights.table import generation
 from fixpass.runtime.weights.vectored import Range
 
 T = TypeVar("T")
@@ -51,12 +50,12 @@ class Seen:
     @staticmethod
     def of(names: list[Any], tensors: Sequence[Tensor]) -> "Seen":
         ids = list(map(id, tensors))
-        return Seen(names, ids, Layouts.of(tensors), _marks(tensors), generation())
+        return Seen(names, ids, Layouts.of(tensors), _marks(tensors), layout_generation())
 
     def holds(self, names: list[Any], tensors: Sequence[Tensor]) -> bool:
         """Whether the model is still so, as a walk finds it now."""
         return (
-            self.generation == generation()
+            self.generation == layout_generation()
             and self.names == names
             and self.ids == list(map(id, tensors))
             and self.layouts.hold(tensors)

@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
-from fixpass.runtime.errors import PoisonedError, UpdateError
+from fixpass.runtime.errors import PoisonedError, UpdateError, VersionError
 from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights.look import walk
 
@@ -213,6 +213,29 @@ def over_ids(ids: Iterable[int], known: WeightsLock | None = None) -> tuple[Weig
         for gate in _gates()
         if gate is known or not wanted.isdisjoint(id(tensor) for tensor in gate.covers())
     )
+
+
+def version(model: nn.Module) -> int:
+    """The version of the weights of `model`: 0 before any update."""
+    return lock_of(model).version
+
+
+def bump(
+    model: nn.Module, to: int | None = None, others: Collection[WeightsLock] | None = None
+) -> int:
+    """Raise the version of `model`, and of all that share a parameter with it; the new one.
+
+    to: the new version, above the present one. The others, by default the locks over any parameter
+    of the model, are raised by one.
+    """
+    own = lock_of(model)
+    if to is not None and to <= own.version:
+        raise VersionError(f"version {to} does not follow version {own.version}")
+    for lock in over(tensors_of(model)) if others is None else others:
+        if lock is not own:
+            lock.version += 1
+    own.version = own.version + 1 if to is None else to
+    return own.version
 
 
 COMPILED = WeightsLock()

@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fixpass.runtime.weights.layout_plan import Plan, dense
+from fixpass.runtime.weights.layout_plan import LayoutPlan
 from fixpass.runtime.weights.read import Copy
 from fixpass.runtime.weights.region import Region, write
-from fixpass.runtime.weights.relayout import check_memory
-from fixpass.runtime.weights.table import memory_of, record_of
+from fixpass.runtime.weights.relayout import check_memory, memory_of, record_of
 from fixpass.runtime.weights.targets import Target
 
 
@@ -23,12 +22,12 @@ class Folding:
     """The memory of a folded parameter (flat), and how its elements lie there."""
 
     memory: Tensor
-    plan: Plan
+    plan: LayoutPlan
 
     @property
     def shown(self) -> Tensor:
         """A tensor of the logical shape; its strides are true, or only name the elements."""
-        strides = self.plan.logical_strides or dense(self.plan.padded)
+        strides = self.plan.logical_strides or self.plan.index_strides
         return self.memory.as_strided(self.plan.logical, strides, self.memory.storage_offset())
 
     def put(self, values: Tensor, part: Tensor) -> None:

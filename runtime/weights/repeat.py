@@ -29,7 +29,7 @@ from fixpass.runtime.weights.spans import Span
 from fixpass.runtime.weights.stream import Stream
 from fixpass.runtime.weights.targets import reshard
 from fixpass.runtime.weights.update import UpdateReport, alone
-from fixpass.runtime.weights.writes import committed
+from fixpass.runtime.weights.weight_version import committed
 
 
 def repeated(model: nn.Module, origin: Origin | Stream, options: Options) -> UpdateReport | None:

@@ -20,7 +20,6 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fixpass.runtime.errors import PoisonedError, UpdateError, VersionError
-from fixpass.runtime.weights.alias import bring_back, moved_away
 from fixpass.runtime.weights.collected import Collected, Prepared, in_staging, values_of
 from fixpass.runtime.weights.commit import Commit
 from fixpass.runtime.weights.digest import digest
@@ -32,12 +31,13 @@ from fixpass.runtime.weights.mapping import Mapping
 from fixpass.runtime.weights.module_hooks import protect
 from fixpass.runtime.weights.occupied import Occupied
 from fixpass.runtime.weights.options import SAME_NAMES, Mode, Options, Scope
+from fixpass.runtime.weights.packed_parameters import has_left_pack, return_to_pack
 from fixpass.runtime.weights.places import Places, places
 from fixpass.runtime.weights.report import LoadReport
 from fixpass.runtime.weights.state_file import resume
 from fixpass.runtime.weights.stored import Checkpoint, Stored
 from fixpass.runtime.weights.targets import reshard, targets
-from fixpass.runtime.weights.writes import committed
+from fixpass.runtime.weights.weight_version import committed
 
 
 @dataclass(frozen=True)
@@ -228,8 +228,8 @@ def _check_base(model: nn.Module, gate: WeightsLock, options: Options) -> None:
 
 def _bring_back_packed(model: nn.Module, options: Options) -> None:
     """Parameters of a pack that were given other memory go back to it: it is what kernels read."""
-    away = [tensor for tensor in tensors_of(model) if moved_away(tensor)]
+    away = [tensor for tensor in tensors_of(model) if has_left_pack(tensor)]
     if away:
         with closed(over(away), options.timeout):
             for tensor in away:
-                bring_back(tensor)
+                return_to_pack(tensor)

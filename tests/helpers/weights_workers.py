@@ -12,9 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from fixpass.runtime.weights import collected, read
+from fixpass.runtime.weights.lock import version
 from fixpass.runtime.weights.reload import reload
 from fixpass.runtime.weights.update import update
-from fixpass.runtime.weights.versions import version
 
 
 def file_model(path):

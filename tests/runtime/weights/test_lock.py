@@ -8,8 +8,17 @@ import torch
 from torch import nn
 
 from fixpass.runtime.errors import PoisonedError, UpdateError, VersionError
-from fixpass.runtime.weights.lock import WeightsLock, closed, lock_of, over, read_lock, write_lock
-from fixpass.runtime.weights.versions import bump, changes, version
+from fixpass.runtime.weights.lock import (
+    WeightsLock,
+    bump,
+    closed,
+    lock_of,
+    over,
+    read_lock,
+    version,
+    write_lock,
+)
+from fixpass.runtime.weights.weight_version import write_key
 from helpers.threads import in_thread
 
 
@@ -164,8 +173,8 @@ def test_versions_rise_for_all_that_share_a_parameter():
 @pytest.mark.parametrize("name", ["copy_", "step", "data=", "swap"])
 def test_a_key_changes_with_a_write_that_torch_counts_and_with_other_memory(name):
     param = nn.Parameter(torch.zeros(4))
-    before = changes(param)
-    assert before == changes(param)
+    before = write_key(param)
+    assert before == write_key(param)
     if name == "copy_":
         with torch.no_grad():
             param.copy_(torch.ones(4))
@@ -176,13 +185,13 @@ def test_a_key_changes_with_a_write_that_torch_counts_and_with_other_memory(name
         param.data = torch.ones(4)
     else:
         torch.utils.swap_tensors(param, nn.Parameter(torch.ones(4)))
-    assert changes(param) != before
+    assert write_key(param) != before
 
 
 def test_a_key_of_a_tensor_of_inference_mode_is_of_its_memory():
     with torch.inference_mode():
         tensor = torch.zeros(4)
-    assert changes(tensor) == (-1, tensor.data_ptr())
+    assert write_key(tensor) == (-1, tensor.data_ptr())
 
 
 def test_a_load_that_is_no_update_can_hold_back_calls_of_the_model_and_its_parts():

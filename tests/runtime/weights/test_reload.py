@@ -12,12 +12,11 @@ from torch import nn
 import fixpass  # noqa: F401  # registers the backend
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights import vectored
-from fixpass.runtime.weights.lock import lock_of
+from fixpass.runtime.weights.lock import lock_of, version
 from fixpass.runtime.weights.module_hooks import set_layouts
 from fixpass.runtime.weights.relayout import logical
 from fixpass.runtime.weights.reload import reload
 from fixpass.runtime.weights.update import update
-from fixpass.runtime.weights.versions import version
 from helpers.folding import aiter
 
 MODES = ("buffered", "undo_log", "double_buffer")

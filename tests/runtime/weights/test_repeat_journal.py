@@ -8,9 +8,8 @@ from torch import nn
 
 from fixpass.runtime.errors import CheckpointError, PoisonedError, UpdateError
 from fixpass.runtime.weights import vectored
-from fixpass.runtime.weights.lock import lock_of
+from fixpass.runtime.weights.lock import lock_of, version
 from fixpass.runtime.weights.old_bytes import OldBytes
-from fixpass.runtime.weights.versions import version
 from helpers.reloading import holds, model_of, reloaded, saved
 
 

@@ -8,9 +8,15 @@ from fixpass.runtime.weights.alias import pack, unpack
 from fixpass.runtime.weights.checkpoint_view import checkpoint_layout
 from fixpass.runtime.weights.digest import digest
 from fixpass.runtime.weights.layouts import Alias, Bytes, Layout, Pad, Permute, Stride
-from fixpass.runtime.weights.loader import load
+from fixpass.runtime.weights.load import load, reload
 from fixpass.runtime.weights.lock import read_lock, write_lock
 from fixpass.runtime.weights.mapping import (
+    FUSED_EXPERTS,
+    GATE_UP,
+    GATED_EXPERTS,
+    MIXTRAL_EXPERTS,
+    PLAIN_EXPERTS,
+    QKV,
     ExpertPart,
     Experts,
     Mapping,
@@ -20,17 +26,8 @@ from fixpass.runtime.weights.mapping import (
     TensorParallel,
 )
 from fixpass.runtime.weights.module_hooks import protect, reset_layouts, set_layouts
-from fixpass.runtime.weights.presets import (
-    FUSED_EXPERTS,
-    GATE_UP,
-    GATED_EXPERTS,
-    MIXTRAL_EXPERTS,
-    PLAIN_EXPERTS,
-    QKV,
-)
 from fixpass.runtime.weights.rebind import Rebound, copy_or_rebind
 from fixpass.runtime.weights.relayout import layout_of, logical, reset_layout, set_layout
-from fixpass.runtime.weights.reload import reload
 from fixpass.runtime.weights.report import LoadReport
 from fixpass.runtime.weights.shuffle_op import shuffle_weight
 from fixpass.runtime.weights.state_file import SavedState, resume

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fixpass.runtime.errors import PoisonedError, UpdateError
 from fixpass.runtime.modules import unwrapped
-from fixpass.runtime.weights.look import walk
+from fixpass.runtime.weights.targets import walk
 
 Covers = Callable[[], Iterable[Tensor]]
 
@@ -195,8 +195,8 @@ def write_lock(module: nn.Module, timeout: float | None = None) -> AbstractConte
 
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers of a module; one that is tied, more than once."""
-    _, tensors, transient = walk(module)
-    yield from tensors
+    found, transient = walk(module)
+    yield from (target.tensor for target in found)
     yield from transient
 
 
@@ -233,15 +233,24 @@ def closed(gates: Collection[WeightsLock], timeout: float | None = None) -> Iter
     with _state:
         mine = [gate for gate in {*gates, COMPILED} if gate._writer == me]
     rest = [gate for gate in {*gates, COMPILED} if gate not in mine]
-    _close(rest, me, timeout)
     try:
+        _close(rest, me, timeout)
         yield
     finally:
-        with _state:
-            for gate in rest:
+        # Opening twice is opening once: an interrupt may split the first.
+        try:
+            _open(rest, me)
+        finally:
+            _open(rest, me)
+
+
+def _open(gates: Sequence[WeightsLock], me: int) -> None:
+    with _state:
+        for gate in gates:
+            if gate._writer == me:
                 gate._writer = None
                 gate._settle()
-            _state.notify_all()
+        _state.notify_all()
 
 
 def _close(gates: Sequence[WeightsLock], me: int, timeout: float | None) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fixpass.runtime.weights.local import PLAIN
+from fixpass.runtime.weights.targets import PLAIN
 
 SOURCE = Path(__file__).parent / "csrc" / "turn.c"
 LEAST = 1 << 20

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fixpass.runtime.errors import VersionError
-from fixpass.runtime.weights.local import local_part
 from fixpass.runtime.weights.lock import WeightsLock, lock_of, over, tensors_of
+from fixpass.runtime.weights.targets import local_part
 
 Changes = tuple[int, int]
 

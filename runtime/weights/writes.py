@@ -20,8 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights.cells import raw
-from fixpass.runtime.weights.local import local_box
-from fixpass.runtime.weights.targets import targets
+from fixpass.runtime.weights.targets import local_box, targets
 from fixpass.runtime.weights.versions import Changes, changes
 
 SAMPLES = 256

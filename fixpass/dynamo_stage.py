@@ -22,7 +22,7 @@ from fixpass.passes.rewrites.weight_sources import weights_of
 from fixpass.passes.rewrites.weight_values import candidates_in
 from fixpass.pipelines import entry_pipeline
 from fixpass.runtime.weights.lock import COMPILED
-from fixpass.runtime.weights.weight_cache import Derived
+from fixpass.runtime.weights.weight_cache import CachedWeight
 
 SOURCE = "_dynamo_source"
 
@@ -38,7 +38,7 @@ class Entry:
     gm: fx.GraphModule
     inputs: list[Any]
     report: Report
-    folds: tuple[Derived, ...] = ()
+    folds: tuple[CachedWeight, ...] = ()
     own: bool = False
     reads_weights: bool = False
 
@@ -58,10 +58,10 @@ class Entry:
                 node.meta.clear()
         if not self.reads_weights:
             return compiled
-        values, gate = [fold.value for fold in self.folds], COMPILED.read_lock()
+        values = [fold.value for fold in self.folds]
 
         def call(*args: Any) -> Any:
-            with gate:
+            with COMPILED.read_lock():
                 return compiled(*args, *[value(args) for value in values])
 
         return call

@@ -136,7 +136,7 @@ class FoldWeights(Pass):
 
 def _call(cut: Cut, weights: Mapping[fx.Node, Weight]) -> str:
     name = weights[cut.sources[0]].name
-    return f"fixpass.weights.fold_model(model, {{{name!r}: {cut.layout!r}}})"
+    return f"fixpass.weights.set_layouts(model, {{{name!r}: {cut.layout!r}}})"
 
 
 def _aside(order: Order) -> str:

@@ -3,7 +3,8 @@
 vLLM loads into temporary parameters, processes those, and copies them into the ones that its
 kernels read, through `.data`; or a model loads into its parameters as they are. Around both, folded
 parameters show the layout that vLLM knows, so that values land where the fold has them; and torch
-is told of the writes, which it does not see. Whatever else writes needs `fixpass.weights.window`.
+is told of the writes, which it does not see. Whatever else writes needs
+`fixpass.weights.checkpoint_layout`.
 """
 
 import importlib
@@ -20,7 +21,7 @@ from torch import Tensor
 from fixpass.integrations.engine import check_written_in, is_hook_of, once
 from fixpass.runtime.errors import EngineError
 from fixpass.runtime.weights.checkpoint_view import checkpoint_layout
-from fixpass.runtime.weights.table import record_of
+from fixpass.runtime.weights.relayout import record_of
 
 log = logging.getLogger("vllm.fixpass")
 say_once = once(log, in_workers=True)

@@ -18,20 +18,20 @@ from fixpass.passes.rewrite import Missed
 from fixpass.passes.rewrites.weight_recipe import Cut
 from fixpass.passes.rewrites.weight_sources import Weight, examples_of
 from fixpass.runtime.errors import WeightError
-from fixpass.runtime.weights.restride import restride
-from fixpass.runtime.weights.shuffle_op import is_folded
-from fixpass.runtime.weights.weight_cache import Derived, Recipe
+from fixpass.runtime.weights.relayout import restride
+from fixpass.runtime.weights.shuffle_op import has_layout
+from fixpass.runtime.weights.weight_cache import CachedWeight, WeightFunction
 
 Order = tuple[int, ...] | Missed
 """In which order of its dimensions a weight could be stored instead, or why in none."""
 
 DERIVED, VALUE = "fixpass_derived", "fixpass_value"
-"""Where in its metadata an input holds the `Derived` that gives it, and the first value of it."""
+"""Where in its metadata an input holds the `CachedWeight` that gives it, and its first value."""
 STORED = "fixpass_stored"
 """Where in its metadata the output names the weights that were stored anew."""
 
 
-def folds_of(graph: fx.Graph) -> tuple[tuple[Derived, Tensor], ...]:
+def folds_of(graph: fx.Graph) -> tuple[tuple[CachedWeight, Tensor], ...]:
     """What gives the inputs that were added to the graph, in their order, and their values now."""
     inputs = graph.find_nodes(op="placeholder")
     return tuple((n.meta[DERIVED], n.meta[VALUE]) for n in inputs if DERIVED in n.meta)
@@ -50,7 +50,7 @@ def store(
     weights: Mapping[fx.Node, Weight],
     result: PassResult,
 ) -> None:
-    """Store the weights of cuts in these orders; what cannot be is left to be derived."""
+    """WeightCache the weights of cuts in these orders; what cannot be is left to be derived."""
     names: dict[str, None] = {}
     for cut, order in zip(cuts, orders, strict=True):
         weight = weights[cut.sources[0]]
@@ -77,7 +77,7 @@ def derive(
 ) -> None:
     """Compute the value and let an input stand for it; a value that cannot be had is left."""
     positions = [weights[source].position for source in cut.sources]
-    derived = Derived(_named(cut, recipe), positions)
+    derived = CachedWeight(_named(cut, recipe), positions)
     examples = examples_of(graph, weights)
     try:
         value = derived.value(examples)
@@ -92,7 +92,7 @@ def derive(
         return
     new = introduce(graph, f"folded_{cut.node.name}", cut.node.meta, derived, value)
     names = ", ".join(weights[source].name for source in cut.sources)
-    if not (cut.layout and is_folded(weights[cut.sources[0]].tensor, cut.layout)):
+    if not (cut.layout and has_layout(weights[cut.sources[0]].tensor, cut.layout)):
         text = f"{cut.steps} of {names} kept as {Layout.of(cut.val)}, {cut.nbytes:,} bytes{aside}"
     else:
         text = f"{names} is folded into {cut.layout} itself: nothing is kept beside it"
@@ -102,7 +102,7 @@ def derive(
 
 
 def introduce(
-    graph: fx.Graph, name: str, meta: Mapping[str, Any], derived: Derived, value: Tensor
+    graph: fx.Graph, name: str, meta: Mapping[str, Any], derived: CachedWeight, value: Tensor
 ) -> fx.Node:
     """A new last input for what `derived` gives, at first `value`; it lends `meta`."""
     with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
@@ -118,14 +118,14 @@ def introduce(
     return new
 
 
-def _named(cut: Cut, compute: fx.GraphModule) -> Recipe:
+def _named(cut: Cut, compute: fx.GraphModule) -> WeightFunction:
     """The recipe with what is known of its value; equal code on equal layouts computes the same."""
-    is_value = partial(is_folded, layout=cut.layout) if cut.layout else None
+    is_value = partial(has_layout, layout=cut.layout) if cut.layout else None
     like = torch.empty_strided(cut.val.shape, cut.val.stride(), dtype=cut.val.dtype, device="meta")
     fakes = [source.meta["example_value"] for source in cut.sources]
     layouts = [f"{Layout.of(fake)} {fake.stride()} {fake.device}" for fake in (*fakes, cut.val)]
     signature = "\n".join((compute.code, *layouts))
-    return Recipe(cut.node.name, compute, is_value, like, signature)
+    return WeightFunction(cut.node.name, compute, is_value, like, signature)
 
 
 def _erase(graph: fx.Graph, cut: Cut) -> None:

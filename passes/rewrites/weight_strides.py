@@ -15,7 +15,7 @@ from fixpass.passes.rewrite import Missed
 from fixpass.passes.rewrites.weight_recipe import Cut
 from fixpass.passes.rewrites.weight_sources import Weight
 from fixpass.passes.rewrites.weight_values import works
-from fixpass.runtime.weights.restride import obstacle
+from fixpass.runtime.weights.relayout import obstacle_to_restride
 
 _RANK = 4
 """Weights of more dimensions have too many orders to try."""
@@ -30,7 +30,7 @@ def order_for(
         return Missed("it has several weights")
     if source.meta["example_value"].dim() > _RANK:
         return Missed(f"{name} has more than {_RANK} dimensions")
-    if why := obstacle(weights[source].tensor):
+    if why := obstacle_to_restride(weights[source].tensor):
         return Missed(f"{name}: {why}")
     mine = {node for other in cuts if other.sources == cut.sources for node in other.nodes}
     readers = [user for user in source.users if user not in mine]

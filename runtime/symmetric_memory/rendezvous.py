@@ -16,7 +16,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 from torch.distributed import ProcessGroup
 
-from fixpass.runtime.symmetric_memory import native, segment
+from fixpass.runtime import extension
+from fixpass.runtime.symmetric_memory import segment
 from fixpass.runtime.symmetric_memory.hosts import SHM, agree, this_host
 from fixpass.runtime.symmetric_memory.plain import ORDERED_STORES, PlainGroup
 from fixpass.runtime.symmetric_memory.settings import Settings, patience
@@ -64,9 +65,10 @@ class Meeting:
 def exchange_hosts(meeting: Meeting, device_type: str) -> Outcome:
     """On how many hosts the ranks are; on CPU with the memory, where that is one."""
     on_cpu = device_type == "cpu"
-    reason = (
-        native.load() if on_cpu and meeting.settings.native else "its C++ part is not asked for"
-    )
+    wants = on_cpu and meeting.settings.native
+    reason = "its C++ part is not asked for"
+    if wants:
+        reason = extension.load("symmetric_memory", uses_torch=True).reason
     mine = {"host": this_host(), "sizes": meeting.settings.sizes, "without": reason}
     said, obstacle = meeting.hear("hosts", mine)
     if obstacle:

@@ -27,16 +27,15 @@ from fixpass.runtime.errors import CheckpointError, UpdateError, VersionError
 from fixpass.runtime.weights.commit_section import run_section
 from fixpass.runtime.weights.double_buffer import DoubleBuffer
 from fixpass.runtime.weights.files import OpenFile
-from fixpass.runtime.weights.lock import WeightsLock, closed, lock_of, over_ids, tensors_of
+from fixpass.runtime.weights.lock import WeightsLock, bump, closed, lock_of, over_ids
 from fixpass.runtime.weights.options import Options
 from fixpass.runtime.weights.read import Work
 from fixpass.runtime.weights.state_file import SavedState, write_state
 from fixpass.runtime.weights.stored import MemoryPiece
-from fixpass.runtime.weights.targets import Target, local_box, walk
+from fixpass.runtime.weights.targets import Target, local_box, tensors_of, walk
 from fixpass.runtime.weights.tensor_metadata import Manifest
 from fixpass.runtime.weights.undo_log import UndoLog
-from fixpass.runtime.weights.versions import all_changes, bump
-from fixpass.runtime.weights.writes import committed
+from fixpass.runtime.weights.weight_version import committed, write_keys
 
 _PART = 1 << 20  # elements looked at for NaN at once
 
@@ -114,12 +113,12 @@ class Commit:
 
     def _undo_log(self) -> float:
         tensors = [target.tensor for target in self.written]
-        before = all_changes(tensors)
+        before = write_keys(tensors)
         # Calls go on while the old bytes are written down.
         log = UndoLog(self.work.tensors)
 
         def write(locks: Collection[WeightsLock]) -> None:
-            if all_changes(tensors) != before:
+            if write_keys(tensors) != before:
                 raise UpdateError("weights were written while an update was open: begin again")
             try:
                 self._write(self.work)

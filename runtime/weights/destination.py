@@ -12,10 +12,9 @@ from torch import Tensor
 
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.box import Box, Shape
-from fixpass.runtime.weights.layout_plan import Plan, dense
+from fixpass.runtime.weights.layout_plan import LayoutPlan
 from fixpass.runtime.weights.region import Region, write
-from fixpass.runtime.weights.relayout import check_memory
-from fixpass.runtime.weights.table import memory_of, record_of
+from fixpass.runtime.weights.relayout import check_memory, memory_of, record_of
 from fixpass.runtime.weights.targets import is_freed, local_box
 
 
@@ -24,7 +23,7 @@ class LogicalView(NamedTuple):
 
     memory: Tensor
     """Its elements as they lie, 1-D."""
-    plan: Plan
+    plan: LayoutPlan
 
     def put(self, values: Tensor, part: Tensor) -> None:
         """Write values where the elements of `part` lie, a view of the destination's tensor."""
@@ -82,7 +81,7 @@ def destination(param: Tensor, name: str = "the parameter") -> Destination:
     check_memory(param, found, name)
     plan = found.plan
     memory = memory_of(local, plan)
-    strides = plan.logical_strides or dense(plan.padded)
+    strides = plan.logical_strides or plan.index_strides
     shown = memory.as_strided(plan.logical, strides, memory.storage_offset())
     view = LogicalView(memory, plan) if plan.logical_strides is None else None
     return Destination(shown, Box.whole(plan.logical), plan.logical, view)

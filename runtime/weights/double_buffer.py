@@ -17,9 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from fixpass.runtime.errors import UpdateError
 from fixpass.runtime.modules import unwrapped
-from fixpass.runtime.weights.alias import packed
-from fixpass.runtime.weights.checkpoint_view import is_open
-from fixpass.runtime.weights.table import any_folded, record, record_of
+from fixpass.runtime.weights.checkpoint_view import shows_checkpoint
+from fixpass.runtime.weights.relayout import any_layout_set, packed, record, record_of
 from fixpass.runtime.weights.targets import walk
 
 _address = attrgetter("_cdata")
@@ -98,7 +97,7 @@ def _point(tensors: Sequence[Tensor], views: Sequence[Tensor]) -> None:
     for tensor, data in zip(tensors, views, strict=True):
         tensor.data = data
     torch.autograd.graph.increment_version(tensors)
-    for tensor in tensors if any_folded() else ():
+    for tensor in tensors if any_layout_set() else ():
         if (found := record_of(tensor)) is not None:
             record(tensor, replace(found, pointer=tensor.data_ptr()))
 
@@ -122,7 +121,7 @@ def _check(tensor: Tensor) -> None:
         raise UpdateError(
             what + f"is in shared memory or in a file, which others go on to read: {others}"
         )
-    if is_open(tensor):
+    if shows_checkpoint(tensor):
         raise UpdateError(
             what + f"shows the checkpoint's layout now, and its memory must stay: {others}"
         )

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from fixpass.runtime.attributes import note, remembered
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.box import Box
-from fixpass.runtime.weights.checkpoint_view import is_open
+from fixpass.runtime.weights.checkpoint_view import shows_checkpoint
 from fixpass.runtime.weights.destination import Destination
 from fixpass.runtime.weights.files import OpenFile
 from fixpass.runtime.weights.formats.memory import from_iterator
@@ -71,7 +71,7 @@ def _result(load: OwnLoads, threads: int) -> Tensor:
     param, where = load.target.tensor, load.where
     if isinstance(param, DTensor):
         whole = torch.zeros(param.shape, dtype=param.dtype, device=param.device)
-    elif is_open(param):
+    elif shows_checkpoint(param):
         whole = param.detach().clone(memory_format=torch.contiguous_format)
     else:
         whole = logical(param)

@@ -11,11 +11,10 @@ from fixpass.runtime.weights.batches import Source
 from fixpass.runtime.weights.files import TEMPORARY, OpenFile
 from fixpass.runtime.weights.formats import memory
 from fixpass.runtime.weights.formats.safetensors import Files
-from fixpass.runtime.weights.lock import tensors_of
 from fixpass.runtime.weights.plan_cache import SourceSignature
 from fixpass.runtime.weights.report import some
 from fixpass.runtime.weights.stored import Checkpoint, FilePiece, Stored
-from fixpass.runtime.weights.targets import MemoryRanges
+from fixpass.runtime.weights.targets import MemoryRanges, tensors_of
 
 
 class PendingUpdate:

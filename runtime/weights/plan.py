@@ -28,9 +28,9 @@ from fixpass.runtime.weights.placement import (
     route,
 )
 from fixpass.runtime.weights.read import Copy, copies
+from fixpass.runtime.weights.relayout import record_of
 from fixpass.runtime.weights.report import Initialised, LoadReport, Missing, Skipped, some
 from fixpass.runtime.weights.stored import Checkpoint, MemoryPiece, Stored, describe
-from fixpass.runtime.weights.table import record_of
 from fixpass.runtime.weights.targets import PLAIN, Target
 
 MOST_FAULTS = 10

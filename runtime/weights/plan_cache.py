@@ -20,9 +20,9 @@ from fixpass.runtime.weights.formats.safetensors import Files
 from fixpass.runtime.weights.options import Options
 from fixpass.runtime.weights.plan import Plan
 from fixpass.runtime.weights.read import Work
+from fixpass.runtime.weights.relayout import any_layout_set, layout_generation, record_of
 from fixpass.runtime.weights.report import LoadReport
 from fixpass.runtime.weights.stored import Stored
-from fixpass.runtime.weights.table import any_folded, generation, record_of
 from fixpass.runtime.weights.targets import PLAIN, Target, local_part, walk
 from fixpass.runtime.weights.tensor_metadata import Manifest, TensorMetadata, facts_of
 
@@ -53,7 +53,7 @@ class ModelSignature:
             return None
         marks = list(map(tuple, manifest.attributes)) if any(manifest.attributes) else []
         tied = ties if len(first) < len(ids) else []
-        return ModelSignature(manifest.names, tied, manifest.metadata, marks, generation())
+        return ModelSignature(manifest.names, tied, manifest.metadata, marks, layout_generation())
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ def keep_plan(
         return
     if work.copies or plan.own or plan.covered or plan.initialised:
         return
-    if any_folded() and any(record_of(target.tensor) is not None for target in walk(model)[0]):
+    if any_layout_set() and any(record_of(target.tensor) is not None for target in walk(model)[0]):
         return
     _CACHE[unwrapped(model)] = CachedPlan(
         source, signature, _asked(options), plan.written, work.batches, plan.report(), plan.scales

@@ -60,6 +60,12 @@ def targets(model: nn.Module) -> dict[str, Target]:
     return {target.name: target for target in walk(model)[0]}
 
 
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    """All parameters and buffers of a module; a tied one comes more than once."""
+    found, transient = walk(model)
+    return [*(target.tensor for target in found), *transient]
+
+
 def _walk(
     module: nn.Module, path: str, outer: set[int], found: list[Target], transient: list[Tensor]
 ) -> None:

@@ -20,15 +20,15 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fixpass.runtime.errors import CheckpointError, PoisonedError, UpdateError, VersionError
-from fixpass.runtime.weights.alias import bring_back, moved_away
 from fixpass.runtime.weights.commit import Commit
 from fixpass.runtime.weights.digest import digest
 from fixpass.runtime.weights.formats.safetensors import Files
-from fixpass.runtime.weights.lock import WeightsLock, closed, lock_of, over, tensors_of
+from fixpass.runtime.weights.lock import WeightsLock, closed, lock_of, over
 from fixpass.runtime.weights.mapping import SAME_NAMES, Mapping
 from fixpass.runtime.weights.module_hooks import protect
 from fixpass.runtime.weights.options import Mode, Options, Scope, mode_named
 from fixpass.runtime.weights.own_loaders import run_own_loaders
+from fixpass.runtime.weights.packed_parameters import has_left_pack, return_to_pack
 from fixpass.runtime.weights.pending_update import PendingUpdate
 from fixpass.runtime.weights.plan import make_plan
 from fixpass.runtime.weights.plan_cache import (
@@ -40,7 +40,7 @@ from fixpass.runtime.weights.read import Work
 from fixpass.runtime.weights.report import LoadReport
 from fixpass.runtime.weights.state_file import resume
 from fixpass.runtime.weights.stored import Stored
-from fixpass.runtime.weights.targets import reshard, walk
+from fixpass.runtime.weights.targets import reshard, tensors_of, walk
 from fixpass.runtime.weights.tensor_metadata import Manifest
 
 
@@ -270,11 +270,11 @@ def _check_base(model: nn.Module, lock: WeightsLock, options: Options) -> None:
 
 def _bring_back_packed(model: nn.Module, options: Options) -> None:
     """Parameters of a pack that were given other memory go back to it: kernels read the pack."""
-    away = [tensor for tensor in tensors_of(model) if moved_away(tensor)]
+    away = [tensor for tensor in tensors_of(model) if has_left_pack(tensor)]
     if away:
         with closed(over(away), options.timeout):
             for tensor in away:
-                bring_back(tensor)
+                return_to_pack(tensor)
 
 
 @contextmanager

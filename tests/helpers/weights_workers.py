@@ -14,8 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from fixpass.runtime.weights import batches
 from fixpass.runtime.weights import update as updating
 from fixpass.runtime.weights.load import reload
+from fixpass.runtime.weights.lock import version
 from fixpass.runtime.weights.update import update
-from fixpass.runtime.weights.versions import version
 
 
 def file_model(path):
@@ -36,6 +36,7 @@ def full(value):
 def die_in_mid_commit(weights, state, mode):
     """Update to version 1, begin to write version 2, and be killed after half of the layers."""
     model = file_model(weights)
+    batches.MOST_PARTS = 1
     with update(model, mode, state_file=state) as tx:
         tx.load_state_dict(full(1))
     done, move = [], batches.move
@@ -46,7 +47,7 @@ def die_in_mid_commit(weights, state, mode):
         done.append(args)
         move(*args)
 
-    batches.move, batches.MOST_PARTS = dying, 1
+    batches.move = dying
     with update(model, mode, state_file=state, threads=1) as tx:
         tx.load_state_dict(full(2))
 

@@ -71,7 +71,7 @@ def test_without_a_compiler_torch_operations_do_it_and_say_so():
         ranks.run(faults.without_compiler, "no C++ compiler was found")
         for symmetric, reason in ranks.run(workers.describe):
             assert symmetric
-            assert "in torch operations: its C++ part could not be built" in reason
+            assert "in torch operations: " in reason
             assert "no C++ compiler was found" in reason
         assert ranks.run(workers.wrong_sums, [0, 1, 100, 65536, 200_000]) == [[], []]
         for errors, after in ranks.run(workers.raised, [(2,), (3,)], ["float32", "float32"]):

@@ -13,11 +13,10 @@ from torch import nn
 
 from fixpass.runtime.errors import PoisonedError, UpdateError
 from fixpass.runtime.weights import batches
-from fixpass.runtime.weights.lock import lock_of
+from fixpass.runtime.weights.lock import lock_of, version
 from fixpass.runtime.weights.state_file import read_state, resume
 from fixpass.runtime.weights.undo_log import UndoLog
 from fixpass.runtime.weights.update import update
-from fixpass.runtime.weights.versions import version
 from helpers import weights_workers as workers
 from helpers.ranks import Ranks
 
@@ -205,7 +204,7 @@ def test_plain_writes_into_a_sharded_model_are_refused_or_lost(two):
 def test_a_sharded_model_refuses_folds_and_a_second_set_of_memory(two):
     for folded, doubled in two.run(workers.refuse_sharded):
         assert (
-            "up, torch.float32 (32, 16), cannot be folded into aiter_16x16: it is a DTensor"
+            "up, torch.float32 (32, 16), cannot be given layout aiter_16x16: it is a DTensor"
             in folded
         )
         assert "is a DTensor, whose memory FSDP2 holds too" in doubled

@@ -11,10 +11,10 @@ from torch import nn
 import fixpass  # noqa: F401  # registers the backend
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights import batches
-from fixpass.runtime.weights.alias import pack
+from fixpass.runtime.weights.lock import version
+from fixpass.runtime.weights.packed_parameters import pack
 from fixpass.runtime.weights.plan_cache import _CACHE
 from fixpass.runtime.weights.relayout import set_layout
-from fixpass.runtime.weights.versions import version
 from helpers.folding import aiter
 from helpers.reloading import MODES, holds, model_of, named, reloaded, saved, stacked
 

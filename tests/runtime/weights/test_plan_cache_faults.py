@@ -12,8 +12,7 @@ from fixpass.runtime.errors import CheckpointError, UpdateError
 from fixpass.runtime.weights import batches
 from fixpass.runtime.weights import double_buffer as double
 from fixpass.runtime.weights.files import TEMPORARY, OpenFile
-from fixpass.runtime.weights.lock import lock_of
-from fixpass.runtime.weights.versions import version
+from fixpass.runtime.weights.lock import lock_of, version
 from helpers.reloading import MODES, holds, model_of, named, reloaded, saved
 
 

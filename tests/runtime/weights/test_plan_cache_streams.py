@@ -6,7 +6,7 @@ from torch import nn
 
 from fixpass.runtime.errors import CheckpointError, UpdateError
 from fixpass.runtime.weights import batches
-from fixpass.runtime.weights.versions import version
+from fixpass.runtime.weights.lock import version
 from helpers.reloading import holds, model_of, named, reloaded, stacked
 
 pytestmark = pytest.mark.parametrize("mode", ["buffered", "double_buffer", "undo_log"])

@@ -13,11 +13,10 @@ import fixpass  # noqa: F401  # registers the backend
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.files import OpenFile
 from fixpass.runtime.weights.load import reload
-from fixpass.runtime.weights.lock import lock_of
+from fixpass.runtime.weights.lock import lock_of, version
 from fixpass.runtime.weights.module_hooks import set_layouts
 from fixpass.runtime.weights.relayout import logical
 from fixpass.runtime.weights.update import update
-from fixpass.runtime.weights.versions import version
 from helpers.folding import aiter
 
 MODES = ("buffered", "undo_log", "double_buffer")

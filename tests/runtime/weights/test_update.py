@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from fixpass.runtime.errors import CheckpointError, FixpassError, UpdateError, VersionError
-from fixpass.runtime.weights.alias import pack
-from fixpass.runtime.weights.lock import lock_of
+from fixpass.runtime.weights.lock import lock_of, version
+from fixpass.runtime.weights.packed_parameters import pack
 from fixpass.runtime.weights.relayout import layout_of
 from fixpass.runtime.weights.update import update
-from fixpass.runtime.weights.versions import changes, version
+from fixpass.runtime.weights.weight_version import write_key
 from helpers.folding import aiter
 from helpers.updating import MODES, holds, model_of, values
 
@@ -256,10 +256,10 @@ def test_layouts_outlive_updates(mode):
 
 def test_every_write_of_an_update_changes_the_key_of_its_parameter(mode):
     model = model_of()
-    before = {name: changes(param) for name, param in model.named_parameters()}
+    before = {name: write_key(param) for name, param in model.named_parameters()}
     with update(model, mode) as tx:
         tx.load_state_dict(values(1))
-    after = {name: changes(param) for name, param in model.named_parameters()}
+    after = {name: write_key(param) for name, param in model.named_parameters()}
     assert [name for name in before if before[name] == after[name]] == []
 
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from fixpass.runtime.errors import LayoutError
-from fixpass.runtime.weights.alias import bring_back, moved_away, pack, packed, unpack
-from fixpass.runtime.weights.layouts import Alias, Layout
-from fixpass.runtime.weights.relayout import set_layout
+from fixpass.runtime.weights.layouts import Alias, WeightLayout
+from fixpass.runtime.weights.packed_parameters import has_left_pack, pack, return_to_pack, unpack
+from fixpass.runtime.weights.relayout import packed, set_layout
 
 
 def three():
@@ -51,13 +51,13 @@ def test_a_parameter_that_was_given_other_memory_is_noticed_and_brought_back():
     params = three()
     whole, new = pack(params), torch.randn(4, 8)
     params[1].data = new
-    assert [moved_away(p) for p in params] == [False, True, False]
-    bring_back(params[1])
+    assert [has_left_pack(p) for p in params] == [False, True, False]
+    return_to_pack(params[1])
     assert torch.equal(whole[8:12], new)
-    assert not moved_away(params[1])
+    assert not has_left_pack(params[1])
     params[2].data = torch.randn(5, 8)
     with pytest.raises(LayoutError, match=r"replaced by torch.float32 \(5, 8\)"):
-        bring_back(params[2])
+        return_to_pack(params[2])
 
 
 def test_unpacking_gives_memory_of_its_own_back():
@@ -73,7 +73,7 @@ def test_unpacking_gives_memory_of_its_own_back():
 def test_a_pack_along_another_dimension():
     params = [nn.Parameter(torch.randn(4, n)) for n in (2, 6)]
     wanted = torch.cat([p.detach() for p in params], 1)
-    assert torch.equal(pack(params, Layout("columns", (Alias(1),))), wanted)
+    assert torch.equal(pack(params, WeightLayout("columns", (Alias(1),))), wanted)
 
 
 def test_what_does_not_go_together_is_refused_and_left_alone():
@@ -88,7 +88,7 @@ def test_what_does_not_go_together_is_refused_and_left_alone():
     with pytest.raises(LayoutError, match="is of one parameter"):
         pack([q, k], "aiter_16x16")
     pack([k, v])
-    with pytest.raises(LayoutError, match="folded already"):
+    with pytest.raises(LayoutError, match="has a layout or pack already"):
         pack([q, k])
     assert packed(q) is None
 

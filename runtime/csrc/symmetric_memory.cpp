@@ -14,7 +14,7 @@
 #include <shared_mutex>
 #include <unordered_map>
 
-#include "group.h"
+#include "symmetric_memory/group.h"
 
 namespace fixpass {
 namespace {

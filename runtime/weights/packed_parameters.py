@@ -1,55 +1,38 @@
-"""Parameters as views of one pack: q, k and v of a projection, gate and up of an MLP.
+"""Parameters as views of one packed tensor: q, k and v of a projection, gate and up of an MLP.
 
-Each stays the Parameter that it was; loading any of them is loading the pack, which is therefore
-never stale. Their memory moves once, into the pack. Nothing is concatenated again.
+`pack` moves the memory of the parameters once. Each stays the same Parameter object, so that a load
+of any of them writes the pack, which is never stale. Nothing is concatenated again.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fixpass.runtime.errors import LayoutError
-from fixpass.runtime.weights.layouts import Alias, Layout, named
-from fixpass.runtime.weights.table import changed, record_of
+from fixpass.runtime.weights.layouts import Alias, WeightLayout, named
+from fixpass.runtime.weights.relayout import PackedPart, forget, packed, record, record_of
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A parameter that is `pack.narrow(dim, start, size)`."""
+def pack(params: Sequence[Tensor], layout: str | WeightLayout = "qkv_pack") -> Tensor:
+    """Move parameters into one tensor, of which each becomes a view.
 
-    layout: Layout
-    pack: Tensor
-    dim: int
-    start: int
-    size: int
+    Args:
+        params: in their order in the pack.
+        layout: a layout of one `Alias`, or its name.
 
-    @property
-    def view(self) -> Tensor:
-        return self.pack.narrow(self.dim, self.start, self.size)
+    Returns:
+        The pack. Packing the same parameters again gives the same one.
 
+    Raises:
+        LayoutError: a parameter has a layout, is part of another pack, or does not fit the others.
 
-_PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+    Example:
+        >>> qkv = pack([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight])
 
-
-def packed(param: Tensor) -> Packed | None:
-    """Where in a pack `param` lies, or None."""
-    if not len(_PACKED):
-        return None
-    found: Packed | None = _PACKED.get(param)
-    return found
-
-
-def pack(params: Sequence[Tensor], layout: str | Layout = "qkv_pack") -> Tensor:
-    """The parameters as one tensor, of which each becomes a view.
-
-    Packing the same parameters again gives the same pack. Raises LayoutError where one of them is
-    folded, lies in another pack, or does not fit the others.
     """
     layout = named(layout)
-    alias = layout.folds[0] if layout.folds else None
+    alias = layout.steps[0] if layout.steps else None
     if not isinstance(alias, Alias):
         raise LayoutError(f"layout {layout} is of one parameter: give it one, not {len(params)}")
     held = _same_pack(params, layout)
@@ -61,46 +44,44 @@ def pack(params: Sequence[Tensor], layout: str | Layout = "qkv_pack") -> Tensor:
         start = 0
         for param in params:
             size = param.shape[alias.dim]
-            place = Packed(layout, whole, alias.dim, start, size)
-            param.data = place.view
-            _PACKED[param] = place
+            part = PackedPart(layout, whole, alias.dim, start, size)
+            param.data = part.view
+            record(param, part)
             start += size
-    changed()
     return whole
 
 
 def unpack(param: Tensor) -> bool:
-    """Give `param` memory of its own again; whether it was packed. The others stay in the pack."""
+    """Give `param` memory of its own; returns whether it was packed. The others stay packed."""
     if packed(param) is None:
         return False
     param.data = param.detach().clone(memory_format=torch.contiguous_format)
-    _PACKED.pop(param, None)
-    changed()
+    forget(param)
     return True
 
 
-def moved_away(param: Tensor) -> bool:
-    """Whether a packed parameter was given other memory, so that its pack misses its values."""
+def has_left_pack(param: Tensor) -> bool:
+    """Whether a packed parameter was given other memory: the pack has old values then."""
     found = packed(param)
     return found is not None and param.data_ptr() != found.view.data_ptr()
 
 
-def bring_back(param: Tensor) -> None:
-    """Copy a parameter that was given other memory into its pack, and make it a view again."""
+def return_to_pack(param: Tensor) -> None:
+    """Copy a parameter that was given other memory into its pack, whose view it becomes again."""
     found = packed(param)
-    if found is None or not moved_away(param):
+    if found is None or not has_left_pack(param):
         return
     if (param.shape, param.dtype) != (found.view.shape, found.pack.dtype):
         raise LayoutError(
             f"a parameter of {found.layout} was replaced by {param.dtype} {tuple(param.shape)}, "
-            f"and its place holds {found.pack.dtype} {tuple(found.view.shape)}"
+            f"and its part of the pack is {found.pack.dtype} {tuple(found.view.shape)}"
         )
     with torch.no_grad():
         found.view.copy_(param.detach())
         param.data = found.view
 
 
-def _same_pack(params: Sequence[Tensor], layout: Layout) -> Tensor | None:
+def _same_pack(params: Sequence[Tensor], layout: WeightLayout) -> Tensor | None:
     found = [packed(param) for param in params]
     first = found[0]
     if first is None or any(p is None or p.pack is not first.pack for p in found):
@@ -110,14 +91,16 @@ def _same_pack(params: Sequence[Tensor], layout: Layout) -> Tensor | None:
     return first.pack if starts == sorted(starts) and whole and first.layout == layout else None
 
 
-def _check(params: Sequence[Tensor], layout: Layout, dim: int) -> None:
+def _check(params: Sequence[Tensor], layout: WeightLayout, dim: int) -> None:
     first = params[0]
     if len({id(param) for param in params}) != len(params):
         raise LayoutError(f"layout {layout}: a parameter is given twice")
     for index, param in enumerate(params):
         what = f"layout {layout}: parameter {index}, {param.dtype} {tuple(param.shape)}, "
         if packed(param) is not None or record_of(param) is not None:
-            raise LayoutError(what + "is folded already: unfold it first")
+            raise LayoutError(
+                what + "has a layout or pack already: reset_layout or unpack it first"
+            )
         if type(param.detach()) is not torch.Tensor or param.layout != torch.strided:
             raise LayoutError(what + f"is a {type(param.detach()).__name__}, not a plain tensor")
         if (param.dtype, param.device) != (first.dtype, first.device):

@@ -8,7 +8,7 @@ from torch import nn
 
 from fixpass.runtime.weights.module_hooks import set_layouts
 from fixpass.runtime.weights.update import update
-from fixpass.runtime.weights.writes import (
+from fixpass.runtime.weights.weight_version import (
     UnseenWriteWarning,
     announce_loads,
     fingerprint,

@@ -58,10 +58,10 @@ class Entry:
                 node.meta.clear()
         if not self.reads_weights:
             return compiled
-        values, gate = [fold.value for fold in self.folds], COMPILED.read_lock()
+        values = [fold.value for fold in self.folds]
 
         def call(*args: Any) -> Any:
-            with gate:
+            with COMPILED.read_lock():
                 return compiled(*args, *[value(args) for value in values])
 
         return call

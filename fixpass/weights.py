@@ -10,9 +10,15 @@ from typing import Any
 from fixpass.runtime.weights.checkpoint_view import checkpoint_layout
 from fixpass.runtime.weights.digest import digest
 from fixpass.runtime.weights.layouts import Alias, Bytes, Pad, Permute, Stride, WeightLayout
-from fixpass.runtime.weights.loader import load
+from fixpass.runtime.weights.load import load, reload
 from fixpass.runtime.weights.lock import read_lock, version, write_lock
 from fixpass.runtime.weights.mapping import (
+    FUSED_EXPERTS,
+    GATE_UP,
+    GATED_EXPERTS,
+    MIXTRAL_EXPERTS,
+    PLAIN_EXPERTS,
+    QKV,
     ExpertPart,
     Experts,
     Mapping,
@@ -23,17 +29,8 @@ from fixpass.runtime.weights.mapping import (
 )
 from fixpass.runtime.weights.module_hooks import protect, reset_layouts, set_layouts
 from fixpass.runtime.weights.packed_parameters import pack, unpack
-from fixpass.runtime.weights.presets import (
-    FUSED_EXPERTS,
-    GATE_UP,
-    GATED_EXPERTS,
-    MIXTRAL_EXPERTS,
-    PLAIN_EXPERTS,
-    QKV,
-)
 from fixpass.runtime.weights.rebind import Rebound, copy_or_rebind
 from fixpass.runtime.weights.relayout import forget, layout_of, logical, reset_layout, set_layout
-from fixpass.runtime.weights.reload import reload
 from fixpass.runtime.weights.report import LoadReport
 from fixpass.runtime.weights.shuffle_op import shuffle_weight
 from fixpass.runtime.weights.state_file import SavedState, resume

@@ -6,15 +6,14 @@ boxes; what has to be copied is their intersection. Nothing here touches data.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(NamedTuple):
     """The elements `start[i] <= index[i] < start[i] + shape[i]` of a tensor."""
 
     start: Shape
@@ -23,7 +22,7 @@ class Box:
     @staticmethod
     def whole(shape: Shape) -> "Box":
         """All of a tensor of this shape."""
-        return Box((0,) * len(shape), tuple(shape))
+        return Box((0,) * len(shape), shape)
 
     @property
     def stop(self) -> Shape:

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from fixpass.runtime.weights.formats.memory import raw_bytes
-from fixpass.runtime.weights.local import local_box
 from fixpass.runtime.weights.relayout import logical, record_of
-from fixpass.runtime.weights.targets import targets
+from fixpass.runtime.weights.targets import local_box, targets
 
 
 def digest(model: nn.Module) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fixpass.runtime import extension
-from fixpass.runtime.weights.local import PLAIN
+from fixpass.runtime.weights.targets import PLAIN
 
 STAGING = 4 << 20
 """The most bytes of staging that a layout takes."""

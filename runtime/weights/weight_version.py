@@ -21,8 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from fixpass.runtime.modules import unwrapped
-from fixpass.runtime.weights.local import local_box, local_part
-from fixpass.runtime.weights.targets import targets
+from fixpass.runtime.weights.targets import local_box, local_part, targets
 
 WORDS = 16
 """Words of at most 8 bytes that `WeightVersion` compares on CPU."""

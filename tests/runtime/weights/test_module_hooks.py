@@ -11,9 +11,9 @@ from torch import nn
 
 from fixpass.runtime.errors import LayoutError
 from fixpass.runtime.weights.checkpoint_view import checkpoint_layout
+from fixpass.runtime.weights.load import reload
 from fixpass.runtime.weights.module_hooks import reset_layouts, set_layouts
 from fixpass.runtime.weights.relayout import layout_of, reset_layout
-from fixpass.runtime.weights.reload import reload
 from helpers.folding import aiter
 
 

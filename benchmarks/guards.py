@@ -14,7 +14,7 @@ import torch
 from benchmarks.results import Check, Result, spread
 from benchmarks.timing import interleave
 from fixpass.eager_kernels import wrap
-from fixpass.integrations.sglang import guarding
+from fixpass.integrations.sglang.serving import guarding
 
 ABOUT = (
     "Microseconds that a guard adds to one call of a norm kernel on dense bf16 rows, where nothing "

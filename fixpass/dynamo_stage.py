@@ -27,7 +27,7 @@ from fixpass.pipelines import entry_pipeline
 from fixpass.runtime.opaque_norms import OPAQUE_NORMS
 from fixpass.runtime.providers import op_exists
 from fixpass.runtime.weights.lock import COMPILED
-from fixpass.runtime.weights.weight_cache import Derived
+from fixpass.runtime.weights.weight_cache import CachedWeight
 
 _SOURCE = "_dynamo_source"
 _NORMS = (functional.rms_norm, functional.layer_norm, torch.rms_norm, torch.layer_norm)
@@ -43,7 +43,7 @@ class EntryGraph:
     inputs: list[Any]
     """Example inputs: Dynamo's, then one for each folded value."""
     report: Report
-    folds: tuple[Derived, ...] = ()
+    folds: tuple[CachedWeight, ...] = ()
     """The folded values, in the order of the last inputs."""
     is_copy: bool = False
     """The graph is a copy that Dynamo does not know."""
@@ -66,10 +66,10 @@ class EntryGraph:
                 node.meta.clear()
         if not self.reads_weights:
             return compiled
-        values, read_lock = [fold.value for fold in self.folds], COMPILED.read_lock()
+        values = [fold.value for fold in self.folds]
 
         def call(*args: Any) -> Any:
-            with read_lock:
+            with COMPILED.read_lock():
                 return compiled(*args, *[value(args) for value in values])
 
         return call

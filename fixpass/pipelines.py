@@ -130,7 +130,7 @@ def collectives(config: Config, target: Target, may_communicate: bool) -> PlaceS
 
     groups.configure(timeout=config.symmetric_timeout)
     topology = f"{dist.get_world_size()} ranks, {local_world_size() or '?'} of them here"
-    describe = groups.settle if may_communicate else groups.peek
+    describe = groups.rendezvous_facts if may_communicate else groups.local_facts
     return PlaceSymmetricMemory(target, policy, topology, describe)
 
 

@@ -1,4 +1,4 @@
-"""Folded models at work: every update is seen at the next call, and nothing compiles again."""
+"""LayoutRecord models at work: every update is seen at the next call, and nothing compiles again."""
 
 import gc
 import threading

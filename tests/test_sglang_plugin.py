@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from fixpass.integrations import sglang as serving
-from fixpass.integrations import sglang_diffusion as diffusion
-from fixpass.integrations import sglang_hooks
-from fixpass.integrations.sglang_hooks import Hook, is_in_place
+from fixpass.integrations.sglang import diffusion as diffusion
+from fixpass.integrations.sglang import hooks as sglang_hooks
+from fixpass.integrations.sglang import serving as serving
+from fixpass.integrations.sglang.hooks import Hook, is_in_place
 from helpers import sglang_standin
 from helpers.standins import LayoutFault, aiter_rms_norm
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from fixpass import last_reports, weights
-from fixpass.integrations import vllm as plugin
+from fixpass.integrations.vllm import engine_config as plugin
 from helpers.folding import aiter
 
 RELOAD = "vllm.model_executor.model_loader.reload"

@@ -12,7 +12,7 @@ from fixpass.runtime import strided
 from fixpass.runtime.errors import KernelError
 
 # The ops import their kernels when first called; in the interpreter that would be too late.
-from fixpass.runtime.kernels import add_rms_norm, layer_norm, qk_norm, rms_norm  # noqa: F401
+from fixpass.runtime.kernels import add_rms_norm, qk_norm, rms_norm  # noqa: F401
 from fixpass.testing import bf16, f32
 from fixpass.testing.kernel_memory import trace_memory
 

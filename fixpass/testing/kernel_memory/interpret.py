@@ -4,7 +4,7 @@ TRITON_INTERPRET decides at import for a whole process; here `@triton.jit` funct
 switched to the interpreter on entry and back on exit, and its arithmetic is corrected:
 float32 becomes bfloat16 by rounding to the nearest, where Triton 3.7 truncates.
 
-It records nothing by itself (see record.py), and calls no kernel.
+It records nothing by itself (see trace.py), and calls no kernel.
 """
 
 import ast

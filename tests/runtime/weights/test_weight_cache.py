@@ -21,7 +21,7 @@ def test_a_value_is_computed_once():
     weight, derived = parameter(), CachedWeight(WeightFunction("turned", turned), (1,))
     first = derived.value([None, weight])
     assert derived.value([None, weight]) is first
-    assert derived.store.refreshed == 1
+    assert derived.cache.refreshed == 1
 
 
 def test_a_weight_that_was_written_gets_its_value_at_the_same_address():
@@ -85,7 +85,7 @@ def test_each_set_of_weights_has_a_value():
     values = [derived.value([weight]) for weight in weights]
     for weight, value in zip(weights, values, strict=True):
         assert derived.value([weight]) is value
-    assert derived.store.refreshed == 3
+    assert derived.cache.refreshed == 3
 
 
 def test_a_tensor_whose_writes_are_not_counted_is_computed_from_at_every_call():
@@ -112,7 +112,7 @@ def like(*shape):
 def test_a_value_of_another_shape_than_was_compiled_is_refused():
     derived = CachedWeight(WeightFunction("turned", turned, like=like(32, 64)), (0,))
     derived.value([parameter()])
-    with pytest.raises(WeightError, match="turned is derived from weights and was"):
+    with pytest.raises(WeightError, match="turned is computed from weights and was"):
         derived.value([parameter(8, 8)])
 
 
@@ -203,3 +203,113 @@ def test_a_write_that_is_not_counted_and_too_small_to_be_seen_is_announced_by_it
     assert source.is_same(weight)
     torch.autograd.graph.increment_version(weight)
     assert not source.is_same(weight)
+
+
+class _WritesThroughData(torch.optim.Optimizer):
+    """An optimizer whose kernel torch knows nothing of."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    # One element: too few for the sample of words.
+                    param.detach().numpy()[5, 5] -= group["lr"] * float(param.grad[5, 5])
+
+
+OPTIMIZERS = {
+    "plain": lambda params: torch.optim.SGD(params, lr=1.0),
+    "foreach": lambda params: torch.optim.SGD(params, lr=1.0, foreach=True),
+    "fused SGD": lambda params: torch.optim.SGD(params, lr=1.0, fused=True),
+    "fused Adam": lambda params: torch.optim.Adam(params, lr=1.0, fused=True),
+    "fused AdamW": lambda params: torch.optim.AdamW(params, lr=1.0, fused=True),
+    "fused Adagrad": lambda params: torch.optim.Adagrad(params, lr=1.0, fused=True),
+    "fused group": lambda params: torch.optim.SGD([{"params": params, "fused": True}], lr=1.0),
+    "other library": lambda params: _WritesThroughData(params, lr=1.0),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_value_follows_every_step_of_an_optimizer(optimizer, closure):
+    weight, derived = parameter(1024, 64), CachedWeight(WeightFunction("turned", turned), (0,))
+    step = optimizer([weight]).step
+    for row, column in ((5, 5), (5, 5), (7, 3)):
+        derived.value([weight])
+        weight.grad = torch.zeros_like(weight)
+        weight.grad[row, column] = 0.5
+        step(lambda: torch.zeros(())) if closure else step()
+        torch.testing.assert_close(derived.value([weight]), weight.t(), rtol=0, atol=0)
+
+
+def test_a_step_computes_no_value_of_a_weight_that_it_leaves_alone():
+    frozen, trained = parameter(), parameter()
+    derived = CachedWeight(WeightFunction("turned", turned), (0,))
+    optimizer = torch.optim.SGD([frozen, trained], lr=1.0, fused=True)
+    first = derived.value([frozen])
+    trained.grad = torch.ones_like(trained)
+    optimizer.step()
+    assert derived.value([frozen]) is first
+    assert derived.cache.refreshed == 1
+
+
+def _product(x, value):
+    return x @ value
+
+
+def _product_of_a_view(x, value):
+    return x[:, :5] @ value[3:8]
+
+
+class _Saves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, value):
+        ctx.save_for_backward(value)
+        return x @ value
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (value,) = ctx.saved_tensors
+        return gradient @ value.t(), None
+
+
+@pytest.mark.parametrize("call", [_product, _product_of_a_view, _Saves.apply])
+def test_a_value_that_a_backward_still_needs_is_not_written_over(call):
+    weight = nn.Parameter(torch.randn(64, 32), requires_grad=False)
+    derived = CachedWeight(WeightFunction("turned", turned), (0,))
+    x = torch.randn(3, 32, requires_grad=True)
+    results, wanted = [], []
+    for _ in range(3):
+        results.append(call(x, derived.value([weight])).sum())
+        wanted.append(torch.autograd.grad(call(x, weight.t().contiguous()).sum(), x)[0])
+        weight.lerp_(torch.zeros_like(weight), 0.5)
+    torch.testing.assert_close(torch.autograd.grad(sum(results), x)[0], sum(wanted))
+    del results
+    pointer = derived.value([weight]).data_ptr()
+    weight.mul_(2)
+    assert derived.value([weight]).data_ptr() == pointer, "no backward needs this one"
+
+
+@pytest.mark.parametrize("dims", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_a_part_of_a_larger_tensor_is_compared_by_its_own_words_alone(dtype, dims):
+    whole = torch.zeros(4, 64, 64, dtype=dtype).permute(0, *(dim + 1 for dim in dims))
+    parts = [whole[:, 8:24], whole[:, :, 40:43], whole[1:3, 24:, 3:40], whole[2]]
+    for part in parts:
+        version = WeightVersion(part)
+        others = torch.ones_like(whole, dtype=torch.bool)
+        others.as_strided(part.shape, part.stride(), part.storage_offset()).fill_(False)
+        whole.data[others.cpu()] += 1
+        assert version.is_same(part)
+        part.data.copy_(part.data + 1)
+        assert not version.is_same(part)
+
+
+def test_an_expanded_weight_is_watched():
+    weight = torch.zeros(64).expand(32, 64)
+    version = WeightVersion(weight)
+    assert version.is_same(weight)
+    weight.data[0] += 1
+    assert not version.is_same(weight)

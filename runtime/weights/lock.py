@@ -239,11 +239,9 @@ def bump(
 
 
 COMPILED = WeightsLock()
-"""The lock of all compiled graphs that read weights: every update of any model takes it.
-
-A graph gets its weights anew at each call, and holds no weak references to them, with which
-`swap_tensors` would refuse them. So no graph knows which updates concern it.
-"""
+"""The lock of all compiled graphs that read weights: every update of any model takes it. A graph
+cannot know which updates concern it: it must hold no reference to weights between its calls, since
+`swap_tensors` refuses tensors with weak references."""
 
 
 @contextmanager

@@ -77,7 +77,7 @@ def choose(
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with all it needs to run, and all a compiler needs to compile it."""
+    """A kernel with its grid and arguments, to be run or compiled for another device."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -134,12 +134,12 @@ def run_time(*operands: str) -> list[str]:
 
 
 def _padded(outermost_first: tuple[int, ...], length: int) -> tuple[int, ...]:
-    """Innermost first; the dimensions that are not there count nothing."""
+    """The same values innermost first, filled up with zeros."""
     return (*reversed(outermost_first), *(0,) * (length - len(outermost_first)))
 
 
 def parts(**tensors: Tensor) -> Iterator[dict[str, Tensor]]:
-    """The tensors, or where their leading dimensions do not merge enough, slices of them."""
+    """The tensors, or slices of them where more than MAX_LEADING dimensions are left."""
     names = tuple(tensors)
     geometry = lay_out(tuple(operand(tensor, 0) for tensor in tensors.values()))
     if len(geometry.sizes) <= MAX_LEADING:
@@ -152,7 +152,7 @@ def parts(**tensors: Tensor) -> Iterator[dict[str, Tensor]]:
 
 
 def row_arguments(geometry: RowGeometry, choice: TileChoice) -> dict[str, Any]:
-    """The arguments that say which rows there are; the outermost size is never needed."""
+    """The kernel's arguments for the rows; the outermost size is never needed."""
     inner = _padded(geometry.sizes[1:], MAX_LEADING - 1)
     return {
         **{f"size{i}": size for i, size in enumerate(inner)},
@@ -206,7 +206,7 @@ def plan_rows(
     *,
     lanes: int,
 ) -> Launch:
-    """The launch of a kernel over operands of one shape, placed together; x makes the choice."""
+    """The launch of a kernel over operands of one shape; the tile is chosen for x."""
     geometry, placed = place(**rows)
     choice = choose_for(geometry, rows["x"].element_size(), lanes)
     arguments = {

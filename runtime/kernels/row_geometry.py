@@ -2,9 +2,9 @@
 
 Leading dimensions of all operands are merged jointly, bases are moved back to a 16-byte
 boundary, and strides are divided by the largest vector that divides them all: the kernel
-multiplies by that vector as a constant, and so the compiler knows how wide it may load.
+multiplies by that vector as a constant, so the compiler knows how wide it may load.
 
-Nothing here knows a kernel, a device or a value; everything is integers, and cached.
+Everything is integers, and cached; no kernel, device or value is read.
 """
 
 from dataclasses import dataclass
@@ -100,7 +100,7 @@ def lay_out(operands: tuple[Operand, ...]) -> RowGeometry:
 def merge(
     sizes: tuple[int, ...], strides: tuple[tuple[int, ...], ...]
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """Leading dimensions, fewest possible: the same sizes for all, strides for each.
+    """Merge leading dimensions to the fewest: the same sizes for all operands, strides for each.
 
     A dimension of size one goes first, whatever its stride. Rows may be visited in any
     order, so the rest are sorted, outermost first by the first operand's strides.

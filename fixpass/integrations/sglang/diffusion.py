@@ -1,8 +1,8 @@
-"""SGLang's plugin of the diffusion side: `FIXPASS=1` switches us on where fixpass is installed.
+"""SGLang's plugin for its diffusion side: `FIXPASS=1` switches fixpass on where it is installed.
 
-What it compiles is compiled with our passes; models are sharded by units that keep their
-parameters' attributes; which keywords a step takes is read from the code. Its norms on aiter get
-guards.
+Models are compiled with our passes. They are sharded by `fully_shard_model`, which keeps the
+attributes of parameters. The keywords of a step are read from its source. Calls of aiter's norm
+kernels are checked against their contracts.
 """
 
 import functools
@@ -24,7 +24,7 @@ RUNTIME = "sglang.multimodal_gen.runtime"
 
 
 def plugin() -> None:
-    """What the entry point calls in each process of the diffusion side."""
+    """The entry point: SGLang calls it in each process of the diffusion side."""
     if not is_switched_on():
         return
     try:
@@ -64,7 +64,7 @@ def shard_model(
     fsdp_shard_conditions: Any = None,
     pin_cpu_memory: bool = True,
 ) -> None:
-    """SGLang's `shard_model`, by the outermost modules that match and the root."""
+    """SGLang's `shard_model`, done by `fully_shard_model`."""
     fully_shard_model(
         model,
         mesh,

@@ -1,10 +1,10 @@
-"""Parameters that stay themselves while an engine processes them, and can be loaded again.
+"""Keeps parameters through an engine's processing, so that they can be loaded again.
 
-`keeping(module)` goes around a step in which an engine replaces parameters by transposed,
-shuffled or repacked ones. After it the module has its own parameters again, with their class and
-attributes and with the engine's values. `restore(model)` gives them the checkpoint's layout before
-the next load. The storage that the engine computes with is written into again, so that captured
-graphs stay right. Nothing is loaded or processed here.
+`keeping(module)` wraps a step in which an engine replaces parameters by transposed, shuffled or
+repacked ones. After the step the module has its own parameters again: their class and attributes,
+with the engine's values. `restore(model)` gives them the checkpoint's layout before the next load.
+The next processing writes into the storage of the last one, so captured graphs stay right. Nothing
+is loaded or processed here.
 """
 
 import os
@@ -29,22 +29,23 @@ SMALL_BYTES = 64 << 10
 
 @dataclass(frozen=True)
 class ProcessedParameter:
-    """A parameter as the checkpoint has it, and what the engine made of it.
-
-    processed: what the engine computes with; None where it took the parameter away. undo: back to
-    the checkpoint's values; None where they are lost. derived: the engine made it, no checkpoint
-    has it. mark: the random bytes while a load is awaited.
-    """
+    """A parameter of the checkpoint, and the tensor that an engine made of it."""
 
     noted: Remembered
     shape: torch.Size
+    """The shape in the checkpoint, as dtype and device."""
     dtype: torch.dtype
     device: torch.device
     processed: Tensor | None
+    """The tensor that the engine computes with; None where it removed the parameter."""
     undo: Undo | None = None
+    """From `processed` to the checkpoint's values; None where they are lost."""
     derived: bool = False
+    """Whether the engine made the parameter, so that no checkpoint has it."""
     restored: bool = False
+    """Whether the parameter has the checkpoint's layout, and waits for a load."""
     mark: Tensor | None = None
+    """The random bytes at its start until the load has written over them."""
 
     @property
     def nbytes(self) -> int:
@@ -59,9 +60,9 @@ _KEPT: WeakKeyDictionary[nn.Module, dict[str, ProcessedParameter]] = WeakKeyDict
 
 @contextmanager
 def keeping(module: nn.Module) -> Iterator[None]:
-    """Around a step that processes the parameters of `module` itself, not of its children.
+    """Wrap a step that processes the parameters of `module` itself, not of its children.
 
-    Raises CheckpointError where a load was awaited that did not come.
+    Raises CheckpointError if `restore` asked for values and no load has brought them.
     """
     kept = _KEPT.get(module, {})
     _check_loaded(module, kept)
@@ -79,8 +80,8 @@ def keeping(module: nn.Module) -> Iterator[None]:
 def restore(model: nn.Module) -> int:
     """Give parameters the layout of the checkpoint for the next load; return how many.
 
-    Values come back where what the engine did can be undone. Where not, the next load has to bring
-    them, and the next `keeping` checks that it did.
+    Where the engine's change can be undone, the parameters have their values again. Where not, the
+    next load has to bring them, and the next `keeping` checks that it did.
     """
     count = 0
     for module in model.modules():

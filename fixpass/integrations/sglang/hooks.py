@@ -1,9 +1,9 @@
-"""Hooks in SGLang's registry: put in place, looked at afterwards, and taken back where in doubt.
+"""Installs hooks in SGLang's registry, and removes those that are in doubt.
 
-SGLang applies hooks after all plugins were called, and only logs what went wrong. So `install` goes
-around that one step: before it, a hook whose target is not there, or that another plugin hooks
-too, is taken back with a warning that names it; after it, each is looked for at its target. What a
-hook does is not decided here.
+SGLang applies hooks after it has called all plugins, and only logs errors. So `install` wraps that
+step. Before it, a hook is removed with a warning if its target does not exist or another plugin
+hooks the target too. After it, each hook is looked for at its target. The hooks themselves are in
+`serving` and `diffusion`.
 """
 
 import importlib
@@ -22,16 +22,15 @@ say_once = engine.once(log)
 
 @dataclass(frozen=True)
 class Hook:
-    """What to hook, and how.
-
-    target: a dotted name. kind: one of SGLang's types of hooks. run: the hook. applies: whether
-    the module of the target uses it in this process; a target that is not used is not missed.
-    """
+    """A function to run after or around one of SGLang's functions."""
 
     target: str
+    """The dotted name of SGLang's function."""
     kind: Literal["AFTER", "AROUND"]
+    """SGLang's type of hook."""
     run: Callable[..., Any]
     applies: Callable[[], bool] = lambda: True
+    """Whether this process uses the target; the hook of an unused target is left out silently."""
 
 
 def check_version() -> None:
@@ -40,7 +39,7 @@ def check_version() -> None:
 
 
 def install(registry: Any, hook_type: Any, hooks: Sequence[Hook]) -> None:
-    """Register `hooks`, and look after them when the registry applies its hooks."""
+    """Register `hooks`, and check them when the registry applies its hooks."""
     for hook in hooks:
         registry.register(hook.target, hook.run, getattr(hook_type, hook.kind))
     held = registry.__dict__.get("apply_hooks")
@@ -61,7 +60,7 @@ def install(registry: Any, hook_type: Any, hooks: Sequence[Hook]) -> None:
 
 
 def _keeps(registry: Any, hook: Hook) -> bool:
-    """Whether a hook stays registered; else it is taken back, and a warning says why."""
+    """Whether a hook stays registered; else it is removed, and a warning says why."""
     why = _why_not(registry, hook)
     if why is None:
         return True
@@ -75,7 +74,7 @@ def _keeps(registry: Any, hook: Hook) -> bool:
 
 
 def _why_not(registry: Any, hook: Hook) -> str | None:
-    """Why a hook cannot stay; None where it can, and empty where it is merely not needed."""
+    """Why a hook cannot stay; None if it can, and empty if this process does not use its target."""
     try:
         if not hook.applies():
             return ""

@@ -1,8 +1,8 @@
-"""SGLang's plugin: `FIXPASS=1` switches us on where fixpass is installed.
+"""SGLang's plugin for its serving side: `FIXPASS=1` switches fixpass on where it is installed.
 
-SGLang's serving has no graph for passes to see. Its calls of aiter's norm kernels get guards, and
-what it does to weights after a load keeps their parameters, so that they can be loaded again. The
-diffusion side is in `diffusion`.
+The serving side has no graph for passes. Its calls of aiter's norm kernels are checked against
+their contracts. Parameters that it repacks after a load keep their identity, so that they can be
+loaded again. The diffusion side is in `diffusion`.
 """
 
 import importlib
@@ -30,7 +30,7 @@ KERNELS = {
 
 
 def plugin() -> None:
-    """What the entry point calls in each of SGLang's processes."""
+    """The entry point: SGLang calls it in each process of the serving side."""
     if not is_switched_on():
         return
     try:
@@ -100,7 +100,7 @@ _undoing: ContextVar[bool] = ContextVar("_undoing", default=False)
 def _keep_parameters(
     context: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any
 ) -> Iterator[Any]:
-    """Around the step in which SGLang processes the weights of one module on the device."""
+    """Around the step in which SGLang repacks the weights of one module on the device."""
     if _undoing.get():
         with context(module, *args, **kwargs) as entered:
             yield entered
@@ -110,7 +110,7 @@ def _keep_parameters(
 
 
 def _restore(engines: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Before a load: what SGLang can undo by itself, and then the rest."""
+    """Before a load: SGLang's own undoing first, then ours for the other parameters."""
     token = _undoing.set(True)
     try:
         result = engines(model, *args, **kwargs)

@@ -26,14 +26,12 @@ Path = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Forwards:
-    """What becomes of `**kwargs`.
-
-    callees: dotted names that get all of them, each with the keywords that the call gives too.
-    read: keywords that the function itself takes out of them.
-    """
+    """How a function uses its `**kwargs`."""
 
     callees: tuple[tuple[Path, frozenset[str]], ...]
+    """Dotted names that get all of them, each with the other keywords of that call."""
     read: frozenset[str]
+    """Keywords that the function itself takes out of them."""
 
 
 # Functions that pass keywords on to functions that pass them on; a cycle ends here too.
@@ -44,17 +42,16 @@ _KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_O
 
 @dataclass(frozen=True)
 class AcceptedKwargs:
-    """The keywords of a function.
-
-    names: those in its signature. var_keyword: it has `**kwargs`. inner: what those are passed on
-    to takes; None where that is not known, or where there is no `**kwargs`. ignored: they are
-    taken and used for nothing.
-    """
+    """The keywords that a function takes."""
 
     names: frozenset[str]
+    """The keywords in its signature."""
     var_keyword: bool = False
+    """Whether it has `**kwargs`."""
     inner: "AcceptedKwargs | None" = None
+    """The keywords of the function that gets `**kwargs`; None where that is not known."""
     ignored: bool = False
+    """Whether `**kwargs` are taken and not used."""
 
     def accepts(self, name: str) -> bool | None:
         """Whether a call with the keyword `name` is taken; None where that is not known."""
@@ -87,7 +84,12 @@ _SIGNATURES: WeakKeyDictionary[Callable[..., Any], _Signature] = WeakKeyDictiona
 
 
 def accepted_kwargs(function: Callable[..., Any]) -> AcceptedKwargs:
-    """The keywords of a function, method, partial, callable object or module, wrapped or not."""
+    """The keywords of a function, method, partial, callable object or module, wrapped or not.
+
+    Example:
+        `accepted_kwargs(scheduler.step).accepts("generator")` is True, False or None for unknown.
+
+    """
     return _accepted(function, DEPTH)
 
 
@@ -134,7 +136,7 @@ def _through(
 
 
 def _both(left: AcceptedKwargs, right: AcceptedKwargs) -> AcceptedKwargs | None:
-    """What two functions both take, where that can be written down."""
+    """The keywords that two functions both take; None where AcceptedKwargs cannot express them."""
     if left.strict and right.strict and not (left.var_keyword or right.var_keyword):
         return AcceptedKwargs(left.names & right.names)
     return left if left == right else None
@@ -188,7 +190,7 @@ def _signature(plain: Callable[..., Any]) -> _Signature | None:
 
 
 def forwards(function: Callable[..., Any], kwargs: str) -> Forwards | None:
-    """What `function` does with its `**kwargs`; None where the source does not show it."""
+    """How `function` uses its `**kwargs`; None where the source does not show it."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError, ValueError):
@@ -250,7 +252,7 @@ def _path(node: ast.expr) -> Path | None:
 
 
 def _key(node: ast.AST, kwargs: str) -> str | None:
-    """The keyword that `kwargs.get("x")`, `kwargs.pop("x")` or `kwargs["x"]` is about."""
+    """The keyword "x" of `kwargs.get("x")`, `kwargs.pop("x")` or `kwargs["x"]`."""
     match node:
         case ast.Call(
             func=ast.Attribute(value=ast.Name(id=found), attr="get" | "pop"),

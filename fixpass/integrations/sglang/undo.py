@@ -1,8 +1,8 @@
-"""What an engine did to the values of a parameter, found by comparing, and how to undo it.
+"""Undoes an engine's rearrangement of a parameter, which is found by comparing bytes.
 
-Found are views of the same storage, permuted dimensions, aiter's shuffle of 16 rows, and scales of
-which only the largest was kept. What is not found is None: its values cannot be had back. Nothing
-is changed here.
+Known are views of the same storage, permuted dimensions, aiter's shuffle of 16 rows, and scales of
+which only the largest was kept. For any other change the answer is None: the values before it are
+lost. No tensor is changed here.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ PIECE_BYTES = 32 << 20
 
 
 def undo_of(before: Tensor, after: Tensor) -> Undo | None:
-    """How `after` becomes `before` again; None where it is no rearrangement that is known."""
+    """A function from `after` to `before`; None where no known rearrangement does it."""
     found = (find(before, after) for find in (_view, _permuted, _shuffled, _largest))
     return next((undo for undo in found if undo is not None), None)
 
@@ -74,7 +74,7 @@ def unshuffled(x: Tensor) -> Tensor:
 
 
 def _largest(before: Tensor, after: Tensor) -> Undo | None:
-    """Scales of which the largest stands for all; a scale that was never set stays unset."""
+    """One scale, the largest of all; a scale that was never set stays unset."""
     if after.numel() != 1 or not before.dtype.is_floating_point or before.element_size() < 2:
         return None
     if not before.numel() or before.dtype != after.dtype or before.max() != after.reshape(()):
@@ -95,9 +95,9 @@ def same_bytes(left: Tensor, right: Tensor) -> bool:
 
 
 def _same_pieces(left: Tensor, right: Tensor, undo: Undo) -> bool:
-    """Whether `left` is what `undo` makes of each piece of rows of `right`.
+    """Whether `undo` turns `right` into `left`, byte for byte.
 
-    Piece by piece, so that no copy of a whole weight is made beside it.
+    Rows are compared piece by piece, so that no copy of a whole weight is made.
     """
     if left.shape != right.shape or left.dtype != right.dtype:
         return False

@@ -1,6 +1,7 @@
-"""vLLM: compiles its models with our passes, behind its own entry point and worker class.
+"""vLLM: its models are compiled with our passes, and reloads reach weights that have a layout.
 
-`register` is the entry point; it imports the rest only in a process that has fixpass switched on.
+`register` is the entry point. `worker` is named by users. Modules that import vLLM are imported
+only in a process that has fixpass switched on.
 """
 
 from fixpass.integrations.vllm.engine_config import register

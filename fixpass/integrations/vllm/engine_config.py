@@ -1,9 +1,9 @@
-"""vLLM's plugin: `--compilation-config '{"backend": "fixpass"}'` or `FIXPASS=1` switches us on.
+"""vLLM's plugin: `--compilation-config '{"backend": "fixpass"}'` or `FIXPASS=1` switches it on.
 
-vLLM calls `register` in each of its processes. One hook goes around the last step of its
-configuration, in which a platform may still change the backend; behind it our passes stand among
-the options of Inductor, where vLLM's caches see them. No code of a model or a layer is touched,
-and where the hook cannot stand for sure, vLLM runs as if fixpass were not there.
+vLLM calls `register` in each of its processes. A hook wraps the last step of its configuration, in
+which a platform may still change the backend, and then adds our passes to the options of Inductor,
+where vLLM's caches see them. No code of a model or a layer is touched. Where the hook does not fit
+this vLLM, vLLM runs without fixpass and a warning says so.
 """
 
 import importlib
@@ -35,7 +35,7 @@ say_once = once(log)
 
 
 def register() -> None:
-    """What vLLM's entry point calls, any number of times: put the hook in place, or say why not."""
+    """The entry point: put the hook in place once, or warn why not."""
     try:
         engine = importlib.import_module("vllm")
         module = _supported(engine)
@@ -54,7 +54,7 @@ def _supported(engine: ModuleType) -> ModuleType:
 
 
 def _hook(configuration: type, engine: ModuleType) -> None:
-    """Put ourselves around `configuration.__post_init__`, once."""
+    """Wrap `configuration.__post_init__`, once."""
     original: Any = configuration.__dict__.get("__post_init__")
     if is_hook_of(__name__, original):
         return
@@ -77,7 +77,7 @@ def _hook(configuration: type, engine: ModuleType) -> None:
 
 
 def _hook_folds(configuration: type, engine: ModuleType) -> None:
-    """Let weights be folded where the hook can stand; elsewhere all the rest works without."""
+    """Hook the backend for `fold-weights`; the other passes run without this hook too."""
     try:
         hook_backend(configuration, engine, _folding)
     except EngineError as error:
@@ -85,7 +85,7 @@ def _hook_folds(configuration: type, engine: ModuleType) -> None:
 
 
 def _folding(compilation: Any) -> Config | None:
-    """Our options, where our passes stand in vLLM's configuration."""
+    """Our options, where vLLM's configuration has our passes."""
     from fixpass.integrations.vllm.inductor_stages import options_of
 
     return options_of(compilation)
@@ -113,7 +113,7 @@ def _configure(config: Any, original: Callable[[Any], None], in_front: Any) -> N
 
 
 def adopt(config: Any) -> str:
-    """Put our passes among the options of Inductor; or why there is nothing to put them in."""
+    """Put our passes among the options of Inductor; the reason where there is no place for them."""
     from fixpass.integrations.vllm.inductor_stages import install
 
     compilation = config.compilation_config

@@ -1,10 +1,10 @@
-"""`fold-weights` in vLLM: around the backend that its configuration gives to torch.compile.
+"""`fold-weights` in vLLM: wraps the backend that its configuration gives to torch.compile.
 
-Our other passes stand among Inductor's options, where no live weights are at hand and nothing can
-be added to a call. In the mode that traces once, vLLM hands the name "inductor" to torch.compile;
-here that becomes Inductor behind our entry passes. Guards are dropped in vLLM, so weights are
-looked at in each call. vLLM's own compile mode, and its ahead-of-time compile, save what they
-compiled in forms that have no place for values kept beside it: they are left as they are.
+Our other passes are options of Inductor, which sees no live weights and cannot add work to a call.
+In the mode that traces once, vLLM gives the name "inductor" to torch.compile; this backend runs our
+entry passes and then Inductor. vLLM drops guards, so each call looks for changed weights. vLLM's
+own compile mode and its ahead-of-time compile save code without the folded values: both are left
+as they are.
 """
 
 import importlib
@@ -31,7 +31,7 @@ TARGET = "CompilationConfig.init_backend"
 
 @dataclass(frozen=True)
 class FoldingBackend:
-    """What torch.compile calls: Inductor with vLLM's options, behind `fold-weights`."""
+    """The backend for torch.compile: `fold-weights`, then Inductor with vLLM's options."""
 
     config: Config
     options: Mapping[str, Any]
@@ -49,7 +49,7 @@ class FoldingBackend:
 def hook_backend(
     configuration: type, engine: ModuleType, config_of: Callable[[Any], Config | None]
 ) -> None:
-    """Put ourselves around `configuration.init_backend` of the package `engine`, once.
+    """Wrap `configuration.init_backend` of the package `engine`, once.
 
     config_of: our options for a configuration that has our passes, or None. Raises EngineError
     where the method is not the engine's own.

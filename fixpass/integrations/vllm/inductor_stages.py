@@ -1,8 +1,8 @@
-"""Our passes as vLLM keeps them: picklable, with a stable uuid, built where they run.
+"""Our passes in the form that vLLM stores: picklable, with a stable uuid, built where they run.
 
-In vLLM's own compile mode they run behind vLLM's fusions and before its IR is lowered; in the mode
-that traces once they are options of Inductor, and what is left of vLLM's IR is lowered here. vLLM
-is imported at the head of this file, so it is loaded when vLLM's configuration is made.
+In vLLM's own compile mode they run after vLLM's fusions and before it lowers its IR. In the mode
+that traces once they are options of Inductor, and the remaining ops of vLLM's IR are lowered here.
+This file imports vLLM, so it is imported when vLLM makes its configuration.
 """
 
 import logging
@@ -40,7 +40,7 @@ log = logging.getLogger("vllm.fixpass")
 
 
 def install(config: VllmConfig, ours: Config) -> None:
-    """Put our passes into the configuration's options of Inductor; twice is as good as once."""
+    """Put our passes into the configuration's options of Inductor, once."""
     compilation = config.compilation_config
     options = compilation.inductor_compile_config
     options.update(dict(ours.inductor))
@@ -59,19 +59,19 @@ def install(config: VllmConfig, ours: Config) -> None:
 
 
 def options_of(compilation: Any) -> Config | None:
-    """Our options in a configuration that our passes stand in; None where there are none."""
+    """Our options in a configuration that has our passes; None where it has none."""
     options = compilation.inductor_compile_config
     stages = (options.get(key) for key in (ENTRY_HOOK, HOOK, current_platform.pass_key))
     return next((stage.config for stage in stages if isinstance(stage, _Stage)), None)
 
 
 def _theirs(given: Any) -> tuple[Any, ...]:
-    """The passes that stand in a place already, ours taken out."""
+    """The passes of others that an option holds already."""
     return given.hooks if isinstance(given, _Stage) else hooks_of(given)
 
 
 class _Stage(InductorPass):  # type: ignore[misc]
-    """What both passes are: our options, and passes of others that run first.
+    """Our options, and passes of others that run first.
 
     ranks: the size of the job, for the key; the groups themselves are there only where it runs.
     """
@@ -119,7 +119,7 @@ class GraphStage(_Stage):
 
 
 class EntryStage(_Stage):
-    """What runs on Dynamo's graph: ops that may write into their arguments become functional."""
+    """Our passes on Dynamo's graph: ops that may write into their arguments become functional."""
 
     def __call__(self, graph: fx.Graph) -> None:
         for hook in self.hooks:
@@ -138,7 +138,7 @@ class EntryStage(_Stage):
 
 
 def summary(report: Report) -> str:
-    """One line: how often each pass did something, and how often it declined to."""
+    """One line: how often each pass rewrote something, and how often it missed."""
     counts = Counter((remark.pass_name, remark.kind) for remark in report.remarks)
     parts = [f"{name} {number} {kind}" for (name, kind), number in counts.items()]
     return ", ".join(parts) or "nothing to do"

@@ -1,7 +1,7 @@
-"""vLLM's IR ops in our graphs: made functional at the start, and lowered where any is left.
+"""vLLM's IR ops in our graphs: they are made functional first, and the remaining ones lowered last.
 
 vLLM does both itself in its own compile mode. Norms are not handled here: `canonicalize-norms`
-knows vLLM's norm ops by name, and what it takes is gone before the rest is lowered.
+knows vLLM's norm ops by name and has replaced them when the others are lowered.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class FunctionalizeVllmIr(Pass):
 
 @dataclass(frozen=True)
 class LowerVllmIr(Pass):
-    """What no pass has taken becomes the operations of the implementation that vLLM chooses."""
+    """IR ops that no pass has replaced become the operations of vLLM's own implementation."""
 
     name: ClassVar[str] = "lower-vllm-ir"
 

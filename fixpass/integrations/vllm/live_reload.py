@@ -1,9 +1,9 @@
-"""vLLM's reload of weights, through the records of folds.
+"""vLLM's reload of weights into parameters that have another layout.
 
-vLLM loads into temporary parameters, processes those, and copies them into the ones that its
-kernels read, through `.data`; or a model loads into its parameters as they are. Around both, folded
-parameters show the layout that vLLM knows, so that values land where the fold has them; and torch
-is told of the writes, which it does not see. Whatever else writes needs
+vLLM loads into temporary parameters, processes them, and copies them through `.data` into the ones
+that its kernels read; or a model loads into its parameters directly. Around both, parameters show
+the checkpoint's layout, so that values land in their right places. Writes through `.data` are
+counted as changes, which torch does not do. Other code that writes weights needs
 `fixpass.weights.checkpoint_layout`.
 """
 
@@ -28,7 +28,7 @@ say_once = once(log, in_workers=True)
 
 
 class Landing:
-    """A folded parameter as what vLLM copies into."""
+    """Stands in for a parameter with a layout as the destination of vLLM's copy."""
 
     def __init__(self, param: Tensor) -> None:
         self.param = param
@@ -65,7 +65,7 @@ def _around_load(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _written(tensors: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
-    """A context for writes through `.data`: into the folds, and torch is told."""
+    """A context for writes through `.data`: in the checkpoint's layout, and counted as changes."""
     folded = [tensor for tensor in tensors() if record_of(tensor) is not None]
     try:
         # Without a fold nothing is to be watched.

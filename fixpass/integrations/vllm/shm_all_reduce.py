@@ -1,7 +1,7 @@
-"""vLLM's all-reduce through shared memory on CPU, which writes into its argument, made functional.
+"""Makes vLLM's all-reduce through shared memory on CPU, which writes into its argument, functional.
 
-It runs on Dynamo's graph and takes only groups for which symmetric memory stands: behind it
-`place-symmetric-memory` finds the ordinary all-reduce that it knows. Other groups keep vLLM's op.
+The pass runs on Dynamo's graph. Only groups with symmetric memory are rewritten, to the functional
+all-reduce that `place-symmetric-memory` knows. Other groups keep vLLM's op.
 """
 
 from collections.abc import Iterator

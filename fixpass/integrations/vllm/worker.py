@@ -1,4 +1,4 @@
-"""What one can ask the workers of a vLLM engine: `worker_extension_cls`, then `collective_rpc`.
+"""Calls into the workers of a vLLM engine, through `worker_extension_cls` and `collective_rpc`.
 
 llm = LLM(..., worker_extension_cls="fixpass.integrations.vllm.worker.Reports")
 print(*llm.collective_rpc("fixpass_reports"))

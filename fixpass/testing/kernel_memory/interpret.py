@@ -24,7 +24,7 @@ MISSING = object()
 
 
 class Watcher(Protocol):
-    """What is told of every launch and asked about every access."""
+    """Receives every launch, and decides about every access."""
 
     def launch(self, kernel: str, grid: tuple[int, ...], arguments: dict[str, Any]) -> None: ...
     def start_program(self, program: int) -> None: ...
@@ -33,7 +33,7 @@ class Watcher(Protocol):
 
 @contextmanager
 def interpreted(watcher: Watcher) -> Iterator[None]:
-    """Run every kernel launched inside in the interpreter, under the eyes of `watcher`."""
+    """Run every kernel launched inside in the interpreter, with `watcher` told of each access."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("kernel_memory interprets by itself: unset TRITON_INTERPRET")
     builder = interpreter.interpreter_builder

@@ -146,6 +146,30 @@ def test_a_call_that_ends_in_another_thread_is_waited_for_until_then():
     assert updated.is_set()
 
 
+def test_an_update_of_a_new_thread_waits_for_the_call_of_an_ended_thread_with_its_ident():
+    lock, idents, said = WeightsLock(), [], []
+
+    def stream():
+        idents.append(threading.get_ident())
+        with lock.read_lock():
+            yield
+
+    def update():
+        if threading.get_ident() in idents:
+            with pytest.raises(UpdateError) as error, lock.write_lock(0.01):
+                pass
+            said.append(str(error.value))
+
+    calls = stream()
+    in_thread(lambda: next(calls)).join(5)
+    for _ in range(100):
+        in_thread(update).join(5)
+    if not said:
+        pytest.skip("this system gives no ident of a thread again")
+    assert "1 calls of the model did not end within 0.01 s" in said[0]
+    calls.close()
+
+
 def interrupted(lock):
     """A call that an interrupt ended between the entry and the body of its `with` statement."""
     lock.read_lock().__enter__()

@@ -27,8 +27,8 @@ ABOUT = (
     "Seconds on the wall to give {what} other weights, from safetensors in a warm page cache. "
     "`memcpy` copies the same bytes from memory that was touched. `load` is the load that promises "
     "nothing where a file breaks while it is read; the modes leave the old weights then. held "
-    "back: how long calls of the model wait. Peak is over the model; mode double_buffer keeps its second "
-    "set of memory between updates, which is in the peak."
+    "back: how long calls of the model wait. Peak is over the model; mode double_buffer keeps its "
+    "second set of memory between updates, which is in the peak."
 )
 MANY = (
     "The files of two folders in turn differ in values alone; `planned anew`: no reload's files "

@@ -62,7 +62,7 @@ def test_a_report_says_what_was_done():
     report = reload(model, model_of(1).state_dict(), progress=False)
     lines = str(report).splitlines()
     assert lines[0].startswith("loaded 8 tensors, 66,560 bytes in ")
-    assert lines[1].startswith("version 1, staged, calls held back for 0.")
+    assert lines[1].startswith("version 1, buffered, calls held back for 0.")
 
 
 def test_a_progress_bar_counts_the_bytes(tmp_path, capsys):

@@ -57,7 +57,7 @@ def counts(folder):
     }
 
 
-MOST = {"load": (28, 115), "update": (24, 100), "reload": (27, 119), "reload again": (20, 85)}
+MOST = {"load": (28, 113), "update": (24, 98), "reload": (27, 117), "reload again": (20, 83)}
 
 
 def test_one_tensor_runs_through_few_functions(tmp_path):

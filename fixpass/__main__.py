@@ -106,8 +106,8 @@ def _kernels(arguments: argparse.Namespace) -> int:
         return _compile_kernels(arguments)
     for contract in CONTRACTS:
         print(f"{contract.kernel} computes {contract.op}  [{contract.source}]")
-        for clause in contract.clauses:
-            print(f"    {clause}")
+        for constraint in contract.constraints:
+            print(f"    {constraint}")
     return 0
 
 

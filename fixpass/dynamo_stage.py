@@ -16,10 +16,10 @@ from torch._guards import CompileId
 
 from fixpass.config import Config
 from fixpass.passes.fold_weights import FoldWeights
+from fixpass.passes.fold_weights.apply import folds_of, stored_anew
+from fixpass.passes.fold_weights.constant_values import candidates_in
+from fixpass.passes.fold_weights.graph_weights import weights_of
 from fixpass.passes.report import Report
-from fixpass.passes.rewrites.weight_fold import folds_of, stored_anew
-from fixpass.passes.rewrites.weight_sources import weights_of
-from fixpass.passes.rewrites.weight_values import candidates_in
 from fixpass.pipelines import entry_pipeline
 from fixpass.runtime.weights.lock import COMPILED
 from fixpass.runtime.weights.weight_cache import Derived
@@ -79,7 +79,7 @@ def enter(
 
     touch: weights may be changed, under fold="inplace"; `Entry.restart` is to be called then.
     """
-    pipeline = entry_pipeline(config, touch=touch and _is_first(gm))
+    pipeline = entry_pipeline(config, may_restride=touch and _is_first(gm))
     folding = any(isinstance(step, FoldWeights) and step.mode != "off" for step in pipeline.passes)
     # A graph that may get new inputs has to be a copy.
     weights = weights_of(gm.graph)

@@ -12,7 +12,7 @@ from typing import Any
 
 from fixpass.config import Config
 from fixpass.lowering.eager_calls import minds_offsets, planner
-from fixpass.passes.rewrites.opaque_norm import OPAQUE_NORMS, OpaqueNorm
+from fixpass.passes.canonicalize_norms.opaque import OPAQUE_NORMS, OpaqueNorm
 from fixpass.runtime.errors import KernelError
 from fixpass.runtime.guards import NormCall
 from fixpass.runtime.guards import guard as guarded

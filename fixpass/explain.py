@@ -50,7 +50,7 @@ def explain(
         chosen = asked or present_target(example_inputs, config)
         entry = enter(gm, example_inputs, config, f"target {chosen.name}")
         reports.append(entry.report)
-        pipeline = graph_pipeline(config, chosen, meet=False)
+        pipeline = graph_pipeline(config, chosen, may_communicate=False)
         return entry.bind(_compile(entry.gm, entry.inputs, pipeline, chosen, reports))
 
     with torch._dynamo.config.patch(recompile_limit=64):

@@ -49,29 +49,32 @@ def installed_passes() -> tuple[Pass, ...]:
     return tuple(found)
 
 
-def entry_pipeline(config: Config, *, touch: bool = False) -> Pipeline:
+def entry_pipeline(config: Config, *, may_restride: bool = False) -> Pipeline:
     """What runs on Dynamo's graph. It is not verified: no recorded value is functional there.
 
-    touch: weights may be changed, under fold="inplace".
+    may_restride: weights may be changed, under fold="inplace".
     """
     folds = FoldWeights(
-        config.fold or "derived", touch, asked=config.fold is not None, sharded=_is_sharded()
+        config.fold or "derived",
+        may_restride,
+        explicit=config.fold is not None,
+        uses_fsdp=_is_sharded(),
     )
     steps = _enabled(entry_passes(folds, PrepackLinears(packable_dtypes())), config)
     return Pipeline(steps, strict=config.strict, fuel=config.fuel)
 
 
-def graph_pipeline(config: Config, target: Target, *, meet: bool = True) -> Pipeline:
+def graph_pipeline(config: Config, target: Target, *, may_communicate: bool = True) -> Pipeline:
     """What runs on the functional ATen graph for `target`.
 
-    meet: the ranks of a group may be asked about it, which waits until they all compile.
+    may_communicate: the ranks of a group may be asked about it, which waits until they all compile.
     """
-    ours = default_passes(target, collectives(config, target, meet))
+    ours = default_passes(target, collectives(config, target, may_communicate))
     steps = (*ours, *installed_passes(), *config.passes)
     return Pipeline(_enabled(steps, config), config.verify, config.strict, config.fuel)
 
 
-def collectives(config: Config, target: Target, meet: bool) -> PlaceSymmetricMemory:
+def collectives(config: Config, target: Target, may_communicate: bool) -> PlaceSymmetricMemory:
     """The pass for collectives, with what there is to know about this process's groups."""
     given = config.symmetric_memory
     policy = given if isinstance(given, Policy) else Policy(enabled=given)
@@ -81,7 +84,7 @@ def collectives(config: Config, target: Target, meet: bool) -> PlaceSymmetricMem
 
     groups.configure(timeout=config.symmetric_timeout)
     topology = f"{dist.get_world_size()} ranks, {local_world_size() or '?'} of them here"
-    describe = groups.settle if meet else groups.peek
+    describe = groups.settle if may_communicate else groups.peek
     return PlaceSymmetricMemory(target, policy, topology, describe)
 
 

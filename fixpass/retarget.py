@@ -13,7 +13,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from fixpass.passes.edit import guards_suppressed
+from fixpass.passes.rewrite import guards_suppressed
 
 
 def claim_device(graph: fx.Graph, device_type: str) -> None:

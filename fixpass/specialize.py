@@ -15,7 +15,7 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch.nn import functional
 
-from fixpass.passes.rewrites.opaque_norm import OPAQUE_NORMS
+from fixpass.passes.canonicalize_norms.opaque import OPAQUE_NORMS
 from fixpass.runtime.providers import op_exists
 
 _NORMS = (functional.rms_norm, functional.layer_norm, torch.rms_norm, torch.layer_norm)

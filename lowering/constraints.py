@@ -1,7 +1,7 @@
-"""Clauses: the conditions that contracts are made of.
+"""Constraints: the conditions that contracts are made of.
 
-A clause is a frozen dataclass whose `holds` answers True, False or None (proved, refuted, open)
-and whose `str` is the formula that reports print. Clauses read a site and touch nothing.
+A constraint is a frozen dataclass whose `holds` answers True, False or None (proved, refuted, open)
+and whose `str` is the formula that reports print. Constraints read a site and touch nothing.
 """
 
 from abc import ABC, abstractmethod
@@ -13,7 +13,7 @@ from fixpass.lowering.layout import Known, all_known, dtype_name, known, merge_l
 from fixpass.lowering.site import Site
 
 
-class Clause(ABC):
+class Constraint(ABC):
     """One condition of a contract."""
 
     @abstractmethod
@@ -22,14 +22,14 @@ class Clause(ABC):
 
 
 @dataclass(frozen=True)
-class OperandClause(Clause):
+class OperandConstraint(Constraint):
     """A condition on one operand; it holds where the site does not have that operand."""
 
     operand: str
 
 
 @dataclass(frozen=True)
-class Rank(OperandClause):
+class Rank(OperandConstraint):
     """The operand's number of dimensions."""
 
     low: int
@@ -46,7 +46,7 @@ class Rank(OperandClause):
 
 
 @dataclass(frozen=True)
-class Dense2D(OperandClause):
+class Dense2D(OperandConstraint):
     """The operand is 2-D and contiguous."""
 
     def holds(self, site: Site) -> Known:
@@ -60,7 +60,7 @@ class Dense2D(OperandClause):
 
 
 @dataclass(frozen=True)
-class Dense(OperandClause):
+class Dense(OperandConstraint):
     """The operand is contiguous, of any rank."""
 
     def holds(self, site: Site) -> Known:
@@ -72,7 +72,7 @@ class Dense(OperandClause):
 
 
 @dataclass(frozen=True)
-class UnitLastStride(OperandClause):
+class UnitLastStride(OperandConstraint):
     """The operand's elements of a row lie side by side."""
 
     def holds(self, site: Site) -> Known:
@@ -84,7 +84,7 @@ class UnitLastStride(OperandClause):
 
 
 @dataclass(frozen=True)
-class LastStridesDivisible(OperandClause):
+class LastStridesDivisible(OperandConstraint):
     """Every leading stride of the operand, and its offset, is a multiple of `num_bytes`."""
 
     num_bytes: int
@@ -106,7 +106,7 @@ class LastStridesDivisible(OperandClause):
 
 
 @dataclass(frozen=True)
-class SameStride(OperandClause):
+class SameStride(OperandConstraint):
     """Two operands have the same strides."""
 
     other: str
@@ -121,7 +121,7 @@ class SameStride(OperandClause):
 
 
 @dataclass(frozen=True)
-class SameShape(OperandClause):
+class SameShape(OperandConstraint):
     """Two operands have the same shape: nothing is broadcast."""
 
     other: str
@@ -136,7 +136,7 @@ class SameShape(OperandClause):
 
 
 @dataclass(frozen=True)
-class SameHidden(OperandClause):
+class SameHidden(OperandConstraint):
     """Two operands have rows of one size."""
 
     other: str
@@ -150,7 +150,7 @@ class SameHidden(OperandClause):
 
 
 @dataclass(frozen=True)
-class LeadingDims(Clause):
+class LeadingDims(Constraint):
     """The rows of all operands merge to at most `most` dimensions, size-1 dimensions apart."""
 
     most: int
@@ -167,7 +167,7 @@ class LeadingDims(Clause):
 
 
 @dataclass(frozen=True)
-class DtypeIn(OperandClause):
+class DtypeIn(OperandConstraint):
     """The operand's dtype."""
 
     dtypes: tuple[torch.dtype, ...]
@@ -181,7 +181,7 @@ class DtypeIn(OperandClause):
 
 
 @dataclass(frozen=True)
-class SameDtype(OperandClause):
+class SameDtype(OperandConstraint):
     """The operand, where there is one, has the dtype of x."""
 
     def holds(self, site: Site) -> Known:
@@ -193,7 +193,7 @@ class SameDtype(OperandClause):
 
 
 @dataclass(frozen=True)
-class Present(Clause):
+class Present(Constraint):
     """The site has this operand."""
 
     name: str
@@ -206,7 +206,7 @@ class Present(Clause):
 
 
 @dataclass(frozen=True)
-class Absent(Clause):
+class Absent(Constraint):
     """The site does not have this operand."""
 
     name: str
@@ -219,7 +219,7 @@ class Absent(Clause):
 
 
 @dataclass(frozen=True)
-class NotEmpty(Clause):
+class NotEmpty(Constraint):
     """There is at least one element."""
 
     def holds(self, site: Site) -> Known:
@@ -231,7 +231,7 @@ class NotEmpty(Clause):
 
 
 @dataclass(frozen=True)
-class HiddenAtMost(Clause):
+class HiddenAtMost(Constraint):
     """The size of the last dimension."""
 
     most: int
@@ -244,7 +244,7 @@ class HiddenAtMost(Clause):
 
 
 @dataclass(frozen=True)
-class HiddenEven(Clause):
+class HiddenEven(Constraint):
     """The size of the last dimension is even."""
 
     def holds(self, site: Site) -> Known:
@@ -255,7 +255,7 @@ class HiddenEven(Clause):
 
 
 @dataclass(frozen=True)
-class ComputesIn(Clause):
+class ComputesIn(Constraint):
     """The dtype in which squares are summed and rows are scaled."""
 
     dtype: torch.dtype
@@ -268,7 +268,7 @@ class ComputesIn(Clause):
 
 
 @dataclass(frozen=True)
-class WeightRule(Clause):
+class WeightRule(Constraint):
     """Where the rounding to x's dtype happens, and what is added to the weight."""
 
     rounds_before: tuple[bool, ...]

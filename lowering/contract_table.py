@@ -10,8 +10,8 @@ import torch
 
 from fixpass.lowering.constraints import (
     Absent,
-    Clause,
     ComputesIn,
+    Constraint,
     Dense,
     Dense2D,
     DtypeIn,
@@ -38,7 +38,7 @@ from fixpass.runtime.strided import MAX_RANK
 HALF = (torch.float16, torch.bfloat16)
 
 # What nearly every opaque kernel asks: fp32 inside, one dtype outside, a weight and no bias.
-_PLAIN: tuple[Clause, ...] = (
+_PLAIN: tuple[Constraint, ...] = (
     NotEmpty(),
     ComputesIn(torch.float32),
     Present("weight"),
@@ -47,14 +47,14 @@ _PLAIN: tuple[Clause, ...] = (
     SameDtype("out"),
 )
 _PLAIN_LAYER_NORM = tuple(Present("bias") if c == Absent("bias") else c for c in _PLAIN)
-_RESIDUAL: tuple[Clause, ...] = (SameShape("residual", "x"), SameDtype("residual"))
+_RESIDUAL: tuple[Constraint, ...] = (SameShape("residual", "x"), SameDtype("residual"))
 _EITHER = WeightRule((False, True))
 _AFTER = WeightRule((False,))
 _BEFORE = WeightRule((True,))
-_ROWS: tuple[Clause, ...] = (Dense2D("x"), Dense2D("out"))
+_ROWS: tuple[Constraint, ...] = (Dense2D("x"), Dense2D("out"))
 # An odd hidden size corrupts the borders of rows: ROCm/aiter#5044.
-_AITER: tuple[Clause, ...] = (HiddenEven(), *_PLAIN, _EITHER)
-_STRIDED: tuple[Clause, ...] = (
+_AITER: tuple[Constraint, ...] = (HiddenEven(), *_PLAIN, _EITHER)
+_STRIDED: tuple[Constraint, ...] = (
     DtypeIn("x", FLOAT),
     DtypeIn("out", FLOAT),
     ComputesIn(torch.float32),

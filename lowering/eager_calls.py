@@ -49,7 +49,7 @@ def planner(kernel: str, call: NormCall) -> Planner:
 def minds_offsets(kernel: str, op: str) -> bool:
     """Whether some row for `kernel` asks where in its storage an operand starts."""
     rows = (row for row in CONTRACTS if row.kernel == kernel and row.op == op)
-    return any(isinstance(c, LastStridesDivisible) for row in rows for c in row.clauses)
+    return any(isinstance(c, LastStridesDivisible) for row in rows for c in row.constraints)
 
 
 def _contract(kernel: str, call: NormCall) -> Contract:
@@ -58,7 +58,7 @@ def _contract(kernel: str, call: NormCall) -> Contract:
         known = ", ".join(dict.fromkeys(row.kernel for row in CONTRACTS if row.op == call.op))
         raise KernelError(f"no contract of {kernel!r} for {call.op}; there are those of {known}")
     # The table does not ask for it, because what a pass lets a kernel write has the shape of x.
-    return replace(found, clauses=(SameShape("out", "x"), *found.clauses))
+    return replace(found, constraints=(SameShape("out", "x"), *found.constraints))
 
 
 def _sites(call: NormCall, operands: Mapping[str, Tensor]) -> dict[str, Site]:

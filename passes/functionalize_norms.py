@@ -15,9 +15,9 @@ from torch import fx
 
 from fixpass.lowering.layout import Layout, same_shape
 from fixpass.passes.base import Pass, PassResult
+from fixpass.passes.canonicalize_norms.norm import op_overload
+from fixpass.passes.canonicalize_norms.opaque import OpaqueNorm, bind, read_opaque, registered
 from fixpass.passes.rewrite import Missed
-from fixpass.passes.rewrites.norm import op_overload
-from fixpass.passes.rewrites.opaque_norm import OpaqueNorm, bind, read_opaque, registered
 
 _FRESH = (torch.empty, torch.empty_like)
 

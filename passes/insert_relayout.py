@@ -15,9 +15,8 @@ from fixpass.lowering.contract_table import contract_of
 from fixpass.lowering.relayout import Relayout, cheapest_relayout, hint
 from fixpass.lowering.site import OPERANDS, OPS, Site, op_name
 from fixpass.passes.base import Pass, PassResult
-from fixpass.passes.edit import Editor
-from fixpass.passes.rewrite import find_anchors
-from fixpass.passes.rewrites.norm import op_overload
+from fixpass.passes.canonicalize_norms.norm import op_overload
+from fixpass.passes.rewrite import Editor, find_anchors
 
 aten = torch.ops.aten
 

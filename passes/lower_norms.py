@@ -18,9 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fixpass.lowering.site import OPS, op_name
 from fixpass.passes.base import Pass, PassResult
-from fixpass.passes.edit import Editor, copy_of, guards_suppressed
-from fixpass.passes.rewrite import arg, find_anchors
-from fixpass.passes.rewrites.norm import op_overload
+from fixpass.passes.canonicalize_norms.norm import op_overload
+from fixpass.passes.rewrite import Editor, arg, copy_of, find_anchors, guards_suppressed
 from fixpass.runtime.ops import REFERENCES
 
 

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.graph import _Namespace
 
 from fixpass.passes.base import Pass, PassResult, Remark
 from fixpass.passes.report import Report
-from fixpass.passes.snapshot import Snapshot
 from fixpass.passes.verify import faulty_nodes, results_of, verify
 from fixpass.runtime.errors import PassError
 from fixpass.runtime.providers import PROVIDERS, aiter_generation, is_available
@@ -133,3 +134,29 @@ def _tank(fuel: int | None) -> Callable[[], bool]:
         return lambda: True
     left = iter(range(fuel))
     return lambda: next(left, None) is not None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of a graph's nodes, their metadata and its result."""
+
+    copy: fx.Graph
+    result: Any
+    output_meta: dict[str, Any]
+
+    @staticmethod
+    def of(graph: fx.Graph) -> "Snapshot":
+        copy = fx.Graph()
+        result = copy.graph_copy(graph, {})
+        return Snapshot(copy, result, dict(graph.output_node().meta))
+
+    def restore(self, graph: fx.Graph) -> None:
+        """Make `graph` what it was, with new node objects under the old names."""
+        for node in reversed(graph.nodes):
+            node.replace_all_uses_with(None) if node.users else None
+            graph.erase_node(node)
+        graph._graph_namespace = _Namespace()
+        values: dict[fx.Node, fx.Node] = {}
+        graph.graph_copy(self.copy, values)
+        output = graph.output(fx.node.map_arg(self.result, lambda n: values[n]))
+        output.meta.update(self.output_meta)

@@ -17,12 +17,12 @@ from fixpass.lowering.relayout import Relayout, cheapest_relayout, hint, why_not
 from fixpass.lowering.site import OPERANDS, OPS, Site, op_name
 from fixpass.lowering.target import Target
 from fixpass.passes.base import Pass, PassResult
-from fixpass.passes.fusion import fusion_of
+from fixpass.passes.canonicalize_norms.norm import op_overload
+from fixpass.passes.cost import fusion_of
+from fixpass.passes.drop_dead_copies.dead_copy import copied_operands, without_copies
 from fixpass.passes.rewrite import find_anchors
-from fixpass.passes.rewrites.dead_copy import copied_operands, without_copies
-from fixpass.passes.rewrites.norm import op_overload
 
-FLOOR = "inductor"
+FALLBACK = "inductor"
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,20 @@ class SelectNormKernel(Pass):
         op = op_name(node)
         site = without_copies(Site.of(node), OPERANDS[op], copied_operands(node))
         choice = self._choose(node, site, result)
-        if choice.kernel == FLOOR:
-            node.update_kwarg("kernel_name", FLOOR)
-            result.applied(node, f"{FLOOR} reads {site.x}, {_describe(choice.plan)}")
+        if choice.kernel == FALLBACK:
+            node.update_kwarg("kernel_name", FALLBACK)
+            result.applied(node, f"{FALLBACK} reads {site.x}, {_describe(choice.plan)}")
             return
         fusion = fusion_of(node)
         opaque = fusion.opaque_bytes + choice.num_bytes
         if self.target.prefers_fusion and fusion.fused_bytes < opaque and fusion.names:
-            node.update_kwarg("kernel_name", FLOOR)
+            node.update_kwarg("kernel_name", FALLBACK)
             moved = f"{fusion.fused_bytes:,} bytes moved, {opaque:,} by {choice.kernel}"
-            text = f"{FLOOR} reads {site.x}, fused with {', '.join(fusion.names)}, {moved}"
+            text = f"{FALLBACK} reads {site.x}, fused with {', '.join(fusion.names)}, {moved}"
             result.applied(node, text, bytes_saved=opaque - fusion.fused_bytes)
             return
         node.update_kwarg("kernel_name", choice.kernel)
-        moved = f"{opaque:,} bytes moved, {fusion.fused_bytes:,} by {FLOOR}"
+        moved = f"{opaque:,} bytes moved, {fusion.fused_bytes:,} by {FALLBACK}"
         text = f"{choice.kernel} reads {site.x}, {_describe(choice.plan)}, {moved}"
         saved = max(choice.refused_bytes - choice.num_bytes, 0)
         result.applied(node, text, bytes_saved=saved)
@@ -90,7 +90,7 @@ class SelectNormKernel(Pass):
                 best = Choice(kernel, plan, refused)
             if best is not None and best.num_bytes == 0:
                 break
-        return best or Choice(FLOOR, Relayout((), False, 0), refused)
+        return best or Choice(FALLBACK, Relayout((), False, 0), refused)
 
 
 def _refusal(contract: Contract, site: Site, plan: Relayout | None) -> str:

@@ -13,6 +13,7 @@ from fixpass.lowering.contract_table import CONTRACTS
 
 ROOT = Path(__file__).resolve().parents[1]
 # Where the passes that run are named: the default pipeline, and the backend's entry stage.
+LAYERS = ("fixpass", "passes", "lowering", "runtime")
 STAGES = [ROOT / "passes/__init__.py", *sorted((ROOT / "fixpass").glob("*.py"))]
 
 
@@ -34,11 +35,17 @@ def pass_classes(source):
         yield node.name, ast.literal_eval(body["name"])
 
 
+def stem(path):
+    """The name of a pass's file, or of its folder."""
+    return path.parent.name if path.name == "__init__.py" else path.stem
+
+
 PASSES = [
     pytest.param(path, *found, id=found[1])
-    for path in sorted((ROOT / "passes").glob("*.py"))
+    for path in sorted((ROOT / "passes").rglob("*.py"))
     for found in pass_classes(path.read_text())
 ]
+FILES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
 
 
 def test_there_are_passes():
@@ -47,8 +54,14 @@ def test_there_are_passes():
 
 @pytest.mark.parametrize(("path", "cls", "name"), PASSES)
 def test_the_names_of_a_pass_agree(path, cls, name):
-    assert name == path.stem.replace("_", "-")
+    assert name == stem(path).replace("_", "-")
     assert cls == "".join(word.capitalize() for word in name.split("-"))
+
+
+@pytest.mark.parametrize(("path", "cls", "name"), PASSES)
+def test_a_pass_is_one_file_or_one_folder_and_short(path, cls, name):
+    assert path.parent.name == "passes" or path.name == "__init__.py"
+    assert path.read_text().count("\n") <= 120
 
 
 @pytest.mark.parametrize(("path", "cls", "name"), PASSES)
@@ -58,7 +71,7 @@ def test_a_pass_is_in_the_readme(path, cls, name):
 
 @pytest.mark.parametrize(("path", "cls", "name"), PASSES)
 def test_a_pass_has_tests(path, cls, name):
-    assert (ROOT / f"tests/passes/test_{path.stem}.py").is_file()
+    assert (ROOT / f"tests/passes/test_{stem(path)}.py").is_file()
 
 
 @pytest.mark.parametrize(("path", "cls", "name"), PASSES)

@@ -13,7 +13,7 @@ import torch
 from fixpass.config import Config
 from fixpass.eager_kernels import GUARDED, guard
 from fixpass.lowering.contract_table import CONTRACTS
-from fixpass.passes.rewrites.opaque_norm import OPAQUE_NORMS
+from fixpass.passes.canonicalize_norms.opaque import OPAQUE_NORMS
 from fixpass.runtime.errors import KernelError
 from helpers.standins import (
     LayoutFault,

@@ -15,7 +15,7 @@ from vllm.ir.op import IrOp
 
 from fixpass.lowering.layout import Layout
 from fixpass.passes.base import Pass, PassResult
-from fixpass.passes.edit import Editor, guards_suppressed
+from fixpass.passes.rewrite import Editor, guards_suppressed
 
 NAMESPACE = "vllm_ir"
 IN_PLACE = "maybe_inplace"

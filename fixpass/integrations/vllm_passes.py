@@ -88,7 +88,7 @@ class _Stage(InductorPass):  # type: ignore[misc]
         """Equal in every process of a job and from start to start; asks no device."""
         kind = current_platform.device_type
         target = Target(kind, kind, self.config.norm_kernels or ())
-        pipeline = graph_pipeline(self.config, target, meet=False)
+        pipeline = graph_pipeline(self.config, target, may_communicate=False)
         steps = tuple(
             replace(step, topology=self.ranks) if isinstance(step, PlaceSymmetricMemory) else step
             for step in pipeline.passes
@@ -128,7 +128,7 @@ class EntryPass(_Stage):
 
     def pipeline(self) -> Pipeline:
         target = target_here(torch.device(current_platform.device_type), self.config)
-        place = collectives(self.config, target, meet=True)
+        place = collectives(self.config, target, may_communicate=True)
         steps: tuple[Pass, ...] = (vllm_ir.FunctionalizeVllmIr(), FunctionalizeNorms())
         # Nobody else would take what it makes: an all-reduce through the process group.
         if place.name not in self.config.disable:

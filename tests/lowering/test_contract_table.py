@@ -1,4 +1,4 @@
-"""The contract table: every clause of every row stops what it should, and none adds a guard."""
+"""The contract table: every constraint of every row stops what it should, and none adds a guard."""
 
 import itertools
 
@@ -81,10 +81,10 @@ def test_each_clause_broken_in_turn_is_the_one_named(contract):
     for site in broken_sites(good_site(contract)):
         verdict = contract.check(site)
         if not verdict:
-            named.add(verdict.clause)
-            assert str(verdict.clause) in str(verdict)
+            named.add(verdict.constraint)
+            assert str(verdict.constraint) in str(verdict)
     # A rule on rounding that allows both places can only be broken by the offset, which we do.
-    assert [str(c) for c in contract.clauses if c not in named] == []
+    assert [str(c) for c in contract.constraints if c not in named] == []
 
 
 @pytest.mark.parametrize("contract", **identified)

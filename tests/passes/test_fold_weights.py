@@ -149,7 +149,7 @@ def test_a_value_that_is_returned_is_missed_because_its_reader_may_write_into_it
         report_of(lambda x: given(x, module)),
         """\
 fold-weights
-    missed  contiguous: the graph returns it, and whoever gets it may write into it
+    missed  contiguous: the graph returns it, and the caller may write into it
 """,
     )
     run = compiled(lambda x: given(x, module))

@@ -27,7 +27,7 @@ def only(step, module):
 
 
 def test_parameters_that_fsdp_may_refill_are_missed_and_buffers_are_not():
-    step = FoldWeights(sharded=True)
+    step = FoldWeights(uses_fsdp=True)
     assert_expected_inline(
         only(step, Reads(lambda weight: weight.t().contiguous())),
         """\
@@ -42,7 +42,7 @@ fold-weights
 def test_weights_on_other_devices_are_folded_where_that_is_asked_for():
     weight = nn.Parameter(torch.empty(4, device="meta"))
     assert_expected_inline(
-        FoldWeights(asked=False)._distrust(weight),
+        FoldWeights(explicit=False)._distrust(weight),
         """is on meta, where a write through .data is not seen: options={"fold": "derived"} folds it all the same""",
     )
-    assert FoldWeights(asked=True)._distrust(weight) == ""
+    assert FoldWeights(explicit=True)._distrust(weight) == ""

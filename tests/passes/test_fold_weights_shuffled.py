@@ -52,7 +52,7 @@ def test_in_place_the_report_names_the_call_that_folds_the_weight_itself():
         report_of(Shuffled(), "inplace"),
         """\
 fold-weights
-    applied folded_result: fixpass.shuffle_weight of weight kept as f32[512, 64], 131,072 bytes; not in place: only its module can show logical values: fixpass.weights.fold_model(model, {'weight': 'aiter_16x16'}) folds it there
+    applied folded_result: fixpass.shuffle_weight of weight kept as f32[512, 64], 131,072 bytes; not in place: only its module can show logical values: fixpass.weights.set_layouts(model, {'weight': 'aiter_16x16'}) folds it there
 bytes saved: 262,144
 """,
     )

@@ -5,7 +5,7 @@ from expecttest import assert_expected_inline
 
 from fixpass import Pipeline
 from fixpass.passes.canonicalize_norms import CanonicalizeNorms
-from fixpass.passes.rewrites.opaque_norm import OPAQUE_NORMS, read_opaque
+from fixpass.passes.canonicalize_norms.opaque import OPAQUE_NORMS, read_opaque
 from fixpass.testing import assert_same, bf16, text, trace
 from helpers import standins
 

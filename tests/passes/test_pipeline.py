@@ -118,4 +118,4 @@ def test_the_uuid_follows_passes_options_and_target():
 
 def test_the_uuid_covers_the_source_of_every_layer():
     names = {path.name for path in source_files()}
-    assert {"norm_scale.py", "contracts.py", "norms.py", "rms_norm.py", "launch.py"} <= names
+    assert {"scale.py", "contract_table.py", "norms.py", "rms_norm.py", "launch.py"} <= names

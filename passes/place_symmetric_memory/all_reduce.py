@@ -13,10 +13,18 @@ import torch.distributed as dist
 from torch import fx
 
 from fixpass.lowering.layout import Layout, known
-from fixpass.passes.edit import Editor
-from fixpass.passes.fusion import RESHAPES, WHOLE_VIEWS, bytes_of
-from fixpass.passes.rewrite import NOT_OURS, Match, Missed, Rewrite, is_call, sole_user, val_of
-from fixpass.passes.rewrites.collectives import COLLECTIVES, Collective, find_overload
+from fixpass.passes.cost import RESHAPES, WHOLE_VIEWS, bytes_of
+from fixpass.passes.place_symmetric_memory.collectives import COLLECTIVES, Collective, find_overload
+from fixpass.passes.rewrite import (
+    NO_REMARK,
+    Editor,
+    Match,
+    Missed,
+    Rewrite,
+    is_call,
+    sole_user,
+    val_of,
+)
 from fixpass.runtime.symmetric_memory.ordinary import SUMMED
 from fixpass.runtime.symmetric_memory.packing import packed_call
 from fixpass.runtime.symmetric_memory.policy import Decision
@@ -55,7 +63,7 @@ class RowParallel(Rewrite):
         collective = Collective.of(anchor)
         value, result = val_of(anchor.args[0]), collective.result(anchor)
         if value is None or value.device.type != self.device_type:
-            return NOT_OURS
+            return NO_REMARK
         if isinstance(result, Missed):
             return result
         why = _unsummable(collective.reduce_op(anchor), value)

@@ -14,8 +14,8 @@ import torch
 from torch import fx
 
 from fixpass.lowering.layout import Layout
+from fixpass.passes.canonicalize_norms.norm import Norm, build_norm, out_steps
 from fixpass.passes.rewrite import Match, Missed, Rewrite, val_of
-from fixpass.passes.rewrites.norm import Norm, build_norm, out_steps
 from fixpass.runtime.providers import op_exists, overload_of
 
 

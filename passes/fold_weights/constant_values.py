@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fixpass.passes.edit import guards_suppressed
-from fixpass.passes.rewrites.weight_sources import Weight
+from fixpass.passes.fold_weights.graph_weights import Weight
+from fixpass.passes.rewrite import guards_suppressed
 
 # Constants that a rearrangement may need, such as an index.
 FACTORIES = (torch.arange, torch.zeros, torch.ones, torch.full, torch.eye)
@@ -36,7 +36,7 @@ _KNOWN = ("aten", "prims", "fixpass", "quantized_decomposed")
 class Value:
     """A value that depends on weights alone.
 
-    val: what the node gives on fake tensors. works: whether it was computed, and is no view.
+    val: what the node gives on fake tensors. is_computed: whether it was computed, and is no view.
     sources: the weights that it depends on. memory: the nodes whose memory it may be a view of.
     version: how often its memory had been written when it was made. moved: bytes that its own
     operations read and write.
@@ -44,7 +44,7 @@ class Value:
 
     node: fx.Node
     val: Any
-    works: bool
+    is_computed: bool
     sources: frozenset[fx.Node]
     memory: frozenset[fx.Node]
     version: int = 0
@@ -81,14 +81,14 @@ def values_of(graph: fx.Graph, weights: Mapping[fx.Node, Weight]) -> Values:
     return values
 
 
-def works(nodes: Sequence[fx.Node], weights: Mapping[fx.Node, Tensor]) -> bool:
+def is_computed(nodes: Sequence[fx.Node], weights: Mapping[fx.Node, Tensor]) -> bool:
     """Whether any of the nodes is work where the weights are these fake tensors."""
     known = {
         node: Value(node, val, False, frozenset(), frozenset()) for node, val in weights.items()
     }
     for node in nodes:
         found = _evaluate(node, known)
-        if not isinstance(found, Value) or found.works:
+        if not isinstance(found, Value) or found.is_computed:
             return True
         known[node] = found
     return False
@@ -100,7 +100,7 @@ def view_of(node: fx.Node) -> fx.Node | None:
         return None
     source = node.all_input_nodes[0]
     val = _fresh(source.meta.get("example_value"))
-    if not isinstance(val, Tensor) or _untrusted(node) or works([node], {source: val}):
+    if not isinstance(val, Tensor) or _untrusted(node) or is_computed([node], {source: val}):
         return None
     return source
 
@@ -163,12 +163,12 @@ def _evaluate(node: fx.Node, known: Mapping[fx.Node, Value]) -> Value | str:
         return f"it does not run on its own: {type(error).__name__}"
     if not all(_is_plain(leaf) for leaf in pytree.tree_leaves(val)):
         return "its result is no plain tensor"
-    works = recorder.works or any(_passes_on(node, i) for i in inputs)
-    memory = [i.memory for i in inputs if not works]
+    is_computed = recorder.is_computed or any(_passes_on(node, i) for i in inputs)
+    memory = [i.memory for i in inputs if not is_computed]
     return Value(
         node,
         val,
-        works,
+        is_computed,
         frozenset().union(*(i.sources for i in inputs)),
         frozenset().union(*memory) if memory else frozenset((node,)),
         val._version if isinstance(val, Tensor) and not val.is_inference() else 0,
@@ -185,7 +185,7 @@ def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
 
 def _passes_on(node: fx.Node, value: Value) -> bool:
     """Whether the node takes one tensor out of a tuple that was computed: that tensor is work."""
-    return node.target is getitem and value.works and not isinstance(value.val, Tensor)
+    return node.target is getitem and value.is_computed and not isinstance(value.val, Tensor)
 
 
 def _is_plain(leaf: object) -> bool:
@@ -212,7 +212,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.works = False
+        self.is_computed = False
         self.moved = 0
 
     def __torch_dispatch__(
@@ -223,7 +223,7 @@ class _Recorder(TorchDispatchMode):
             raise _ImpureError(why)
         result = func(*args, **(kwargs or {}))
         if func.namespace != "prim" and not _is_view(func):
-            self.works = True
+            self.is_computed = True
             # Of a table of which some rows are taken, no more than those are read.
             read = _nbytes(result) if func in _GATHERS else _nbytes((args, kwargs))
             self.moved += read + _nbytes(result)

@@ -12,8 +12,8 @@ from torch import fx
 
 import fixpass.runtime.ops  # noqa: F401  (defines torch.ops.fixpass)
 from fixpass.lowering.layout import Layout, dense_stride, same_shape
-from fixpass.passes.rewrite import NOT_OURS, Match, Missed, Rewrite, arg, call, is_call, val_of
-from fixpass.passes.rewrites.norm import Norm, build_norm
+from fixpass.passes.canonicalize_norms.norm import Norm, build_norm
+from fixpass.passes.rewrite import NO_REMARK, Match, Missed, Rewrite, arg, call, is_call, val_of
 
 aten = torch.ops.aten
 
@@ -27,7 +27,7 @@ class ResidualNorm(Rewrite):
     def match(self, anchor: fx.Node) -> Norm | Missed:
         total, weight, bias, eps = (arg(anchor, i) for i in range(4))
         if not is_call(total, aten.add.Tensor) or total.kwargs or len(total.users) < 2:
-            return NOT_OURS
+            return NO_REMARK
         if anchor.kwargs.get("kernel_name"):
             return Missed(f"the model asks for {anchor.kwargs['kernel_name']}, which does not add")
         operands = (arg(total, 0), arg(total, 1))

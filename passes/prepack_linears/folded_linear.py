@@ -14,8 +14,8 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fixpass.lowering.layout import Layout, known_equal
+from fixpass.passes.fold_weights.constant_values import view_of
 from fixpass.passes.rewrite import Missed
-from fixpass.passes.rewrites.weight_values import view_of
 
 _LINEAR = torch.nn.functional.linear
 _MATMULS = (operator.matmul, torch.matmul, torch.mm)

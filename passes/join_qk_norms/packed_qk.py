@@ -16,10 +16,9 @@ import fixpass.runtime.ops  # noqa: F401  (defines torch.ops.fixpass)
 from fixpass.lowering.contract_table import contract_of
 from fixpass.lowering.layout import Layout
 from fixpass.lowering.site import Site
-from fixpass.passes.edit import Editor
-from fixpass.passes.fusion import VIEWS, source_of
-from fixpass.passes.rewrite import NOT_OURS, Match, Missed, Rewrite, call, is_call
-from fixpass.passes.rewrites.norm import Norm, build_norm
+from fixpass.passes.canonicalize_norms.norm import Norm, build_norm
+from fixpass.passes.cost import VIEWS, source_of
+from fixpass.passes.rewrite import NO_REMARK, Editor, Match, Missed, Rewrite, call, is_call
 
 KERNEL, JOINED = "strided_rms_norm", "strided_qk_norm"
 aten = torch.ops.aten
@@ -34,11 +33,11 @@ class QkNorm(Rewrite):
     def match(self, anchor: fx.Node) -> Norm | Missed:
         packed = _packed(anchor)
         if packed is None or anchor.kwargs.get("kernel_name") != KERNEL:
-            return NOT_OURS
+            return NO_REMARK
         later = [n for n in _norms_of(packed) if anchor < n and n.kwargs == anchor.kwargs]
         other = next((n for n in later if n.args[2] is None and n.args[3] == anchor.args[3]), None)
         if other is None or anchor.args[2] is not None:
-            return NOT_OURS
+            return NO_REMARK
         wrong = _wrong(anchor, other)
         if wrong:
             return Missed(f"not joined with {other.name}: {wrong}")

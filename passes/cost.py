@@ -14,8 +14,8 @@ from torch import fx
 
 from fixpass.lowering.relayout import hint
 from fixpass.lowering.site import OPERANDS, op_name
+from fixpass.passes.drop_dead_copies.dead_copy import copied_operands
 from fixpass.passes.rewrite import is_call, val_of
-from fixpass.passes.rewrites.dead_copy import copied_operands
 
 aten = torch.ops.aten
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)

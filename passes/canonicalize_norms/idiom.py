@@ -1,7 +1,10 @@
-"""The second half of a norm in a graph: from the normalised value through weight, bias and casts.
+"""RMSNorm and LayerNorm written out in PyTorch become `fixpass::rms_norm` and `layer_norm`.
 
-Goes forward as long as each value has one user. It stops at the first step that is none of ours,
-so what follows stays in the graph as it is.
+    y = h * rsqrt(mean(h * h) + eps),  h = x or x - mean(x), upcast or not
+    y = cast(y) * weight + bias, cast
+
+eps, dtypes and the order of casts are read from the graph. A statistic that something else needs
+too, such as the backward pass, stays: computing it twice would cost more than it saves.
 """
 
 from dataclasses import dataclass
@@ -11,9 +14,58 @@ from typing import Any
 import torch
 from torch import fx
 
-from fixpass.lowering.layout import known
-from fixpass.passes.rewrite import arg, is_call, sole_user, val_of
-from fixpass.passes.rewrites.norm_scale import ADDS, CONVERT, FLOATS, Scale, aten
+from fixpass.lowering.layout import Layout, known
+from fixpass.passes.canonicalize_norms.norm import Norm, build_norm, compute_step, out_steps
+from fixpass.passes.canonicalize_norms.scale import (
+    ADDS,
+    CONVERT,
+    FLOATS,
+    ROOTS,
+    Scale,
+    aten,
+    read_scale,
+)
+from fixpass.passes.rewrite import (
+    NO_REMARK,
+    Match,
+    Missed,
+    Rewrite,
+    arg,
+    is_call,
+    sole_user,
+    val_of,
+)
+
+
+@dataclass(frozen=True)
+class NormIdiom(Rewrite):
+    """Anchored at the reciprocal root."""
+
+    anchors = ROOTS
+
+    def match(self, anchor: fx.Node) -> Norm | Missed:
+        scale = read_scale(anchor)
+        if isinstance(scale, Missed):
+            return scale
+        tail = read_affine(scale)
+        x, out = val_of(scale.x), val_of(tail.last)
+        if x is None or out is None:
+            return NO_REMARK
+        steps = out_steps(x, out)
+        if isinstance(steps, Missed):
+            return steps
+        steps = {**tail.steps, **compute_step(x, scale.compute_dtype), **steps}
+        inputs = (scale.x, tail.weight, tail.bias)
+        return Norm((tail.last,), _text(scale.op, x), 0, scale.op, inputs, scale.eps, steps)
+
+    def replace(self, graph: fx.Graph, match: Match) -> tuple[fx.Node, ...]:
+        assert isinstance(match, Norm)
+        last = match.replaced[0]
+        return (build_norm(graph, match, last, last.meta["val"]),)
+
+
+def _text(op: str, x: torch.Tensor) -> str:
+    return f"became {op} of {Layout.of(x)}"
 
 
 @dataclass(frozen=True)

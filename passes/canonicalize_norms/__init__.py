@@ -10,10 +10,10 @@ from typing import ClassVar
 from torch import fx
 
 from fixpass.passes.base import Pass, PassResult
+from fixpass.passes.canonicalize_norms.idiom import NormIdiom
+from fixpass.passes.canonicalize_norms.opaque import OpaqueNormRewrite
+from fixpass.passes.canonicalize_norms.residual import ResidualNorm
 from fixpass.passes.rewrite import apply_rewrite
-from fixpass.passes.rewrites.norm_idiom import NormIdiom
-from fixpass.passes.rewrites.opaque_norm import OpaqueNormRewrite
-from fixpass.passes.rewrites.residual_norm import ResidualNorm
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx
 
 from fixpass.passes.base import Pass, PassResult
+from fixpass.passes.fold_weights.apply import DERIVED, VALUE, introduce
+from fixpass.passes.fold_weights.graph_weights import examples_of, weights_of
+from fixpass.passes.prepack_linears.folded_linear import Linear, linears_of, weight_of
 from fixpass.passes.rewrite import Missed
-from fixpass.passes.rewrites.folded_linear import Linear, linears_of, weight_of
-from fixpass.passes.rewrites.weight_fold import DERIVED, VALUE, introduce
-from fixpass.passes.rewrites.weight_sources import examples_of, weights_of
 from fixpass.runtime.weights.prepack import Prepacked
 from fixpass.runtime.weights.weight_cache import Derived
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fixpass.passes.rewrites.weight_sources import Weight
-from fixpass.passes.rewrites.weight_values import Value
+from fixpass.passes.fold_weights.constant_values import Value
+from fixpass.passes.fold_weights.graph_weights import Weight
 
 _OPERATORS = (
     operator.setitem,
@@ -37,6 +37,16 @@ def written_memory(
     return frozenset(written)
 
 
+def unwritten(values: Mapping[fx.Node, Value], written: frozenset[fx.Node]) -> dict[fx.Node, Value]:
+    """The values that no written value goes into. Regions report written weights themselves."""
+    kept: dict[fx.Node, Value] = {}
+    for node, value in values.items():
+        inputs = [source for source in node.all_input_nodes if source in values]
+        if all(source in kept for source in inputs) and node not in written:
+            kept[node] = value
+    return kept
+
+
 def _others(node: fx.Node, values: Mapping[fx.Node, Value]) -> Iterator[fx.Node]:
     """Users that are not known to be functions."""
     return (user for user in node.users if user not in values and user.op != "output")
@@ -47,7 +57,7 @@ def _rose(node: fx.Node, values: Mapping[fx.Node, Value]) -> bool:
     traced = node.meta.get("example_value")
     if not isinstance(traced, Tensor) or traced.is_inference():
         return False
-    if node in values and not values[node].works:
+    if node in values and not values[node].is_computed:
         # A view counts the writes into its base, which has its turn.
         return False
     before = values[node].version if node in values else 0

@@ -2,7 +2,7 @@
 
 Reads `h * rsqrt(mean(h^2) + eps)` and its spellings backwards from the root, with or without the
 mean taken off, and finds x behind an upcast. What follows the normalised value, weight and bias,
-is read by `fixpass.passes.rewrites.norm_affine`.
+is read by `fixpass.passes.canonicalize_norms.idiom`.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from fixpass.lowering.layout import all_known, known_equal
-from fixpass.passes.rewrite import NOT_OURS, Missed, arg, is_call, sole_user, val_of
+from fixpass.passes.rewrite import NO_REMARK, Missed, arg, is_call, sole_user, val_of
 
 aten = torch.ops.aten
 CONVERT = torch.ops.prims.convert_element_type.default
@@ -64,7 +64,7 @@ def read_scale(root: fx.Node) -> Scale | Missed:
     moment_node, eps, added = _read_eps(variance)
     moment = _read_moment(moment_node)
     if isinstance(moment, Missed):
-        return moment if root.target == aten.rsqrt.default else NOT_OURS
+        return moment if root.target == aten.rsqrt.default else NO_REMARK
     y = sole_user(scale)
     if y is None:
         return Missed(_shared(scale, "the scale"))
@@ -95,9 +95,9 @@ def _finish(moment: _Moment, y: fx.Node, eps: float) -> Scale | Missed:
 def _read_root(root: fx.Node) -> _Root | Missed:
     variance = arg(root, 0)
     if not isinstance(variance, fx.Node):
-        return NOT_OURS
+        return NO_REMARK
     if root.target == aten.pow.Tensor_Scalar and arg(root, 1) != -0.5:
-        return NOT_OURS
+        return NO_REMARK
     passed: tuple[fx.Node, ...] = (root,)
     is_inverse = root.target != aten.sqrt.default
     while (user := sole_user(passed[-1])) is not None:

@@ -13,9 +13,9 @@ from torch import fx
 
 from fixpass.lowering.target import Target
 from fixpass.passes.base import Pass, PassResult
+from fixpass.passes.place_symmetric_memory.all_reduce import RowParallel
+from fixpass.passes.place_symmetric_memory.collectives import LEFT_ALONE, find_overload
 from fixpass.passes.rewrite import apply_rewrite, find_anchors
-from fixpass.passes.rewrites.collectives import LEFT_ALONE, find_overload
-from fixpass.passes.rewrites.row_parallel import RowParallel
 from fixpass.runtime.symmetric_memory.policy import Decision, GroupFacts, Policy, decide
 
 

@@ -11,8 +11,8 @@ from torch import fx
 
 from fixpass.lowering.target import Target
 from fixpass.passes.base import Pass, PassResult
+from fixpass.passes.join_qk_norms.packed_qk import JOINED, QkNorm
 from fixpass.passes.rewrite import apply_rewrite
-from fixpass.passes.rewrites.qk_norm import JOINED, QkNorm
 
 
 @dataclass(frozen=True)

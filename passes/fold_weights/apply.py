@@ -14,16 +14,13 @@ from torch import Tensor, fx
 
 from fixpass.lowering.layout import Layout
 from fixpass.passes.base import PassResult
+from fixpass.passes.fold_weights.graph_weights import Weight, examples_of
+from fixpass.passes.fold_weights.regions import FoldRegion, Order
 from fixpass.passes.rewrite import Missed
-from fixpass.passes.rewrites.weight_recipe import Cut
-from fixpass.passes.rewrites.weight_sources import Weight, examples_of
 from fixpass.runtime.errors import WeightError
 from fixpass.runtime.weights.restride import restride
 from fixpass.runtime.weights.shuffle_op import is_folded
 from fixpass.runtime.weights.weight_cache import Derived, Recipe
-
-Order = tuple[int, ...] | Missed
-"""In which order of its dimensions a weight could be stored instead, or why in none."""
 
 DERIVED, VALUE = "fixpass_derived", "fixpass_value"
 """Where in its metadata an input holds the `Derived` that gives it, and the first value of it."""
@@ -45,15 +42,15 @@ def stored_anew(graph: fx.Graph) -> tuple[str, ...]:
 
 def store(
     graph: fx.Graph,
-    cuts: Sequence[Cut],
+    regions: Sequence[FoldRegion],
     orders: Sequence[Order],
     weights: Mapping[fx.Node, Weight],
     result: PassResult,
 ) -> None:
-    """Store the weights of cuts in these orders; what cannot be is left to be derived."""
+    """Store the weights of regions in these orders; what cannot be is left to be derived."""
     names: dict[str, None] = {}
-    for cut, order in zip(cuts, orders, strict=True):
-        weight = weights[cut.sources[0]]
+    for region, order in zip(regions, orders, strict=True):
+        weight = weights[region.sources[0]]
         if isinstance(order, Missed) or weight.name in names or not result.take_fuel():
             continue
         try:
@@ -61,44 +58,45 @@ def store(
         # A call that reads it, or no memory to begin with: the weight is as it was.
         except (WeightError, torch.OutOfMemoryError):
             continue
-        text = f"{weight.name} is stored in the order {order}: {cut.steps} is a view of it"
-        result.applied(cut.node, text, bytes_saved=cut.moved)
+        text = f"{weight.name} is stored in the order {order}: {region.steps} is a view of it"
+        result.applied(region.node, text, bytes_saved=region.moved)
         names[weight.name] = None
     graph.output_node().meta[STORED] = tuple(names)
 
 
 def derive(
     graph: fx.Graph,
-    cut: Cut,
-    recipe: fx.GraphModule,
+    region: FoldRegion,
+    subgraph: fx.GraphModule,
     weights: Mapping[fx.Node, Weight],
     result: PassResult,
     aside: str,
 ) -> None:
     """Compute the value and let an input stand for it; a value that cannot be had is left."""
-    positions = [weights[source].position for source in cut.sources]
-    derived = Derived(_named(cut, recipe), positions)
+    positions = [weights[source].position for source in region.sources]
+    derived = Derived(_named(region, subgraph), positions)
     examples = examples_of(graph, weights)
     try:
         value = derived.value(examples)
     # No memory, an op that fake tensors promised and this device lacks, a weight folded otherwise.
     except (RuntimeError, WeightError) as error:
-        result.missed(cut.node, f"it could not be computed: {type(error).__name__}: {error}")
+        result.missed(region.node, f"it could not be computed: {type(error).__name__}: {error}")
         return
-    if why := _unlike(value, cut.val, [] if cut.layout else examples):
-        result.missed(cut.node, why)
+    if why := _unlike(value, region.val, [] if region.layout else examples):
+        result.missed(region.node, why)
         return
     if not result.take_fuel():
         return
-    new = introduce(graph, f"folded_{cut.node.name}", cut.node.meta, derived, value)
-    names = ", ".join(weights[source].name for source in cut.sources)
-    if not (cut.layout and is_folded(weights[cut.sources[0]].tensor, cut.layout)):
-        text = f"{cut.steps} of {names} kept as {Layout.of(cut.val)}, {cut.nbytes:,} bytes{aside}"
+    new = introduce(graph, f"folded_{region.node.name}", region.node.meta, derived, value)
+    names = ", ".join(weights[source].name for source in region.sources)
+    if not (region.layout and is_folded(weights[region.sources[0]].tensor, region.layout)):
+        layout = f"{Layout.of(region.val)}, {region.nbytes:,} bytes"
+        text = f"{region.steps} of {names} kept as {layout}{aside}"
     else:
-        text = f"{names} is folded into {cut.layout} itself: nothing is kept beside it"
-    result.applied(new, text, bytes_saved=cut.moved)
-    cut.node.replace_all_uses_with(new)
-    _erase(graph, cut)
+        text = f"{names} is folded into {region.layout} itself: nothing is kept beside it"
+    result.applied(new, text, bytes_saved=region.moved)
+    region.node.replace_all_uses_with(new)
+    _erase(graph, region)
 
 
 def introduce(
@@ -118,18 +116,20 @@ def introduce(
     return new
 
 
-def _named(cut: Cut, compute: fx.GraphModule) -> Recipe:
-    """The recipe with what is known of its value; equal code on equal layouts computes the same."""
-    is_value = partial(is_folded, layout=cut.layout) if cut.layout else None
-    like = torch.empty_strided(cut.val.shape, cut.val.stride(), dtype=cut.val.dtype, device="meta")
-    fakes = [source.meta["example_value"] for source in cut.sources]
-    layouts = [f"{Layout.of(fake)} {fake.stride()} {fake.device}" for fake in (*fakes, cut.val)]
+def _named(region: FoldRegion, compute: fx.GraphModule) -> Recipe:
+    """The subgraph of the value. Equal code on equal layouts has an equal signature."""
+    is_value = partial(is_folded, layout=region.layout) if region.layout else None
+    like = torch.empty_strided(
+        region.val.shape, region.val.stride(), dtype=region.val.dtype, device="meta"
+    )
+    fakes = [source.meta["example_value"] for source in region.sources]
+    layouts = [f"{Layout.of(fake)} {fake.stride()} {fake.device}" for fake in (*fakes, region.val)]
     signature = "\n".join((compute.code, *layouts))
-    return Recipe(cut.node.name, compute, is_value, like, signature)
+    return Recipe(region.node.name, compute, is_value, like, signature)
 
 
-def _erase(graph: fx.Graph, cut: Cut) -> None:
-    for node in reversed(cut.nodes):
+def _erase(graph: fx.Graph, region: FoldRegion) -> None:
+    for node in reversed(region.nodes):
         if not node.users and not node._erased:
             graph.erase_node(node)
 

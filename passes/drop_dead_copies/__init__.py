@@ -15,15 +15,14 @@ from fixpass.lowering.contract_table import contract_of
 from fixpass.lowering.relayout import hint
 from fixpass.lowering.site import OPERANDS, OPS, Site, op_name
 from fixpass.passes.base import Pass, PassResult
-from fixpass.passes.edit import Editor
-from fixpass.passes.rewrite import erase_dead, find_anchors
-from fixpass.passes.rewrites.dead_copy import (
+from fixpass.passes.canonicalize_norms.norm import op_overload
+from fixpass.passes.drop_dead_copies.dead_copy import (
     copied_operands,
     has_shape_of,
     viewed_shape,
     without_copies,
 )
-from fixpass.passes.rewrites.norm import op_overload
+from fixpass.passes.rewrite import Editor, erase_dead, find_anchors
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,0 @@
-"""Declared rewrites, one family a file."""

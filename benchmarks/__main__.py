@@ -14,6 +14,7 @@ import torch
 from benchmarks import (
     all_reduce,
     compile_time,
+    decode,
     fold,
     fold_decode,
     guards,
@@ -41,6 +42,7 @@ BENCHMARKS: dict[str, Callable[[bool], Result]] = {
     "guards": guards.run,
     "fold": fold.run,
     "fold-decode": fold_decode.run,
+    "decode": decode.run,
     "reload": reload.run,
     "reload-many": reload.run_many,
 }

@@ -44,6 +44,8 @@ class Config:
     """Weight-only subgraphs: "derived" keeps their values beside the weights, "inplace" changes the
     weights themselves where that is safe, "off" leaves them in the graph. None is "derived" for
     weights on CPU."""
+    linear: str = "auto"
+    """Linear layers on CPU: "auto" calls `skinny_linear` for few rows, "inductor" never."""
     inductor: tuple[tuple[str, Any], ...] = ()
     """Options for Inductor itself, as `torch.compile` takes them."""
 
@@ -75,6 +77,7 @@ _VARIABLES: dict[str, Callable[[str, str], Any]] = {
     "symmetric_timeout": lambda name, text: _seconds(name, text),
     "guards": lambda name, text: _boolean(name, text),
     "fold": lambda name, text: text,
+    "linear": lambda name, text: text,
 }
 
 
@@ -93,6 +96,8 @@ def _check(name: str, value: Any) -> Any:
         raise ConfigError(f"option {name!r} is True or False, not {value!r}")
     if name == "lower" and value not in ("inductor", "eager"):
         raise ConfigError(f'option "lower" is "inductor" or "eager", not {value!r}')
+    if name == "linear" and value not in ("auto", "inductor"):
+        raise ConfigError(f'option "linear" is "auto" or "inductor", not {value!r}')
     if name == "fold" and value not in ("inplace", "derived", "off", None):
         raise ConfigError(f'option "fold" is "inplace", "derived" or "off", not {value!r}')
     if name == "fuel" and not (value is None or (type(value) is int and value >= 0)):

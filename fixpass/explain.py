@@ -20,7 +20,7 @@ from fixpass.passes.base import Remark
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.passes.report import Report
-from fixpass.pipelines import check_torch, graph_pipeline, preferred, present_target
+from fixpass.pipelines import check_torch, graph_pipeline, linears, preferred, present_target
 from fixpass.retarget import claim_device
 from fixpass.specialize import specialize_eps
 
@@ -50,7 +50,8 @@ def explain(
         chosen = asked or present_target(example_inputs, config)
         entry = enter(gm, example_inputs, config, f"target {chosen.name}")
         reports.append(entry.report)
-        pipeline = graph_pipeline(config, chosen, may_communicate=False)
+        layers = linears(config, chosen, example_inputs, dict(config.inductor))
+        pipeline = graph_pipeline(config, chosen, layers, may_communicate=False)
         return entry.bind(_compile(entry.gm, entry.inputs, pipeline, chosen, reports))
 
     with torch._dynamo.config.patch(recompile_limit=64):

@@ -287,3 +287,35 @@ class WeightRule(Constraint):
             f"{offset:g} + weight" if offset else "weight" for offset in self.offsets
         )
         return f"rounded {places} the multiply by {offsets}"
+
+
+@dataclass(frozen=True)
+class FewRows(Constraint):
+    """x has few rows, or a number that only the call knows: the op decides then."""
+
+    most: int
+
+    def holds(self, site: Site) -> Known:
+        return known(site.x.shape[0] > self.most) is not True
+
+    def __str__(self) -> str:
+        return f"x has at most {self.most} rows"
+
+
+@dataclass(frozen=True)
+class RowsOrColumns(OperandConstraint):
+    """The matrix lies row by row or column by column, and no element lies in two places."""
+
+    def holds(self, site: Site) -> Known:
+        layout = site.layouts[self.operand]
+        answers = [
+            all_known(known(fact) for fact in (layout.stride[along] == 1, pitch >= size))
+            for along, pitch, size in (
+                (1, layout.stride[0], layout.shape[1]),
+                (0, layout.stride[1], layout.shape[0]),
+            )
+        ]
+        return True if True in answers else None if None in answers else False
+
+    def __str__(self) -> str:
+        return f"{self.operand} is dense along its rows or its columns"

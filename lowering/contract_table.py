@@ -1,4 +1,4 @@
-"""CONTRACTS: what each norm kernel accepts. One row a kernel and op; the source stands on the row.
+"""CONTRACTS: what each kernel accepts. One row a kernel and op; the source stands on the row.
 
 The rows are read by the passes and by the eager guards. A row promises no more than its source
 shows: where a kernel takes some layout by luck, the row leaves it out.
@@ -15,6 +15,7 @@ from fixpass.lowering.constraints import (
     Dense,
     Dense2D,
     DtypeIn,
+    FewRows,
     HiddenAtMost,
     HiddenEven,
     LastStridesDivisible,
@@ -22,6 +23,7 @@ from fixpass.lowering.constraints import (
     NotEmpty,
     Present,
     Rank,
+    RowsOrColumns,
     SameDtype,
     SameHidden,
     SameShape,
@@ -30,6 +32,7 @@ from fixpass.lowering.constraints import (
     WeightRule,
 )
 from fixpass.lowering.contract import Contract
+from fixpass.runtime import linear
 from fixpass.runtime.kernels.checks import FLOATS as FLOAT
 from fixpass.runtime.kernels.checks import MAX_HIDDEN
 from fixpass.runtime.providers import aiter_generation
@@ -198,6 +201,21 @@ CONTRACTS: tuple[Contract, ...] = (
             SameHidden("k", "q"),
         ),
         _OURS + ": q and k in one launch",
+    ),
+    Contract(
+        "skinny_linear",
+        "linear",
+        (
+            Rank("x", 2, 2),
+            Rank("weight", 2, 2),
+            Rank("bias", 1, 1),
+            FewRows(linear.MOST_ROWS),
+            DtypeIn("x", linear.DTYPES),
+            SameDtype("weight"),
+            SameDtype("bias"),
+            RowsOrColumns("weight"),
+        ),
+        "fixpass.runtime.linear: reads x of any strides; rows or columns of W with any pitch",
     ),
 )
 

@@ -35,9 +35,16 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
 
 
-def skinny_linears(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
-    """Return `skinny_linear` of x by each weight, in one launch; see there."""
-    return [skinny_linear(x, *layer) for layer in zip(weights, biases, strict=True)]
+def _run_one(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # A graph from a cache calls the op in a process that has not asked for the kernel yet.
+    if x.device.type == "cpu" and not unavailable():
+        result: Tensor = torch.ops.fixpass.skinny_linear(x, weight, bias)
+        return result
+    return skinny_linear(x, weight, bias)
+
+
+def _run_all(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    return [_run_one(x, *layer) for layer in zip(weights, biases, strict=True)]
 
 
 def _fake_one(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -56,7 +63,7 @@ def _define(library: torch.library.Library) -> None:
     # Any layout will do: Inductor copies nothing for these ops.
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
     for name, schema, run, fake in zip(
-        NAMES, schemas, (skinny_linear, skinny_linears), (_fake_one, _fake_all), strict=True
+        NAMES, schemas, (_run_one, _run_all), (_fake_one, _fake_all), strict=True
     ):
         library.define(name + schema, tags=tags)
         library.impl(name, run, "CompositeExplicitAutograd")

@@ -307,7 +307,9 @@ class RowsOrColumns(OperandConstraint):
     """The matrix lies row by row or column by column, and no element lies in two places."""
 
     def holds(self, site: Site) -> Known:
-        layout = site.layouts[self.operand]
+        layout = site.layouts.get(self.operand)
+        if layout is None:
+            return True
         answers = [
             all_known(known(fact) for fact in (layout.stride[along] == 1, pitch >= size))
             for along, pitch, size in (

@@ -238,5 +238,6 @@ def _rows_of(kernel: str, op: str) -> tuple[Contract, ...]:
 
 
 def kernel_names() -> tuple[str, ...]:
-    """Every kernel of the table, once, in the table's order."""
-    return tuple(dict.fromkeys(contract.kernel for contract in CONTRACTS))
+    """Every norm kernel of the table, once, in the table's order."""
+    norms = (contract for contract in CONTRACTS if contract.op != "linear")
+    return tuple(dict.fromkeys(contract.kernel for contract in norms))

@@ -77,7 +77,8 @@ def layer_of(node: fx.Node) -> Linear | Missed:
     if scaled := [f"{name}={value}" for name, value in scales.items() if value != 1]:
         return Missed(f"it scales by {', '.join(scaled)}")
     *bias, x, weight = node.args
-    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+    assert isinstance(x, fx.Node)
+    assert isinstance(weight, fx.Node)
     vector = bias[0] if bias else None
     assert vector is None or isinstance(vector, fx.Node)
     layer = Linear(x, weight, vector)

@@ -6,6 +6,9 @@ weight is read by the next call. More rows than MOST_ROWS, and whatever else the
 take, PyTorch computes. Gradients are PyTorch's.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +17,6 @@ from fixpass.runtime import extension, ops
 MOST_ROWS = 16
 """The kernel computes x of so many rows; PyTorch computes more."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NAMES = ("skinny_linear", "skinny_linears")
 
 
 def unavailable() -> str:
@@ -55,21 +57,21 @@ def _fake_all(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> 
     return [_fake_one(x, weight, None) for weight in weights]
 
 
-def _define(library: torch.library.Library) -> None:
-    schemas = (
-        "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-        "(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]",
-    )
+_ONE = "skinny_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
+_ALL = "skinny_linears(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]"
+
+
+def _define(
+    library: torch.library.Library, schema: str, run: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    name = schema.partition("(")[0]
     # Any layout will do: Inductor copies nothing for these ops.
-    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
-    for name, schema, run, fake in zip(
-        NAMES, schemas, (_run_one, _run_all), (_fake_one, _fake_all), strict=True
-    ):
-        library.define(name + schema, tags=tags)
-        library.impl(name, run, "CompositeExplicitAutograd")
-        # PyTorch's own ops record the gradient, here and in the C++.
-        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-        torch.library.register_fake(f"fixpass::{name}", fake, lib=library)
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+    library.impl(name, run, "CompositeExplicitAutograd")
+    # PyTorch's own ops record the gradient, here and in the C++.
+    library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"fixpass::{name}", fake, lib=library)
 
 
-_define(ops.DEFINITIONS)
+_define(ops.DEFINITIONS, _ONE, _run_one, _fake_one)
+_define(ops.DEFINITIONS, _ALL, _run_all, _fake_all)

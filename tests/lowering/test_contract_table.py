@@ -23,6 +23,10 @@ identified = {
 
 def good_site(contract: Contract) -> Site:
     """A site that the contract takes: dense bf16 rows and a weight."""
+    if contract.op == "linear":
+        weight = Layout.contiguous((128, 6), BF16)
+        x, bias = Layout.contiguous((6, 128), BF16), Layout.contiguous((6,), BF16)
+        return Site("linear", {"x": x, "weight": weight, "bias": bias}, "cpu")
     layouts = {name: Layout.contiguous((6, 128), BF16) for name in OPERANDS[contract.op]}
     layouts |= {
         name: Layout.contiguous((128,), BF16)
@@ -59,6 +63,8 @@ def broken_sites(site: Site):
         for names in itertools.combinations([n for n in ROWS if n in site.layouts], count):
             for change in changes:
                 yield site.with_layouts(**dict.fromkeys(names, change))
+    if site.op == "linear":
+        yield from broken_matrices(site)
     for name in ("weight", "bias"):
         if name in site.layouts:
             yield site.with_layouts(**{name: Layout.contiguous((128,), F32)})
@@ -73,6 +79,15 @@ def broken_sites(site: Site):
         {"weight_offset": 0.5},
     ):
         yield Site(site.op, site.layouts, "cuda", {**site.steps, **steps})
+
+
+def broken_matrices(site: Site):
+    """The linear layer with many rows, a bias of two dimensions, a weight that overlaps itself."""
+    yield site.with_layouts(x=Layout.contiguous((17, 128), BF16))
+    yield site.with_layouts(bias=Layout.contiguous((1, 6), BF16))
+    yield site.with_layouts(weight=Layout.contiguous((128, 6), F32))
+    for stride in ((12, 2), (3, 1), (0, 1), (1, 100), (1, 0)):
+        yield site.with_layouts(weight=Layout((128, 6), stride, BF16))
 
 
 @pytest.mark.parametrize("contract", **identified)

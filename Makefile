@@ -11,14 +11,15 @@ STAMP := $(VENV)/.installed
 TESTS ?=
 
 # Torch's own threads and Inductor's compile workers would fight with pytest's two workers.
-PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 FIXPASS_VERIFY=1 $(PY) -P -m pytest -n 2
+PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 FIXPASS_VERIFY=1 $(PY) -P -m pytest -n 2 --durations=15
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-full engines accept lint format type check bench wheel doctor clean
+.PHONY: help demo test test-full engines accept lint format type check bench models-page \
+	sharding-page wheel doctor clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -34,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## Compile a small Qwen3 with fixpass; report, checks, times
-	@$(PY) -m fixpass demo
+	@$(PY) examples/demo.py
 
 test: $(STAMP) ## Run the tests; TESTS=path runs a part
 	$(PYTEST) -m "not full" $(TESTS)
@@ -67,6 +68,12 @@ check: lint type test ## What CI runs: lint, type, test
 
 bench: $(STAMP) ## Measure: tables, and JSON in benchmarks/results
 	@$(PY) -m benchmarks
+
+models-page: $(STAMP) ## Compile the models with Inductor (half an hour); write docs/models.md
+	PYTHONPATH=.:tests $(PY) -m helpers.models_page
+
+sharding-page: $(STAMP) ## Write the table of units in docs/checkpoints.md
+	PYTHONPATH=.:tests $(PY) -m helpers.sharding_page
 
 # A stale build/ would put deleted modules into the wheel; building it from the sdist
 # shows that the sdist is complete.

@@ -19,6 +19,7 @@ from benchmarks import (
     fold_decode,
     guards,
     load,
+    machine_code,
     matching,
     norms,
     reload,
@@ -52,10 +53,13 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main(argv: Sequence[str]) -> int:
+    # These take options of their own.
     if argv[:1] == ["norms"]:
         return norms.main(argv[1:])
+    if argv[:1] == ["machine_code"]:
+        return machine_code.main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    names = [*BENCHMARKS, "norms", "all"]
+    names = [*BENCHMARKS, "norms", "machine_code", "all"]
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(names)} (default)")
     parser.add_argument("--quick", action="store_true", help="small sizes, few repeats")
     parser.add_argument("--out", type=Path, help="folder for the JSON and the tables")
@@ -76,6 +80,8 @@ def main(argv: Sequence[str]) -> int:
             held = held and all(check.holds for check in result.checks)
     if chosen & {"norms", "all"}:
         norms.main([])
+    if "machine_code" in chosen:
+        machine_code.main([])
     return 0 if held or arguments.quick else 1
 
 

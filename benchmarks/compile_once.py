@@ -12,8 +12,7 @@ import time
 import torch
 from torch._dynamo.utils import counters
 
-from fixpass.demo import build_model
-from fixpass.packed import pack_qkv
+from examples.packed_qkv import build
 from fixpass.passes.pipeline import source_hash
 
 COUNTERS = (
@@ -27,8 +26,8 @@ COUNTERS = (
 
 
 def main(backend: str, num_layers: str) -> None:
-    model, tokens = build_model(int(num_layers))
-    model = pack_qkv(model)
+    model, (tokens,) = build(int(num_layers))
+    model = model.float()
     cpu, wall = _cpu_seconds(), time.perf_counter()
     with torch.no_grad():
         torch.compile(model, backend=backend)(input_ids=tokens, use_cache=False)

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from benchmarks.results import Check, Result, Spread, ratios, spread
 from benchmarks.timing import calls_for, interleave
-from fixpass.runtime.weights.weight_cache import Derived, Recipe
+from fixpass.runtime.weights.weight_cache import CachedWeight, WeightFunction
 
 ABOUT = (
     "Milliseconds of one call of a linear layer on one token whose weight is shuffled for a "
@@ -105,7 +105,7 @@ def run(quick: bool) -> Result:
 def _asking(size: int, rounds: int) -> Spread:
     """Microseconds in which a value that is kept is found to be right."""
     weight = nn.Parameter(torch.randn(size, size))
-    derived = Derived(Recipe("transposed", lambda kept: kept.t().contiguous()), (0,))
+    derived = CachedWeight(WeightFunction("transposed", lambda kept: kept.t().contiguous()), (0,))
     args = [weight]
     derived.value(args)
     samples = interleave({"asking": lambda: derived.value(args)}, rounds, calls=2000)

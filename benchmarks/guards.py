@@ -13,8 +13,8 @@ import torch
 
 from benchmarks.results import Check, Result, spread
 from benchmarks.timing import interleave
-from fixpass.eager_kernels import guard
-from fixpass.integrations.sglang import guarding
+from fixpass.eager_kernels import wrap
+from fixpass.integrations.sglang.serving import guarding
 
 ABOUT = (
     "Microseconds that a guard adds to one call of a norm kernel on dense bf16 rows, where nothing "
@@ -39,7 +39,7 @@ class Case:
 
     def guarded(self) -> Callable[..., Any]:
         return (
-            _around(self.kernel, guarding(self.op)) if self.hooked else guard(self.kernel, self.op)
+            _around(self.kernel, guarding(self.op)) if self.hooked else wrap(self.kernel, self.op)
         )
 
 

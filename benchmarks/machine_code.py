@@ -1,13 +1,12 @@
-"""The kernels, compiled for a target with no device at hand, and their machine code read.
+"""`python -m benchmarks machine_code [--target NAME]`: the machine code of the norm kernels.
 
-Registers, spills, shared memory and the width of every global load and store come from SASS
-(nvdisasm, cuobjdump) or from AMDGCN assembly. It measures no time: no code runs.
+Kernels are compiled for a target without its device. Registers, spills, shared memory and the
+width of every global load and store are read from SASS (nvdisasm, cuobjdump) or AMDGCN assembly.
+No code runs, so no time is measured.
 """
 
-import re
-import subprocess
-import tempfile
-from collections import Counter
+import argparse
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.assembly import MachineCode, read_amdgcn, read_cubin
 from fixpass.lowering.target import target_named
 from fixpass.runtime.errors import ConfigError
 
@@ -25,7 +25,7 @@ DOCUMENTED_TARGETS = ("cuda:sm_90", "cuda:sm_100", "rocm:gfx942", "rocm:gfx950")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HIDDEN_SIZES = (64, 128, 256, 1024, 4096, 8192)
 HEAD_SIZES = (64, 128, 256)
-MARKER = "<!-- written by python -m fixpass kernels --target all --write docs/kernels.md -->"
+MARKER = "<!-- written by python -m benchmarks machine_code --write docs/kernels.md -->"
 OPS = ("rms_norm", "layer_norm", "add_rms_norm", "qk_norm")
 
 
@@ -37,20 +37,6 @@ class Specimen:
     hidden_size: int
     dtype: str = "bf16"
     pitch: int = 8
-
-
-@dataclass(frozen=True)
-class MachineCode:
-    """What the assembly of one kernel says; widths are in bits, with how often each occurs."""
-
-    registers: int
-    spills: int
-    shared: int
-    loads: dict[int, int]
-    stores: dict[int, int]
-
-    def narrowest(self) -> int:
-        return min((*self.loads, *self.stores))
 
 
 def gpu_target(name: str) -> Any:
@@ -68,9 +54,9 @@ def gpu_target(name: str) -> Any:
 def plan(specimen: Specimen, lanes: int) -> Any:
     """The launch of a specimen, from the launcher's own planning, on tensors without storage."""
     from fixpass.runtime.kernels.add_rms_norm import plan_add_norm
+    from fixpass.runtime.kernels.launch import rounding
     from fixpass.runtime.kernels.qk_norm import plan_qk_norm
     from fixpass.runtime.kernels.rms_norm import plan_norm
-    from fixpass.runtime.kernels.rounding import rounding
 
     dtype = DTYPES[specimen.dtype]
     hidden_size = specimen.hidden_size
@@ -125,67 +111,8 @@ def compile_launch(launch: Any, target: Any) -> MachineCode:
     source, options = specialize(launch, target)
     compiled = triton.compile(source, target=target, options=options)
     if target.backend == "cuda":
-        return _read_sass(compiled.asm["cubin"], compiled.metadata.shared)
+        return read_cubin(compiled.asm["cubin"], compiled.metadata.shared)
     return read_amdgcn(compiled.asm["amdgcn"], compiled.metadata.shared)
-
-
-def _read_sass(cubin: bytes, dynamic_shared: int) -> MachineCode:
-    from triton import knobs
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        sass = _output(knobs.nvidia.nvdisasm.path, "-c", str(path))
-        usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", str(path))
-    return read_sass(sass, usage, dynamic_shared)
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def read_sass(sass: str, usage: str, dynamic_shared: int = 0) -> MachineCode:
-    """Machine code of an NVIDIA kernel from nvdisasm's text and cuobjdump's resource usage."""
-    counts: dict[str, Counter[int]] = {"LDG": Counter(), "STG": Counter()}
-    for op, suffixes in re.findall(r"\b(LDG|STG)((?:\.\w+)*)", sass):
-        widths = [int(n) for n in re.findall(r"\.[US]?(8|16|64|128|256)\b", suffixes)]
-        counts[op][widths[0] if widths else 32] += 1
-    return MachineCode(
-        registers=_number(r"REG:(\d+)", usage),
-        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        shared=_number(r"SHARED:(\d+)", usage) + dynamic_shared,
-        loads=dict(counts["LDG"]),
-        stores=dict(counts["STG"]),
-    )
-
-
-def read_amdgcn(assembly: str, dynamic_shared: int = 0) -> MachineCode:
-    """Machine code of an AMD kernel from its assembly text."""
-    counts: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
-    for op, kind in re.findall(r"\b(?:buffer|global|flat)_(load|store)_(\w+)", assembly):
-        counts[op][_amd_width(kind)] += 1
-    return MachineCode(
-        registers=_number(r"\.vgpr_count:\s+(\d+)", assembly),
-        spills=_number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
-        + _number(r"\.sgpr_spill_count:\s+(\d+)", assembly),
-        shared=_number(r"\.group_segment_fixed_size:\s+(\d+)", assembly) + dynamic_shared,
-        loads=dict(counts["load"]),
-        stores=dict(counts["store"]),
-    )
-
-
-def _amd_width(kind: str) -> int:
-    dwords = re.match(r"dwordx?(\d*)", kind)
-    if dwords:
-        return 32 * int(dwords[1] or 1)
-    return 8 if "byte" in kind else 16
-
-
-def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
-        raise ValueError(f"the assembly says nothing about {pattern}")
-    return int(found[1])
 
 
 def specimens(ops: Sequence[str] = OPS, dtypes: Sequence[str] = ("bf16", "fp16")) -> list[Specimen]:
@@ -278,9 +205,9 @@ def kernels_command(
     show: Callable[[str], None] = print,
     write: Path | None = None,
 ) -> int:
-    """`python -m fixpass kernels --target ...`: print, or write, what each kernel compiles to.
+    """Print the tables of a target, or of all documented ones for "all", line by line.
 
-    `write` replaces what follows the marker in a document, and "all" is every target there.
+    With `write`, the tables replace the text behind the marker of that document instead.
     """
     names = DOCUMENTED_TARGETS if target == "all" else (target,)
     lines = (line for name in names for line in table(name, ops))
@@ -292,3 +219,18 @@ def kernels_command(
     made_with = f"\nCompiled with Triton {metadata.version('triton')}."
     write.write_text("\n".join([prose + MARKER, made_with, *lines, ""]))
     return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line; an unknown target is one line on stderr and exit status 2."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks machine_code", description=__doc__)
+    parser.add_argument(
+        "--target", default="all", help="a target, or all documented ones (default)"
+    )
+    parser.add_argument("--write", type=Path, help="the document whose tables are replaced")
+    arguments = parser.parse_args(argv)
+    try:
+        return kernels_command(arguments.target, write=arguments.write)
+    except ConfigError as error:
+        print(f"python -m benchmarks machine_code: {error}", file=sys.stderr)
+        return 2

@@ -1,7 +1,7 @@
-"""Take a Dynamo graph to the functional ATen graphs that Inductor's passes see, and stop there.
+"""A Dynamo graph as functional ATen graphs, run op by op without Inductor's code generation.
 
-`compile_graphs` hands each graph to a callback and then runs it op by op. It serves the option
-`lower="eager"`, `fixpass.explain` and `fixpass.testing.trace`; no code is generated.
+The graphs are those that Inductor's passes see. The option `lower="eager"`, `fixpass.explain` and
+`fixpass.testing.trace` use this module.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,12 +22,21 @@ OnGraph = Callable[[fx.Graph, Stage], object]
 def compile_graphs(
     gm: fx.GraphModule, example_inputs: Sequence[Any], on_graph: OnGraph
 ) -> Callable[..., Any]:
-    """Run `on_graph` on each ATen graph of `gm`; the callable that runs what it left."""
+    """Trace `gm` to ATen graphs, hand each to a callback, and run the graphs op by op.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: the inputs that Dynamo traced with.
+        on_graph: called with each graph and its stage; it may rewrite the graph in place.
+
+    Returns:
+        A function with the inputs of `gm` that runs the graphs as the callback left them.
+    """
 
     def compiler(stage: Stage) -> Callable[..., Any]:
         def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
             if stage == "inference":
-                # Inductor's own replacement of random ops asks for the mode that traced them.
+                # Inductor replaces random ops under the fake mode that traced them.
                 with V.set_fake_mode(detect_fake_mode(inputs)):
                     graph_module = joint_graph_passes(graph_module)
             graph_module.graph.eliminate_dead_code()

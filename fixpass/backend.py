@@ -1,8 +1,8 @@
 """The backend behind `torch.compile(model, backend="fixpass")`.
 
-Two stages. On Dynamo's graph, ops that write into their arguments are made functional; this runs
-on every compile. On the functional ATen graph the passes run inside Inductor, as a pass whose
-uuid keeps both of Inductor's caches right. What no pass changes compiles as with Inductor.
+The entry passes run on Dynamo's graph, on every compile. The other passes run on the functional
+ATen graph, inside Inductor, as one custom pass whose uuid is part of the keys of Inductor's caches.
+A graph that no pass changes compiles as with Inductor.
 """
 
 import logging
@@ -19,7 +19,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from fixpass.aot_eager import compile_graphs
 from fixpass.config import Config
-from fixpass.dynamo_stage import enter
+from fixpass.dynamo_stage import run_entry_passes, specialize_eps
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.report import Report
 from fixpass.pipelines import (
@@ -29,7 +29,7 @@ from fixpass.pipelines import (
     present_target,
     register_lowerings,
 )
-from fixpass.specialize import specialize_eps
+from fixpass.runtime.providers import asked_once
 
 log = logging.getLogger("fixpass")
 HOOK = "post_grad_custom_pre_pass"
@@ -37,6 +37,36 @@ HOOK = "post_grad_custom_pre_pass"
 _reports: deque[Report] = deque(maxlen=64)
 
 
+def compile(model: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Compile a model: `torch.compile(model, backend="fixpass", options=options)`.
+
+    Args:
+        model: a module or a function.
+        options: the options of `fixpass.Config`.
+
+    Returns:
+        The compiled module or function. Its first call compiles.
+
+    Raises:
+        ConfigError: an option or a `FIXPASS_*` variable is unknown, or its value is wrong.
+
+    Example:
+        >>> compiled = fixpass.compile(model, verify=True)
+    """
+    Config.resolve(options)
+    return torch.compile(model, backend="fixpass", options=options or None)
+
+
+def last_reports() -> tuple[Report, ...]:
+    """The reports of the graphs compiled last in this process, oldest first, at most 64.
+
+    No pass runs on a graph that comes from Inductor's cache, so that graph has no report here.
+    `fixpass.explain` always gives a report.
+    """
+    return tuple(_reports)
+
+
+@asked_once()
 def fixpass(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -45,29 +75,40 @@ def fixpass(
     mode: str | None = None,
     dynamic: bool | None = None,
 ) -> Callable[..., Any]:
-    """Compile one of Dynamo's graphs.
+    """Compile one of Dynamo's graphs: torch.compile calls this function.
 
-    options: see `fixpass.Config`; `mode` is one of Inductor's; `dynamic` has been acted on by
-    torch.compile already. Raises ConfigError for an unknown option, UnsupportedTorchError for a
-    torch that is not supported, and PassError where a pass fails under `strict`.
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: the inputs that Dynamo traced with.
+        options: the options of `fixpass.Config`.
+        mode: one of Inductor's modes.
+        dynamic: read by Inductor's modes only; Dynamo has already traced with it.
+
+    Returns:
+        The compiled code of the graph.
+
+    Raises:
+        ConfigError: an option or a `FIXPASS_*` variable is unknown, or its value is wrong.
+        UnsupportedTorchError: fixpass does not support the installed torch.
+        PassError: a pass failed, under the option `strict`.
     """
     check_torch()
     config = Config.resolve(options)
     patches = dict(list_mode_options(mode, dynamic)) if mode else {}
     specialize_eps(gm.graph)
-    entry = enter(gm, example_inputs, config, touch=True)
+    entry = run_entry_passes(gm, example_inputs, config, may_restride=True)
     record(entry.report)
-    entry.restart()
+    entry.retrace_if_restrided()
     patches |= dict(config.inductor)
     target = present_target(example_inputs, config)
     pipeline = graph_pipeline(config, target, linears(config, target, example_inputs, patches))
     if config.lower == "eager":
         run = compile_graphs(entry.gm, entry.inputs, lambda g, stage: run_on(pipeline, g, stage))
-        return entry.bind(run)
+        return entry.bind_inputs(run)
     patches[HOOK] = GraphPass(pipeline, _user_hooks(config))
     register_lowerings()
     compiled: Any = compile_fx(entry.gm, entry.inputs, config_patches=patches)
-    return entry.bind(compiled)
+    return entry.bind_inputs(compiled)
 
 
 class GraphPass(CustomGraphPass):
@@ -88,9 +129,9 @@ class GraphPass(CustomGraphPass):
 
 
 def joint_keys(pipeline: Pipeline, hooks: Sequence[Any]) -> list[Any] | None:
-    """What names a pipeline and the hooks before it in a cache's key.
+    """The cache keys of a pipeline and of the hooks before it; None means "do not cache".
 
-    What cannot be named must not be cached: None says so to Inductor.
+    The result is None if a hook, or a pass of the pipeline, has no key.
     """
     theirs = [hook.uuid() if isinstance(hook, CustomGraphPass) else None for hook in hooks]
     keys = [pipeline.uuid(), *theirs]
@@ -119,20 +160,6 @@ def record(report: Report) -> None:
     for remark in report.of_kind("failed"):
         log.warning("%s: %s", remark.pass_name, remark.text)
     log.info("%s", report)
-
-
-def last_reports() -> tuple[Report, ...]:
-    """The reports of the graphs compiled last in this process, oldest first, at most 64.
-
-    A graph that came from Inductor's cache ran no pass and has none: see `fixpass.explain`.
-    """
-    return tuple(_reports)
-
-
-def compile(model: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`torch.compile(model, backend="fixpass")` with the options of `Config` as keywords."""
-    Config.resolve(options)
-    return torch.compile(model, backend="fixpass", options=options or None)
 
 
 def _user_hooks(config: Config) -> tuple[Any, ...]:

@@ -1,133 +1,259 @@
 """Config: every option of the backend, from `options=` and from `FIXPASS_*` variables.
 
-This is the only place that reads the environment. An option wins over its variable; an unknown
-option, or a value that does not parse, raises ConfigError with the known ones.
+Only this file reads the environment. An option wins over its variable. An unknown option, an
+unknown `FIXPASS_*` variable, or a value that does not parse raises ConfigError.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from typing import Any
 
-from fixpass.lowering.contract_table import kernel_names
+from fixpass.lowering.contract import Kernel
+from fixpass.lowering.target import Target
 from fixpass.passes.base import Pass
 from fixpass.passes.fold_weights import Mode
 from fixpass.runtime.errors import ConfigError
 from fixpass.runtime.symmetric_memory.policy import Policy
+
+_SWITCH, _PREFIX, _TESTS = "FIXPASS", "FIXPASS_", "FIXPASS_TEST_"
+_FLAGS = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
+# Old names and values of options, for one release: the new name, and new values by old value.
+_RENAMED: dict[str, tuple[str, dict[Any, Any]]] = {
+    "fold": ("fold_weights", {"derived": "cache", "inplace": "restride"}),
+    "guards": ("eager_kernels", {}),
+}
+
+
+def _is_flag(label: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{label} is True or False, not {value!r}")
+    return value
+
+
+def _word_of(*words: str | None) -> Callable[[str, Any], Any]:
+    def check(label: str, value: Any) -> Any:
+        if value not in words:
+            *others, last = [f'"{word}"' for word in words if word is not None]
+            raise ConfigError(f"{label} is {', '.join(others)} or {last}, not {value!r}")
+        return value
+
+    return check
+
+
+def _is_count(label: str, value: Any) -> int | None:
+    if value is None or (type(value) is int and value >= 0):
+        return value
+    raise ConfigError(f"{label} is a number of changes or None, not {value!r}")
+
+
+def _is_duration(label: str, value: Any) -> float:
+    if type(value) in (int, float) and value > 0:
+        return float(value)
+    raise ConfigError(f"{label} is a number of seconds above 0, not {value!r}")
+
+
+def _is_policy(label: str, value: Any) -> bool | Policy:
+    if isinstance(value, (bool, Policy)):
+        return value
+    raise ConfigError(f"{label} is True, False or a Policy, not {value!r}")
+
+
+def _instances_of(kind: type) -> Callable[[str, Any], Any]:
+    def check(label: str, value: Any) -> tuple[Any, ...]:
+        for item in _items(label, value):
+            if not isinstance(item, kind):
+                raise ConfigError(f"{label}: {item!r} is no instance of fixpass.{kind.__name__}")
+        return tuple(value)
+
+    return check
+
+
+def _are_kernel_names(label: str, value: Any) -> tuple[str, ...] | None:
+    # `resolve` looks the names up when it knows the option `kernels`.
+    for item in () if value is None else _items(label, value):
+        if not isinstance(item, str):
+            raise ConfigError(f"{label}: {item!r} is no name of a kernel")
+    return None if value is None else tuple(value)
+
+
+def _are_pass_names(label: str, value: Any) -> tuple[str, ...]:
+    known = pass_names()
+    for item in _items(label, value):
+        if item not in known:
+            raise ConfigError(f"{label}: unknown {item!r}; known: {', '.join(known)}")
+    return tuple(value)
+
+
+def _are_inductors(label: str, value: Any) -> tuple[tuple[str, Any], ...]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{label} is a mapping of names to values, not {value!r}")
+    return tuple(sorted(value.items()))
+
+
+def _items(label: str, value: Any) -> tuple[Any, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ConfigError(f"{label} is a sequence, not {value!r}")
+    return tuple(value)
+
+
+def _flag(variable: str, text: str) -> bool:
+    if text.lower() not in _FLAGS:
+        raise ConfigError(f"{variable}={text!r}: say one of {', '.join(_FLAGS)}")
+    return _FLAGS[text.lower()]
+
+
+def _number(variable: str, text: str) -> int:
+    if not text.isdecimal():
+        raise ConfigError(f"{variable}={text!r} is not a number")
+    return int(text)
+
+
+def _seconds(variable: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{variable}={text!r} is not a number of seconds") from None
+
+
+def _word(_: str, text: str) -> str:
+    return text
+
+
+def _words(_: str, text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _facts(
+    check: Callable[[str, Any], Any],
+    parse: Callable[[str, str], Any] | None = None,
+    variable: str = "",
+) -> dict[str, Any]:
+    """The metadata of a field of Config.
+
+    Args:
+        check: gives the value that Config keeps, or raises ConfigError.
+        parse: reads the text of the variable.
+        variable: the name of the variable. An option that holds objects has none.
+    """
+    return {"check": check, "parse": parse, "variable": variable}
 
 
 @dataclass(frozen=True)
 class Config:
     """The options of `torch.compile(model, backend="fixpass", options={...})`."""
 
-    strict: bool = False
+    strict: bool = field(default=False, metadata=_facts(_is_flag, _flag, "FIXPASS_STRICT"))
     """Raise where a pass fails, instead of compiling without it and saying so on the report."""
-    verify: bool = False
+    verify: bool = field(default=False, metadata=_facts(_is_flag, _flag, "FIXPASS_VERIFY"))
     """Check the graph after every pass on fake tensors, with exact strides."""
-    lower: str = "inductor"
+    lower: str = field(
+        default="inductor", metadata=_facts(_word_of("inductor", "eager"), _word, "FIXPASS_LOWER")
+    )
     """"inductor" compiles; "eager" runs the rewritten graph op by op, for debugging."""
-    norm_kernels: tuple[str, ...] | None = None
+    norm_kernels: tuple[str, ...] | None = field(
+        default=None, metadata=_facts(_are_kernel_names, _words, "FIXPASS_NORM_KERNELS")
+    )
     """Norm kernels in order of preference, in place of the target's own order."""
-    disable: tuple[str, ...] = ()
+    disable: tuple[str, ...] = field(
+        default=(), metadata=_facts(_are_pass_names, _words, "FIXPASS_DISABLE")
+    )
     """Names of passes to leave out."""
-    fuel: int | None = None
+    fuel: int | None = field(default=None, metadata=_facts(_is_count, _number, "FIXPASS_FUEL"))
     """Stop rewriting after this many changes, to bisect a wrong result."""
-    passes: tuple[Pass, ...] = ()
-    """Passes of your own, run after ours."""
-    symmetric_memory: bool | Policy = True
+    passes: tuple[Pass, ...] = field(default=(), metadata=_facts(_instances_of(Pass)))
+    """Passes of your own. They run after ours, or where their `after` and `before` say."""
+    kernels: tuple[Kernel, ...] = field(default=(), metadata=_facts(_instances_of(Kernel)))
+    """Kernels of your own, to be named in `norm_kernels` or in a target."""
+    targets: tuple[Target, ...] = field(default=(), metadata=_facts(_instances_of(Target)))
+    """Targets of your own; they win over ours of the same name."""
+    symmetric_memory: bool | Policy = field(
+        default=True, metadata=_facts(_is_policy, _flag, "FIXPASS_SYMMETRIC_MEMORY")
+    )
     """All-reduces in symmetric memory: on, off, or on under a policy of your own."""
-    symmetric_timeout: float = 30.0
+    symmetric_timeout: float = field(
+        default=30.0, metadata=_facts(_is_duration, _seconds, "FIXPASS_SYMMETRIC_TIMEOUT")
+    )
     """Seconds that a rank waits for the others in an all-reduce before it raises."""
-    guards: bool = True
+    eager_kernels: bool = field(
+        default=True, metadata=_facts(_is_flag, _flag, "FIXPASS_EAGER_KERNELS")
+    )
     """Lay operands out for opaque norm kernels that engines call outside compiled graphs."""
-    fold: Mode | None = None
-    """Weight-only subgraphs: "derived" keeps their values beside the weights, "inplace" changes the
-    weights themselves where that is safe, "off" leaves them in the graph. None is "derived" for
-    weights on CPU."""
-    linear: str = "auto"
-    """Linear layers on CPU: "auto" calls `skinny_linear` for few rows, "inductor" never."""
-    inductor: tuple[tuple[str, Any], ...] = ()
+    fold_weights: Mode | None = field(
+        default=None,
+        metadata=_facts(_word_of("cache", "restride", "off", None), _word, "FIXPASS_FOLD_WEIGHTS"),
+    )
+    """Weight-only subgraphs: "cache" keeps their values beside the weights. "restride" changes the
+    strides of the weights themselves where that is safe. "off" leaves the subgraphs in the graph.
+    None is "cache" for weights on CPU, and "off" for others."""
+    linear: str = field(
+        default="auto", metadata=_facts(_word_of("auto", "inductor"), _word, "FIXPASS_LINEAR")
+    )
+    """Linear layers on CPU: "auto" calls `skinny_linear` for few rows, "inductor" never does."""
+    inductor: tuple[tuple[str, Any], ...] = field(default=(), metadata=_facts(_are_inductors))
     """Options for Inductor itself, as `torch.compile` takes them."""
 
     @staticmethod
     def resolve(
         options: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
     ) -> "Config":
-        """The defaults, changed by the environment, changed by `options`."""
-        config = _from_environment(os.environ if environ is None else environ)
-        given = dict(options or {})
-        known = [field.name for field in fields(Config)]
-        unknown = sorted(set(given) - set(known))
-        if unknown:
-            raise ConfigError(
-                f"unknown option {', '.join(map(repr, unknown))}; known options: {', '.join(known)}"
-            )
-        return replace(config, **{name: _check(name, value) for name, value in given.items()})
+        """The defaults, changed by the environment, changed by `options`.
+
+        Raises:
+            ConfigError: an option or a `FIXPASS_*` variable is unknown, or its value is wrong.
+        """
+        found = _from_environment(os.environ if environ is None else environ)
+        known = {option.name: option for option in fields(Config)}
+        for name, value in (options or {}).items():
+            name, value = _renamed("option {!r}".format, name, value)
+            if name not in known:
+                raise ConfigError(f"unknown option {name!r}; known options: {', '.join(known)}")
+            found[name] = known[name].metadata["check"](f"option {name!r}", value)
+        config = replace(Config(), **found)
+        if config.norm_kernels is not None:
+            from fixpass.pipelines import check_kernels
+
+            check_kernels(config.norm_kernels, config)
+        return config
 
 
-# Variables that parse from a word; `passes` and `inductor` take objects and have no variable.
-_VARIABLES: dict[str, Callable[[str, str], Any]] = {
-    "strict": lambda name, text: _boolean(name, text),
-    "verify": lambda name, text: _boolean(name, text),
-    "lower": lambda name, text: text,
-    "norm_kernels": lambda name, text: _words(text),
-    "disable": lambda name, text: _words(text),
-    "fuel": lambda name, text: _integer(name, text),
-    "symmetric_memory": lambda name, text: _boolean(name, text),
-    "symmetric_timeout": lambda name, text: _seconds(name, text),
-    "guards": lambda name, text: _boolean(name, text),
-    "fold": lambda name, text: text,
-    "linear": lambda name, text: text,
-}
-
-
-def _from_environment(environ: Mapping[str, str]) -> Config:
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The value of each option that a variable sets."""
+    known = {option.metadata["variable"]: option for option in fields(Config)}
+    old_names = {_variable(name): name for name in _RENAMED}
     found: dict[str, Any] = {}
-    for name, parse in _VARIABLES.items():
-        variable = f"FIXPASS_{name.upper()}"
-        if environ.get(variable):
-            found[name] = _check(name, parse(variable, environ[variable]))
-    return Config(**found)
+    for variable, text in environ.items():
+        if not variable.startswith(_PREFIX) or variable.startswith(_TESTS):
+            continue
+        if variable in old_names:
+            name, text = _renamed(_variable, old_names[variable], text)
+            variable = _variable(name)
+        if variable not in known:
+            names = [_SWITCH, *filter(None, known)]
+            near = get_close_matches(variable, names) or names
+            raise ConfigError(f"unknown variable {variable}; near names: {', '.join(near)}")
+        if text:
+            option = known[variable].metadata
+            found[known[variable].name] = option["check"](variable, option["parse"](variable, text))
+    return found
 
 
-def _check(name: str, value: Any) -> Any:
-    """The value as Config keeps it; ConfigError when it is none of those allowed."""
-    if name in ("strict", "verify", "guards") and not isinstance(value, bool):
-        raise ConfigError(f"option {name!r} is True or False, not {value!r}")
-    if name == "lower" and value not in ("inductor", "eager"):
-        raise ConfigError(f'option "lower" is "inductor" or "eager", not {value!r}')
-    if name == "linear" and value not in ("auto", "inductor"):
-        raise ConfigError(f'option "linear" is "auto" or "inductor", not {value!r}')
-    if name == "fold" and value not in ("inplace", "derived", "off", None):
-        raise ConfigError(f'option "fold" is "inplace", "derived" or "off", not {value!r}')
-    if name == "fuel" and not (value is None or (type(value) is int and value >= 0)):
-        raise ConfigError(f'option "fuel" is a number of changes or None, not {value!r}')
-    if name == "symmetric_memory" and not isinstance(value, (bool, Policy)):
-        raise ConfigError(f"option {name!r} is True, False or a Policy, not {value!r}")
-    if name == "symmetric_timeout" and not (_is_number(value) and value > 0):
-        raise ConfigError(f"option {name!r} is a number of seconds above 0, not {value!r}")
-    if name == "inductor":
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"option 'inductor' is a mapping of names to values, not {value!r}")
-        return tuple(sorted(dict(value).items()))
-    if name in ("norm_kernels", "disable", "passes") and value is not None:
-        return _check_names(name, value)
-    return value
+def _variable(name: str) -> str:
+    return f"{_PREFIX}{name.upper()}"
 
 
-def _check_names(name: str, value: Any) -> tuple[Any, ...]:
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise ConfigError(f"option {name!r} is a sequence, not {value!r}")
-    items = tuple(value)
-    if name == "passes":
-        wrong = [item for item in items if not isinstance(item, Pass)]
-        known: tuple[str, ...] = ("instances of fixpass.Pass",)
-    else:
-        known = kernel_names() if name == "norm_kernels" else pass_names()
-        wrong = [item for item in items if item not in known]
-    if wrong:
-        raise ConfigError(f"option {name!r}: unknown {wrong[0]!r}; known: {', '.join(known)}")
-    return items
+def _renamed(label: Callable[[str], str], name: str, value: Any) -> tuple[str, Any]:
+    """The present name and value of an option; an old name is a DeprecationWarning."""
+    if name not in _RENAMED:
+        return name, value
+    new, values = _RENAMED[name]
+    new_value = values.get(value, value) if isinstance(value, str) else value
+    shown = "" if new_value == value else f" with {new_value!r} in place of {value!r}"
+    text = f"{label(name)} is deprecated: use {label(new)}{shown}"
+    warnings.warn(text, DeprecationWarning, stacklevel=4)
+    return new, new_value
 
 
 def pass_names() -> tuple[str, ...]:
@@ -138,34 +264,10 @@ def pass_names() -> tuple[str, ...]:
     return tuple(step.name for step in (*entry_passes(), *default_passes(CPU)))
 
 
-def _boolean(name: str, text: str) -> bool:
-    words = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
-    if text.lower() not in words:
-        raise ConfigError(f"{name}={text!r}: say one of {', '.join(words)}")
-    return words[text.lower()]
-
-
-def _integer(name: str, text: str) -> int:
-    if not text.isdecimal():
-        raise ConfigError(f"{name}={text!r} is not a number")
-    return int(text)
-
-
-def _seconds(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"{name}={text!r} is not a number of seconds") from None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def is_switched_on(environ: Mapping[str, str] | None = None) -> bool:
     """Whether `FIXPASS=1` asks for fixpass in the serving engines of this process."""
-    text = (os.environ if environ is None else environ).get("FIXPASS", "")
-    return bool(text) and _boolean("FIXPASS", text)
+    text = (os.environ if environ is None else environ).get(_SWITCH, "")
+    return bool(text) and _flag(_SWITCH, text)
 
 
 def set_default(name: str, value: str) -> None:
@@ -176,7 +278,3 @@ def set_default(name: str, value: str) -> None:
 def local_world_size(environ: Mapping[str, str] | None = None) -> str:
     """How many ranks the launcher says it started on this host; empty where it does not say."""
     return (os.environ if environ is None else environ).get("LOCAL_WORLD_SIZE", "")
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())

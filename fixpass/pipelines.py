@@ -1,6 +1,7 @@
 """From options and a device to the pipelines that run: ours, the user's, installed ones.
 
-Entry points of the group `fixpass.passes` are read here, once a process.
+The entry point groups `fixpass.passes`, `fixpass.kernels` and `fixpass.targets` are read here, once
+a process.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from torch._inductor import config as inductor_config
 
 from fixpass.config import Config, local_world_size
+from fixpass.lowering.contract import Kernel
+from fixpass.lowering.contract_table import add_kernels, kernel_names, rows_of
 from fixpass.lowering.target import Target, target_of
 from fixpass.passes import default_passes, entry_passes
 from fixpass.passes.base import Pass
@@ -23,13 +26,13 @@ from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
 from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.passes.select_linear_kernel import SelectLinearKernel
 from fixpass.runtime.errors import ConfigError, UnsupportedTorchError
-from fixpass.runtime.providers import is_available
+from fixpass.runtime.providers import describe_needs
 from fixpass.runtime.symmetric_memory.policy import Policy
 from fixpass.runtime.weights.prepack import packable_dtypes
 
-OLDEST, NEWEST = (2, 11), (2, 14)
 OWN_LINEARS = ("freezing", "max_autotune", "max_autotune_gemm")
 """Options of Inductor with which it packs weights, or fuses pointwise operations into a matmul."""
+OLDEST, NEWEST = (2, 11), (2, 14)
 
 
 def check_torch(version: str = torch.__version__) -> None:
@@ -43,26 +46,68 @@ def check_torch(version: str = torch.__version__) -> None:
 
 
 @cache
+def installed(group: str) -> tuple[Any, ...]:
+    """The objects that installed packages offer through an entry point group, by entry name."""
+    entries = sorted(entry_points(group=group), key=lambda entry: entry.name)
+    return tuple(entry.load() for entry in entries)
+
+
+@cache
 def installed_passes() -> tuple[Pass, ...]:
-    """Passes that installed packages offer through the entry point group `fixpass.passes`."""
-    found = []
-    for entry in sorted(entry_points(group="fixpass.passes"), key=lambda entry: entry.name):
-        step = entry.load()()
-        if not isinstance(step, Pass):
-            raise ConfigError(f"entry point {entry.name} ({entry.value}) gives no fixpass.Pass")
-        found.append(step)
-    return tuple(found)
+    """An instance of each pass class of the entry point group `fixpass.passes`."""
+    return _of_type("fixpass.passes", Pass, tuple(cls() for cls in installed("fixpass.passes")))
+
+
+@cache
+def installed_kernels() -> tuple[Kernel, ...]:
+    """Each `Kernel` of the entry point group `fixpass.kernels`."""
+    return _of_type("fixpass.kernels", Kernel, installed("fixpass.kernels"))
+
+
+@cache
+def installed_targets() -> tuple[Target, ...]:
+    """Each `Target` of the entry point group `fixpass.targets`."""
+    return _of_type("fixpass.targets", Target, installed("fixpass.targets"))
+
+
+def _of_type(group: str, kind: type, found: tuple[Any, ...]) -> tuple[Any, ...]:
+    for item in found:
+        if not isinstance(item, kind):
+            raise ConfigError(f"entry point group {group}: {item!r} is no fixpass.{kind.__name__}")
+    return found
+
+
+def in_order(ours: Sequence[Pass], theirs: Sequence[Pass]) -> tuple[Pass, ...]:
+    """Our passes with those of others where their `after` and `before` ask for, else at the end.
+
+    Raises:
+        ConfigError: an anchor is none of the passes so far, or `after` does not precede `before`.
+
+    """
+    steps = list(ours)
+    for step in theirs:
+        names = [known.name for known in steps]
+        for anchor in (step.after, step.before):
+            if anchor and anchor not in names:
+                known = ", ".join(names)
+                raise ConfigError(f"pass {step.name}: there is no pass {anchor!r}; known: {known}")
+        last = names.index(step.before) if step.before else len(steps)
+        place = names.index(step.after) + 1 if step.after else last
+        if place > last:
+            raise ConfigError(f"pass {step.name}: {step.after} does not run before {step.before}")
+        steps.insert(place, step)
+    return tuple(steps)
 
 
 def entry_pipeline(config: Config, *, may_restride: bool = False) -> Pipeline:
     """What runs on Dynamo's graph. It is not verified: no recorded value is functional there.
 
-    may_restride: weights may be changed, under fold="inplace".
+    may_restride: weights may be changed, under fold_weights="restride".
     """
     folds = FoldWeights(
-        config.fold or "derived",
+        config.fold_weights or "cache",
         may_restride,
-        explicit=config.fold is not None,
+        explicit=config.fold_weights is not None,
         uses_fsdp=_is_sharded(),
     )
     steps = _enabled(entry_passes(folds, PrepackLinears(packable_dtypes())), config)
@@ -81,7 +126,7 @@ def graph_pipeline(
     may_communicate: the ranks of a group may be asked about it, which waits until they all compile.
     """
     ours = default_passes(target, collectives(config, target, may_communicate), linears)
-    steps = (*ours, *installed_passes(), *config.passes)
+    steps = in_order(ours, (*installed_passes(), *config.passes))
     return Pipeline(_enabled(steps, config), config.verify, config.strict, config.fuel)
 
 
@@ -95,16 +140,14 @@ def linears(
     if config.linear == "inductor":
         return None
     options = {name: getattr(inductor_config, name) for name in OWN_LINEARS} | dict(patches)
-    set_ones = [name for name in OWN_LINEARS if options[name]]
     if torch.is_grad_enabled() and any(
         isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs
     ):
-        reason = "the call records gradients"
-    elif set_ones:
-        reason = f"its option {set_ones[0]!r} chooses their kernels"
-    else:
-        return SelectLinearKernel(target.device_type == "cpu")
-    return SelectLinearKernel(reason=reason)
+        return SelectLinearKernel(reason="the call records gradients")
+    for name in OWN_LINEARS:
+        if options[name]:
+            return SelectLinearKernel(reason=f"its option {name!r} chooses their kernels")
+    return SelectLinearKernel(target.device_type == "cpu")
 
 
 def collectives(config: Config, target: Target, may_communicate: bool) -> PlaceSymmetricMemory:
@@ -117,7 +160,7 @@ def collectives(config: Config, target: Target, may_communicate: bool) -> PlaceS
 
     groups.configure(timeout=config.symmetric_timeout)
     topology = f"{dist.get_world_size()} ranks, {local_world_size() or '?'} of them here"
-    describe = groups.settle if may_communicate else groups.peek
+    describe = groups.rendezvous_facts if may_communicate else groups.local_facts
     return PlaceSymmetricMemory(target, policy, topology, describe)
 
 
@@ -151,17 +194,56 @@ def present_target(example_inputs: Sequence[object], config: Config) -> Target:
 
 
 def target_here(device: torch.device, config: Config) -> Target:
-    """The target of a device that is present, with the kernels that are installed."""
-    target = preferred(target_of(device), config)
-    installed = tuple(k for k in target.kernels if k == "inductor" or is_available(k))
-    return replace(target, kernels=installed)
+    """The target of a device that is present; it says which of its kernels are not installed.
+
+    Raises:
+        ConfigError: a kernel is unknown; or, under `strict`, a kernel of the option
+            `norm_kernels` is not installed.
+
+    """
+    target = preferred(target_of(device, known_targets(config)), config)
+    missing = tuple(name for name in target.kernels if not _is_installed(name))
+    if missing and config.strict and config.norm_kernels is not None:
+        needs = "; ".join(f"{name} needs {_needs(name)}" for name in missing)
+        raise ConfigError(f'option "norm_kernels": not installed: {needs}')
+    return replace(target, missing=missing)
+
+
+def _is_installed(kernel: str) -> bool:
+    return any(row.is_installed for row in rows_of(kernel))
+
+
+def _needs(kernel: str) -> str:
+    return describe_needs(rows_of(kernel)[-1].needs)
+
+
+def known_targets(config: Config) -> tuple[Target, ...]:
+    """The targets of the option `targets` and of installed packages, which win over ours."""
+    return (*config.targets, *installed_targets())
 
 
 def preferred(target: Target, config: Config) -> Target:
-    """The target with the user's order of kernels, where there is one: then it is kept to."""
-    if config.norm_kernels is None:
-        return target
-    return replace(target, kernels=config.norm_kernels, prefers_fusion=False)
+    """The target with the kernels of the option `norm_kernels`, kept to in that order.
+
+    Raises:
+        ConfigError: a kernel of the target or of the option is unknown.
+
+    """
+    if config.norm_kernels is not None:
+        target = replace(target, kernels=config.norm_kernels, prefers_fusion=False)
+    check_kernels(target.kernels, config, f"target {target.name}")
+    return target
+
+
+def check_kernels(
+    names: Sequence[str], config: Config, where: str = "option 'norm_kernels'"
+) -> None:
+    """Make the kernels of the options and of installed packages known; ConfigError for others."""
+    add_kernels((*config.kernels, *installed_kernels()))
+    unknown = [name for name in names if name not in kernel_names()]
+    if unknown:
+        known = ", ".join(kernel_names())
+        raise ConfigError(f"{where}: unknown {unknown[0]!r}; known: {known}")
 
 
 def _enabled(steps: tuple[Pass, ...], config: Config) -> tuple[Pass, ...]:

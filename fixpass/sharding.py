@@ -1,66 +1,63 @@
-"""Shard models with FSDP2: the conditions that choose its units, and `fully_shard_model`."""
+"""Shard models with FSDP2: conditions that choose the units, and `fully_shard_model`.
 
-from fixpass.runtime.fully_shard import ShardReport, fully_shard_model
-from fixpass.runtime.sharding import (
-    CLIP_ENCODER,
-    ENCODER,
-    T5_ENCODER,
+`CONDITIONS` holds the named conditions, such as `CONDITIONS["is_layer"]`. Their former names in
+this module, and those of `ENCODERS`, still work and warn.
+"""
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from fixpass.runtime.shard_conditions import (
+    CONDITIONS,
+    ENCODERS,
     Condition,
     any_of,
     class_named,
     entry_of,
-    is_block,
-    is_blocks_or_double_blocks,
-    is_blocks_or_transformer_blocks,
-    is_double_block,
-    is_embed_tokens,
-    is_embeddings,
-    is_final_layer_norm,
-    is_final_norm,
-    is_layer,
-    is_module_list_entry,
-    is_module_list_entry_in,
-    is_refiner_block,
-    is_shared,
-    is_single_block,
-    is_t5_block,
-    is_transformer_block,
-    is_txt_in,
-    is_zimage_layer,
     named,
+    numbered_within,
     resolve_shard_conditions,
     shard_units,
 )
+from fixpass.runtime.sharding import ShardReport, fully_shard_model
 
 __all__ = [
-    "CLIP_ENCODER",
-    "ENCODER",
-    "T5_ENCODER",
+    "CONDITIONS",
+    "ENCODERS",
     "Condition",
     "ShardReport",
     "any_of",
     "class_named",
     "entry_of",
     "fully_shard_model",
-    "is_block",
-    "is_blocks_or_double_blocks",
-    "is_blocks_or_transformer_blocks",
-    "is_double_block",
-    "is_embed_tokens",
-    "is_embeddings",
-    "is_final_layer_norm",
-    "is_final_norm",
-    "is_layer",
-    "is_module_list_entry",
-    "is_module_list_entry_in",
-    "is_refiner_block",
-    "is_shared",
-    "is_single_block",
-    "is_t5_block",
-    "is_transformer_block",
-    "is_txt_in",
-    "is_zimage_layer",
     "named",
+    "numbered_within",
     "resolve_shard_conditions",
     "shard_units",
 ]
+
+_ENCODERS = {"ENCODER": "text", "CLIP_ENCODER": "clip", "T5_ENCODER": "t5"}
+_ENTRIES = {
+    "is_module_list_entry": lambda name, container: entry_of(container)(name, nn.Identity()),
+    "is_module_list_entry_in": lambda name, names: entry_of(*names)(name, nn.Identity()),
+}
+
+
+def __getattr__(name: str) -> Any:
+    found: Any
+    if name in CONDITIONS:
+        instead, found = f"CONDITIONS[{name!r}]", CONDITIONS[name]
+    elif name in _ENCODERS:
+        instead, found = f"ENCODERS[{_ENCODERS[name]!r}]", ENCODERS[_ENCODERS[name]]
+    elif name in _ENTRIES:
+        instead, found = "entry_of(...)(name, module)", _ENTRIES[name]
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        f"fixpass.sharding.{name} is deprecated: use fixpass.sharding.{instead}",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return found

@@ -1,16 +1,24 @@
-"""Checkpoints into models, folds of weights, and updates that are whole or not at all.
+"""Load checkpoints, set the layouts of weights, and update the weights of a live model.
 
-`load` and `Mapping` bring a checkpoint into a model; `fold` and `fold_model` rearrange weights in
-place; `update` and `reload` give a live model other weights.
+`load` and `Mapping` bring a checkpoint into a model. `set_layout` and `set_layouts` rearrange
+weights in place. `update` and `reload` give a live model other weights: all of them, or none.
 """
 
-from fixpass.runtime.weights.alias import pack, unpack
+import warnings
+from typing import Any
+
 from fixpass.runtime.weights.checkpoint_view import checkpoint_layout
 from fixpass.runtime.weights.digest import digest
-from fixpass.runtime.weights.layouts import Alias, Bytes, Layout, Pad, Permute, Stride
-from fixpass.runtime.weights.loader import load
-from fixpass.runtime.weights.lock import read_lock, write_lock
+from fixpass.runtime.weights.layouts import Alias, Bytes, Pad, Permute, Stride, WeightLayout
+from fixpass.runtime.weights.load import load, reload
+from fixpass.runtime.weights.lock import read_lock, version, write_lock
 from fixpass.runtime.weights.mapping import (
+    FUSED_EXPERTS,
+    GATE_UP,
+    GATED_EXPERTS,
+    MIXTRAL_EXPERTS,
+    PLAIN_EXPERTS,
+    QKV,
     ExpertPart,
     Experts,
     Mapping,
@@ -20,24 +28,14 @@ from fixpass.runtime.weights.mapping import (
     TensorParallel,
 )
 from fixpass.runtime.weights.module_hooks import protect, reset_layouts, set_layouts
-from fixpass.runtime.weights.presets import (
-    FUSED_EXPERTS,
-    GATE_UP,
-    GATED_EXPERTS,
-    MIXTRAL_EXPERTS,
-    PLAIN_EXPERTS,
-    QKV,
-)
+from fixpass.runtime.weights.packed_parameters import pack, unpack
 from fixpass.runtime.weights.rebind import Rebound, copy_or_rebind
-from fixpass.runtime.weights.relayout import layout_of, logical, reset_layout, set_layout
-from fixpass.runtime.weights.reload import reload
+from fixpass.runtime.weights.relayout import forget, layout_of, logical, reset_layout, set_layout
 from fixpass.runtime.weights.report import LoadReport
 from fixpass.runtime.weights.shuffle_op import shuffle_weight
 from fixpass.runtime.weights.state_file import SavedState, resume
-from fixpass.runtime.weights.table import forget
 from fixpass.runtime.weights.update import Update, UpdateReport, update
-from fixpass.runtime.weights.versions import version
-from fixpass.runtime.weights.writes import (
+from fixpass.runtime.weights.weight_version import (
     UnseenWriteWarning,
     Writes,
     announce_loads,
@@ -56,7 +54,6 @@ __all__ = [
     "Bytes",
     "ExpertPart",
     "Experts",
-    "Layout",
     "LoadReport",
     "Mapping",
     "Pad",
@@ -71,6 +68,7 @@ __all__ = [
     "UnseenWriteWarning",
     "Update",
     "UpdateReport",
+    "WeightLayout",
     "Writes",
     "announce_loads",
     "checkpoint_layout",
@@ -97,3 +95,28 @@ __all__ = [
     "write_lock",
     "writes",
 ]
+
+_OLD_NAMES = {
+    "Layout": "WeightLayout",
+    "fold": "set_layout",
+    "fold_model": "set_layouts",
+    "reading": "read_lock",
+    "unfold": "reset_layout",
+    "unfold_model": "reset_layouts",
+    "window": "checkpoint_layout",
+    "writing": "write_lock",
+}
+"""Names of the release before, which warn and work for one more."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OLD_NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _OLD_NAMES[name]
+    warnings.warn(
+        f"fixpass.weights.{name} is now fixpass.weights.{new}; the old name goes in the next "
+        "release",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return globals()[new]

@@ -1,15 +1,22 @@
 """Constraints: the conditions that contracts are made of.
 
-A constraint is a frozen dataclass whose `holds` answers True, False or None (proved, refuted, open)
-and whose `str` is the formula that reports print. Constraints read a site and touch nothing.
+A constraint is a frozen dataclass whose `holds` answers True, False or None (proved, refuted,
+open) and whose `str` is the formula that reports print. It reads a site and touches nothing.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import torch
-
-from fixpass.lowering.layout import Known, all_known, dtype_name, known, merge_leading, same_shape
+from fixpass.lowering.layout import (
+    Known,
+    all_known,
+    either,
+    known,
+    known_equal,
+    merge_leading,
+    same_shape,
+)
 from fixpass.lowering.site import Site
 
 
@@ -106,18 +113,55 @@ class LastStridesDivisible(OperandConstraint):
 
 
 @dataclass(frozen=True)
-class SameStride(OperandConstraint):
-    """Two operands have the same strides."""
+class AlignedVector(OperandConstraint):
+    """The elements of a weight or bias lie side by side, and start at a multiple of bytes."""
 
-    other: str
+    num_bytes: int = 16
 
     def holds(self, site: Site) -> Known:
-        if self.operand not in site.layouts:
+        layout = site.layouts.get(self.operand)
+        if layout is None:
             return True
-        return site.layouts[self.operand].has_stride(site.layouts[self.other].stride)
+        steps = self.num_bytes // layout.dtype.itemsize
+        return all_known((layout.is_dense(), known(layout.offset % steps == 0)))
 
     def __str__(self) -> str:
-        return f"{self.operand}.stride == {self.other}.stride"
+        return f"{self.operand} is dense and starts at a multiple of {self.num_bytes} bytes"
+
+
+@dataclass(frozen=True)
+class RowPitch(OperandConstraint):
+    """The second stride from the end steps from row to row, also where its size is 1."""
+
+    def holds(self, site: Site) -> Known:
+        layout = site.layouts.get(self.operand)
+        if layout is None or layout.rank < 2:
+            return True
+        num_rows = math.prod(layout.shape[:-1])
+        is_pitch = known_equal(layout.stride[-2], layout.shape[-1])
+        return is_pitch if is_pitch is True else either(is_pitch, known(num_rows <= 1))
+
+    def __str__(self) -> str:
+        return f"{self.operand}.stride[-2] == hidden_size"
+
+
+@dataclass(frozen=True)
+class OffsetsBelow(OperandConstraint):
+    """The kernel computes offsets of elements in a narrow integer."""
+
+    bits: int
+
+    def holds(self, site: Site) -> Known:
+        layout = site.layouts.get(self.operand)
+        if layout is None:
+            return True
+        # A stride of a dimension of size 1 is read into that integer, too, but is not multiplied.
+        steps = zip(layout.shape, layout.stride, strict=True)
+        last = sum((size - 1) * stride for size, stride in steps)
+        return known(last < 2**self.bits)
+
+    def __str__(self) -> str:
+        return f"{self.operand}'s last element is within 2^{self.bits} of its first"
 
 
 @dataclass(frozen=True)
@@ -164,32 +208,6 @@ class LeadingDims(Constraint):
 
     def __str__(self) -> str:
         return f"leading dimensions merge to at most {self.most}"
-
-
-@dataclass(frozen=True)
-class DtypeIn(OperandConstraint):
-    """The operand's dtype."""
-
-    dtypes: tuple[torch.dtype, ...]
-
-    def holds(self, site: Site) -> Known:
-        layout = site.layouts.get(self.operand)
-        return layout is None or layout.dtype in self.dtypes
-
-    def __str__(self) -> str:
-        return f"{self.operand}.dtype in ({', '.join(map(dtype_name, self.dtypes))})"
-
-
-@dataclass(frozen=True)
-class SameDtype(OperandConstraint):
-    """The operand, where there is one, has the dtype of x."""
-
-    def holds(self, site: Site) -> Known:
-        layout = site.layouts.get(self.operand)
-        return layout is None or layout.dtype == site.x.dtype
-
-    def __str__(self) -> str:
-        return f"{self.operand}.dtype == x.dtype"
 
 
 @dataclass(frozen=True)
@@ -252,72 +270,3 @@ class HiddenEven(Constraint):
 
     def __str__(self) -> str:
         return "hidden_size is even"
-
-
-@dataclass(frozen=True)
-class ComputesIn(Constraint):
-    """The dtype in which squares are summed and rows are scaled."""
-
-    dtype: torch.dtype
-
-    def holds(self, site: Site) -> Known:
-        return site.compute_dtype == self.dtype
-
-    def __str__(self) -> str:
-        return f"computed in {dtype_name(self.dtype)}"
-
-
-@dataclass(frozen=True)
-class WeightRule(Constraint):
-    """Where the rounding to x's dtype happens, and what is added to the weight."""
-
-    rounds_before: tuple[bool, ...]
-    offsets: tuple[float, ...] = (0.0,)
-
-    def holds(self, site: Site) -> Known:
-        if site.steps.get("weight_offset", 0.0) not in self.offsets:
-            return False
-        if site.x.dtype == site.compute_dtype:
-            return True
-        return site.rounds_before_weight in self.rounds_before
-
-    def __str__(self) -> str:
-        places = " or ".join("before" if before else "after" for before in self.rounds_before)
-        offsets = " or ".join(
-            f"{offset:g} + weight" if offset else "weight" for offset in self.offsets
-        )
-        return f"rounded {places} the multiply by {offsets}"
-
-
-@dataclass(frozen=True)
-class FewRows(Constraint):
-    """x has few rows, or a number that only the call knows: the op decides then."""
-
-    most: int
-
-    def holds(self, site: Site) -> Known:
-        return known(site.x.shape[0] > self.most) is not True
-
-    def __str__(self) -> str:
-        return f"x has at most {self.most} rows"
-
-
-@dataclass(frozen=True)
-class RowsOrColumns(OperandConstraint):
-    """The matrix lies row by row or column by column, and no element lies in two places."""
-
-    def holds(self, site: Site) -> Known:
-        layout = site.layouts.get(self.operand)
-        if layout is None:
-            return True
-        answers = [
-            all_known(known(fact) for fact in (layout.stride[along] == 1, pitch >= size))
-            for along, pitch, size in (
-                (1, layout.stride[0], layout.shape[1]),
-                (0, layout.stride[1], layout.shape[0]),
-            )
-        ]
-        return True if True in answers else None if None in answers else False
-
-    def __str__(self) -> str:
-        return f"{self.operand} is dense along its rows or its columns"

@@ -1,62 +1,65 @@
-"""CONTRACTS: what each kernel accepts. One row a kernel and op; the source stands on the row.
+"""KERNELS: every norm kernel, its contract and its callable. The source stands on the row.
 
-The rows are read by the passes and by the eager guards. A row promises no more than its source
-shows: where a kernel takes some layout by luck, the row leaves it out.
+The passes and the eager wrappers read the rows. A row promises no more than its source shows:
+where a kernel takes some layout by luck, the row leaves it out. Of several rows with one name and
+op, the first whose needs are met counts, and the last, which promises least, where none is.
 """
 
-from functools import cache
+from collections.abc import Iterable
 
 import torch
 
 from fixpass.lowering.constraints import (
     Absent,
-    ComputesIn,
+    AlignedVector,
     Constraint,
     Dense,
     Dense2D,
-    DtypeIn,
-    FewRows,
     HiddenAtMost,
     HiddenEven,
     LastStridesDivisible,
     LeadingDims,
     NotEmpty,
+    OffsetsBelow,
     Present,
     Rank,
-    RowsOrColumns,
-    SameDtype,
+    RowPitch,
     SameHidden,
     SameShape,
-    SameStride,
     UnitLastStride,
-    WeightRule,
 )
-from fixpass.lowering.contract import Contract
-from fixpass.runtime import linear
+from fixpass.lowering.contract import Contract, Kernel
+from fixpass.lowering.dtype_constraints import ComputesIn, DtypeIn, SameDtype, WeightRule
+from fixpass.lowering.site import OPS
+from fixpass.runtime.errors import ConfigError
 from fixpass.runtime.kernels.checks import FLOATS as FLOAT
 from fixpass.runtime.kernels.checks import MAX_HIDDEN
-from fixpass.runtime.providers import aiter_generation
+from fixpass.runtime.providers import TRITON, register
 from fixpass.runtime.strided import MAX_RANK
 
 HALF = (torch.float16, torch.bfloat16)
 
 # What nearly every opaque kernel asks: fp32 inside, one dtype outside, a weight and no bias.
-_PLAIN: tuple[Constraint, ...] = (
+PLAIN: tuple[Constraint, ...] = (
     NotEmpty(),
     ComputesIn(torch.float32),
     Present("weight"),
     Absent("bias"),
+    AlignedVector("weight"),
     SameDtype("weight"),
     SameDtype("out"),
 )
-_PLAIN_LAYER_NORM = tuple(Present("bias") if c == Absent("bias") else c for c in _PLAIN)
+_PLAIN_LAYER_NORM = (
+    AlignedVector("bias"),
+    *(Present("bias") if c == Absent("bias") else c for c in PLAIN),
+)
 _RESIDUAL: tuple[Constraint, ...] = (SameShape("residual", "x"), SameDtype("residual"))
 _EITHER = WeightRule((False, True))
 _AFTER = WeightRule((False,))
 _BEFORE = WeightRule((True,))
 _ROWS: tuple[Constraint, ...] = (Dense2D("x"), Dense2D("out"))
 # An odd hidden size corrupts the borders of rows: ROCm/aiter#5044.
-_AITER: tuple[Constraint, ...] = (HiddenEven(), *_PLAIN, _EITHER)
+_AITER: tuple[Constraint, ...] = (HiddenEven(), *PLAIN, _EITHER)
 _STRIDED: tuple[Constraint, ...] = (
     DtypeIn("x", FLOAT),
     DtypeIn("out", FLOAT),
@@ -68,128 +71,145 @@ _STRIDED: tuple[Constraint, ...] = (
 
 _CK = "aiter 0.1.7.post2, CK: m = numel / n, stride = input.stride(0), unchecked"
 _OPUS = "aiter 2026, opus: fp16, bf16 and fp32; copies what is not row-strided, so rows are dense"
-_AITER_TRITON = "aiter 0.1.7.post2, Triton: n_rows, n_cols = x.shape"
 _VLLM = "vLLM 0.32, csrc/layernorm_kernels.cu"
-_FLASHINFER = "flashinfer 0.6, norm.py"
-_OURS = "fixpass.runtime.kernels"
+_FLASHINFER = "flashinfer 0.6, norm.cuh: uint32 strides and offsets, 16-byte vectors"
 
-CONTRACTS: tuple[Contract, ...] = (
-    Contract("inductor", "rms_norm", (), "any layout: the op's decomposition, fused"),
-    Contract("inductor", "layer_norm", (), "any layout: the op's decomposition, fused"),
-    Contract("inductor", "add_rms_norm", (), "any layout: the op's decomposition, fused"),
-    Contract("inductor", "qk_norm", (), "any layout: the op's decomposition, fused"),
-    Contract("aiter_rms_norm", "rms_norm", (*_ROWS, DtypeIn("x", HALF), *_AITER), _CK, "ck"),
-    Contract("aiter_rms_norm", "rms_norm", (*_ROWS, DtypeIn("x", FLOAT), *_AITER), _OPUS, "opus"),
-    Contract(
+_ANY = Contract((), "any layout: the op's decomposition, fused")
+_PROVIDERS, _REFERENCES = "fixpass.runtime.providers", "fixpass.runtime.ops"
+# The op of aiter whose schema tells the two generations apart: opus knows `gemma_norm`.
+_WITH_ADD = "aiter::rmsnorm2d_fwd_with_add"
+
+
+def _ours(op: str, constraints: tuple[Constraint, ...]) -> Kernel:
+    """Our Triton kernel of an op."""
+    contract = Contract(constraints, "fixpass.runtime.kernels")
+    return Kernel(f"strided_{op}", op, contract, f"fixpass.runtime.strided:{op}", TRITON)
+
+
+KERNELS: tuple[Kernel, ...] = (
+    Kernel("inductor", "rms_norm", _ANY, f"{_REFERENCES}:rms_norm"),
+    Kernel("inductor", "layer_norm", _ANY, f"{_REFERENCES}:layer_norm"),
+    Kernel("inductor", "add_rms_norm", _ANY, f"{_REFERENCES}:add_rms_norm"),
+    Kernel("inductor", "qk_norm", _ANY, f"{_REFERENCES}:qk_norm"),
+    Kernel(
+        "aiter_rms_norm",
+        "rms_norm",
+        Contract((*_ROWS, DtypeIn("x", FLOAT), *_AITER), _OPUS),
+        f"{_PROVIDERS}:aiter_rms_norm",
+        needs=f"{_WITH_ADD}(gemma_norm)",
+    ),
+    Kernel(
+        "aiter_rms_norm",
+        "rms_norm",
+        Contract((*_ROWS, DtypeIn("x", HALF), *_AITER), _CK),
+        f"{_PROVIDERS}:aiter_rms_norm",
+        needs="aiter::rms_norm",
+    ),
+    Kernel(
         "aiter_layer_norm",
         "layer_norm",
-        (*_ROWS, DtypeIn("x", HALF), HiddenEven(), *_PLAIN_LAYER_NORM, _AFTER),
-        _CK,
+        Contract((*_ROWS, DtypeIn("x", HALF), HiddenEven(), *_PLAIN_LAYER_NORM, _AFTER), _CK),
+        f"{_PROVIDERS}:aiter_layer_norm",
+        needs="aiter::layernorm2d_fwd",
     ),
-    Contract(
+    Kernel(
         "aiter_add_rms_norm",
         "add_rms_norm",
-        (*_ROWS, Dense2D("residual"), DtypeIn("x", HALF), *_RESIDUAL, *_AITER),
-        _CK,
-        "ck",
+        Contract((*_ROWS, Dense2D("residual"), DtypeIn("x", FLOAT), *_RESIDUAL, *_AITER), _OPUS),
+        f"{_PROVIDERS}:aiter_add_rms_norm",
+        needs=f"{_WITH_ADD}(gemma_norm)",
     ),
-    Contract(
+    Kernel(
         "aiter_add_rms_norm",
         "add_rms_norm",
-        (*_ROWS, Dense2D("residual"), DtypeIn("x", FLOAT), *_RESIDUAL, *_AITER),
-        _OPUS,
-        "opus",
+        Contract((*_ROWS, Dense2D("residual"), DtypeIn("x", HALF), *_RESIDUAL, *_AITER), _CK),
+        f"{_PROVIDERS}:aiter_add_rms_norm",
+        needs=_WITH_ADD,
     ),
-    Contract(
-        "aiter_triton_rms_norm",
-        "rms_norm",
-        (Rank("x", 2, 2), UnitLastStride("x"), Dense2D("out"), DtypeIn("x", HALF), *_PLAIN, _AFTER),
-        _AITER_TRITON,
-    ),
-    Contract(
-        "aiter_triton_add_rms_norm",
-        "add_rms_norm",
-        (
-            Rank("x", 2, 2),
-            UnitLastStride("x"),
-            *_RESIDUAL,
-            SameStride("residual", "x"),
-            SameStride("out", "x"),
-            DtypeIn("x", HALF),
-            *_PLAIN,
-            _AFTER,
-        ),
-        _AITER_TRITON + "; the residual is indexed with x's stride",
-    ),
-    Contract(
+    Kernel(
         "vllm_rms_norm",
         "rms_norm",
-        (
-            Rank("x", 2, 4),
-            UnitLastStride("x"),
-            LastStridesDivisible("x", 16),
-            Dense("out"),
-            DtypeIn("x", FLOAT),
-            *_PLAIN,
-            _BEFORE,
+        Contract(
+            (
+                Rank("x", 2, 4),
+                UnitLastStride("x"),
+                LastStridesDivisible("x", 16),
+                Dense("out"),
+                DtypeIn("x", FLOAT),
+                *PLAIN,
+                _BEFORE,
+            ),
+            _VLLM + ": the second pass reads rows as 16-byte vectors, unchecked",
         ),
-        _VLLM + ": the second pass reads rows as 16-byte vectors, unchecked",
+        f"{_PROVIDERS}:vllm_rms_norm",
+        needs="_C::rms_norm",
     ),
-    Contract(
+    Kernel(
         "vllm_add_rms_norm",
         "add_rms_norm",
-        (
-            Dense("x"),
-            Dense("residual"),
-            Dense("out"),
-            DtypeIn("x", FLOAT),
-            *_RESIDUAL,
-            *_PLAIN,
-            _BEFORE,
+        Contract(
+            (
+                Dense("x"),
+                RowPitch("x"),
+                Dense("residual"),
+                Dense("out"),
+                DtypeIn("x", FLOAT),
+                *_RESIDUAL,
+                *PLAIN,
+                _BEFORE,
+            ),
+            _VLLM + ": stride(-2) with flattened rows; a packed 3-D x reads wrong rows",
         ),
-        _VLLM + ": stride(-2) with flattened rows; a packed 3-D x reads wrong rows",
+        f"{_PROVIDERS}:vllm_add_rms_norm",
+        needs="_C::fused_add_rms_norm",
     ),
-    Contract(
+    Kernel(
         "flashinfer_rms_norm",
         "rms_norm",
-        (
-            Rank("x", 2, 3),
-            UnitLastStride("x"),
-            LastStridesDivisible("x", 16),
-            Dense("out"),
-            DtypeIn("x", HALF),
-            *_PLAIN,
-            WeightRule((False,), (0.0, 1.0)),
+        Contract(
+            (
+                Rank("x", 2, 3),
+                UnitLastStride("x"),
+                LastStridesDivisible("x", 16),
+                OffsetsBelow("x", 32),
+                Dense("out"),
+                OffsetsBelow("out", 32),
+                DtypeIn("x", HALF),
+                *PLAIN,
+                WeightRule((False,), (0.0, 1.0)),
+            ),
+            _FLASHINFER + ": 2-D row-strided, 3-D any leading strides",
         ),
-        _FLASHINFER + ": 2-D row-strided, 3-D any leading strides",
+        f"{_PROVIDERS}:flashinfer_rms_norm",
+        needs="flashinfer::rmsnorm",
     ),
-    Contract(
+    Kernel(
         "flashinfer_add_rms_norm",
         "add_rms_norm",
-        (
-            Rank("x", 2, 2),
-            UnitLastStride("x"),
-            UnitLastStride("residual"),
-            LastStridesDivisible("x", 16),
-            LastStridesDivisible("residual", 16),
-            Dense2D("out"),
-            DtypeIn("x", HALF),
-            *_RESIDUAL,
-            *_PLAIN,
-            WeightRule((False,), (0.0, 1.0)),
+        Contract(
+            (
+                Rank("x", 2, 2),
+                UnitLastStride("x"),
+                UnitLastStride("residual"),
+                LastStridesDivisible("x", 16),
+                LastStridesDivisible("residual", 16),
+                OffsetsBelow("x", 32),
+                OffsetsBelow("residual", 32),
+                Dense2D("out"),
+                DtypeIn("x", HALF),
+                *_RESIDUAL,
+                *PLAIN,
+                WeightRule((False,), (0.0, 1.0)),
+            ),
+            _FLASHINFER,
         ),
-        _FLASHINFER,
+        f"{_PROVIDERS}:flashinfer_add_rms_norm",
+        needs="flashinfer::fused_add_rmsnorm",
     ),
-    Contract("strided_rms_norm", "rms_norm", _STRIDED, _OURS),
-    Contract("strided_layer_norm", "layer_norm", _STRIDED, _OURS),
-    Contract(
-        "strided_add_rms_norm",
-        "add_rms_norm",
-        (SameShape("residual", "x"), DtypeIn("residual", FLOAT), *_STRIDED),
-        _OURS,
-    ),
-    Contract(
-        "strided_qk_norm",
+    _ours("rms_norm", _STRIDED),
+    _ours("layer_norm", _STRIDED),
+    _ours("add_rms_norm", (SameShape("residual", "x"), DtypeIn("residual", FLOAT), *_STRIDED)),
+    _ours(
         "qk_norm",
         (
             DtypeIn("q", FLOAT),
@@ -200,44 +220,54 @@ CONTRACTS: tuple[Contract, ...] = (
             HiddenAtMost(MAX_HIDDEN),
             SameHidden("k", "q"),
         ),
-        _OURS + ": q and k in one launch",
-    ),
-    Contract(
-        "skinny_linear",
-        "linear",
-        (
-            Rank("x", 2, 2),
-            Rank("weight", 2, 2),
-            Rank("bias", 1, 1),
-            FewRows(linear.MOST_ROWS),
-            DtypeIn("x", linear.DTYPES),
-            SameDtype("weight"),
-            SameDtype("bias"),
-            RowsOrColumns("weight"),
-        ),
-        "fixpass.runtime.linear: reads x of any strides; rows or columns of W with any pitch",
     ),
 )
 
+_table: dict[tuple[str, str], tuple[Kernel, ...]] = {}
 
-def contract_of(kernel: str, op: str) -> Contract | None:
-    """The row for `kernel` computing `op`, or None when it does not compute that op.
 
-    Of several generations of a library the installed one counts, and the oldest, which promises
-    least, where none is installed.
+def add_kernels(kernels: Iterable[Kernel]) -> None:
+    """Make kernels known to this process: to the passes, and to compiled code by their names.
+
+    Raises:
+        ConfigError: the op of a kernel is unknown, or its name stands for another kernel already.
+
     """
-    rows = _rows_of(kernel, op)
-    installed = aiter_generation() if any(row.generation for row in rows) else ""
-    fitting = (row for row in rows if not installed or row.generation in ("", installed))
-    return next(fitting, None)
+    added: dict[tuple[str, str], tuple[Kernel, ...]] = {}
+    for kernel in kernels:
+        key = kernel.name, kernel.op
+        if kernel.op not in OPS:
+            known = ", ".join(OPS)
+            raise ConfigError(f"kernel {kernel.name!r}: unknown op {kernel.op!r}; known: {known}")
+        if key in _table:
+            if kernel not in _table[key]:
+                raise ConfigError(
+                    f"kernel {kernel.name!r} of {kernel.op} is known already, with another "
+                    "contract or callable: give one of the two another name"
+                )
+            continue
+        added[key] = (*added.get(key, ()), kernel)
+    _table.update(added)
+    register(kernel for rows in added.values() for kernel in rows)
 
 
-@cache
-def _rows_of(kernel: str, op: str) -> tuple[Contract, ...]:
-    return tuple(row for row in CONTRACTS if row.kernel == kernel and row.op == op)
+def kernel_of(name: str, op: str) -> Kernel | None:
+    """The row of kernel `name` that computes `op` with the installed library, or None."""
+    rows = _table.get((name, op), ())
+    if len(rows) < 2:
+        return rows[0] if rows else None
+    return next((row for row in rows if row.is_installed), rows[-1])
 
 
-def kernel_names() -> tuple[str, ...]:
-    """Every norm kernel of the table, once, in the table's order."""
-    norms = (contract for contract in CONTRACTS if contract.op != "linear")
-    return tuple(dict.fromkeys(contract.kernel for contract in norms))
+def rows_of(name: str = "", op: str = "") -> tuple[Kernel, ...]:
+    """All rows, or those of one kernel name or one op, in the table's order."""
+    rows = (row for rows in _table.values() for row in rows)
+    return tuple(row for row in rows if name in ("", row.name) and op in ("", row.op))
+
+
+def kernel_names(op: str = "") -> tuple[str, ...]:
+    """The name of every known kernel, or of every kernel of `op`, once."""
+    return tuple(dict.fromkeys(row.name for row in rows_of(op=op)))
+
+
+add_kernels(KERNELS)

@@ -1,7 +1,7 @@
-"""Plans for eager calls of opaque norm kernels, from the rows of CONTRACTS.
+"""Plans for eager calls of opaque norm kernels, from the rows of the kernel table.
 
 The passes ask the table about nodes of a graph; here it is asked about the tensors of one call,
-whose sizes are known. What is planned is run by `fixpass.runtime.guards`; nothing is moved here.
+whose sizes are known. `fixpass.runtime.wrapped_kernel` runs the plans; nothing is moved here.
 """
 
 import logging
@@ -11,57 +11,54 @@ from dataclasses import replace
 from torch import Tensor
 
 from fixpass.lowering.constraints import LastStridesDivisible, SameShape
-from fixpass.lowering.contract import Contract
-from fixpass.lowering.contract_table import CONTRACTS, contract_of
+from fixpass.lowering.contract import Contract, Kernel
+from fixpass.lowering.contract_table import kernel_of, rows_of
 from fixpass.lowering.layout import Layout
 from fixpass.lowering.relayout import Relayout, apply_relayout, cheapest_relayout, why_not
 from fixpass.lowering.site import Site
-from fixpass.runtime.errors import KernelError
-from fixpass.runtime.guards import NOTHING, NormCall, Plan, Planner
+from fixpass.runtime.opaque_norms import OpaqueNorm
+from fixpass.runtime.wrapped_kernel import NOTHING, CallPlan, Planner
 
 log = logging.getLogger("fixpass")
 
 
-def planner(kernel: str, call: NormCall) -> Planner:
-    """What makes the contract of `kernel` hold for the operands of a call.
+def planner(call: OpaqueNorm) -> Planner:
+    """The planner of calls of `call`: it makes the contract of the kernel `call.kernel` hold."""
 
-    Raises KernelError where the table has no row for the kernel and the op of the call.
-    """
-    _contract(kernel, call)
-
-    def plan(operands: Mapping[str, Tensor]) -> Plan | None:
+    def plan(operands: Mapping[str, Tensor]) -> CallPlan | None:
         # Asked at each new layout: the library is there by then, and says its generation.
-        contract = _contract(kernel, call)
+        kernel = _kernel(call)
         sites = _sites(call, operands)
-        found = _plan(contract, call, sites)
+        found = _plan(kernel, call, sites)
         site = next(iter(sites.values()))
         if found is None:
-            log.info("%s; the reference runs", why_not(contract, site))
+            log.info("%s; the reference runs", why_not(kernel, site))
         elif found != NOTHING:
             copied = f"copies {', '.join(sorted(found.copied)) or 'nothing'}"
             rows = ", views rows" if found.as_rows else ""
-            log.info("%s: %s%s", contract.check(site), copied, rows)
+            log.info("%s: %s%s", kernel.check(site), copied, rows)
         return found
 
     return plan
 
 
-def minds_offsets(kernel: str, op: str) -> bool:
-    """Whether some row for `kernel` asks where in its storage an operand starts."""
-    rows = (row for row in CONTRACTS if row.kernel == kernel and row.op == op)
-    return any(isinstance(c, LastStridesDivisible) for row in rows for c in row.constraints)
+def minds_offsets(call: OpaqueNorm) -> bool:
+    """Whether some row for the kernel asks where in its storage a row operand starts."""
+    rows = rows_of(call.kernel, call.op)
+    return any(
+        isinstance(c, LastStridesDivisible) for row in rows for c in row.contract.constraints
+    )
 
 
-def _contract(kernel: str, call: NormCall) -> Contract:
-    found = contract_of(kernel, call.op)
-    if found is None:
-        known = ", ".join(dict.fromkeys(row.kernel for row in CONTRACTS if row.op == call.op))
-        raise KernelError(f"no contract of {kernel!r} for {call.op}; there are those of {known}")
+def _kernel(call: OpaqueNorm) -> Kernel:
+    found = kernel_of(call.kernel, call.op)
+    assert found is not None, f"the table has no row {call.kernel!r} for {call.op}"
     # The table does not ask for it, because what a pass lets a kernel write has the shape of x.
-    return replace(found, constraints=(SameShape("out", "x"), *found.constraints))
+    constraints = (SameShape("out", "x"), *found.contract.constraints)
+    return replace(found, contract=Contract(constraints, found.contract.source))
 
 
-def _sites(call: NormCall, operands: Mapping[str, Tensor]) -> dict[str, Site]:
+def _sites(call: OpaqueNorm, operands: Mapping[str, Tensor]) -> dict[str, Site]:
     """The call as contracts see it, by the role that is written there.
 
     A contract asks of what is written under the name of `out`. It asks the same of the sum, so
@@ -71,35 +68,29 @@ def _sites(call: NormCall, operands: Mapping[str, Tensor]) -> dict[str, Site]:
     layouts = {role: Layout.of(value) for role, value in operands.items() if role != "total"}
     # A kernel that returns its result allocates it dense.
     layouts.setdefault("out", Layout.contiguous(tuple(x.shape), x.dtype))
-    before = call.rounds_before if isinstance(call.rounds_before, bool) else False
-    site = Site(call.op, layouts, x.device.type, call.steps(x.dtype, before))
-    if "total" not in operands or _is_in_place(call, "total"):
+    site = Site(call.op, layouts, x.device.type, call.steps(x.dtype, {}))
+    if "total" not in operands or call.is_in_place("total"):
         return {"out": site}
     return {"out": site, "total": site.with_layouts(out=Layout.of(operands["total"]))}
 
 
-def _plan(contract: Contract, call: NormCall, sites: Mapping[str, Site]) -> Plan | None:
+def _plan(kernel: Kernel, call: OpaqueNorm, sites: Mapping[str, Site]) -> CallPlan | None:
     """The cheapest relayouts of all sites as one, where it is legal for each."""
     copied: set[str] = set()
     as_rows = False
     for written, site in sites.items():
-        relayout = cheapest_relayout(contract, site)
+        relayout = cheapest_relayout(kernel, site)
         if relayout is None:
             return None
         copied.update(written if name == "out" else name for name in relayout.copied)
         as_rows = as_rows or relayout.as_rows
     for read, written in (("x", "out"), ("residual", "total")):
         # What is read and written in place is copied for both or for none.
-        if _is_in_place(call, written) and copied & {read, written}:
+        if call.is_in_place(written) and copied & {read, written}:
             copied |= {read, written}
     for written, site in sites.items():
-        names = tuple(name for name in site.rows if (written if name == "out" else name) in copied)
+        names = tuple(n for n in site.layouts if (written if n == "out" else n) in copied)
         changed = apply_relayout(site, Relayout(names, as_rows, 0))
-        if changed is None or not contract.check(changed):
+        if changed is None or not kernel.check(changed):
             return None
-    return Plan(frozenset(copied), as_rows) if copied or as_rows else NOTHING
-
-
-def _is_in_place(call: NormCall, written: str) -> bool:
-    read = {"out": "x", "total": "residual"}[written]
-    return written in call.roles and call.roles[written] == call.roles.get(read)
+    return CallPlan(frozenset(copied), as_rows) if copied or as_rows else NOTHING

@@ -38,7 +38,11 @@ def _seed_allocation_ids() -> None:
     """Keep two graphs from drawing one identity for two buffers.
 
     Inductor draws it at random, and Dynamo sets the state of the generator back after every graph.
-    The seed is the graph's own text, so that one graph always compiles to the same code.
+    The seed is the graph's own text with its shapes and dtypes, so that one graph always compiles
+    to the same code.
     """
-    text = f"{V.graph.graph_id} {V.graph.name} {V.graph.module.graph}"
+    graph = V.graph.graph
+    tensors = [node.meta.get("val") for node in graph.nodes]
+    layouts = [(t.shape, t.dtype) if isinstance(t, torch.Tensor) else t for t in tensors]
+    text = f"{V.graph.graph_id} {V.graph.name} {graph} {layouts}"
     random.seed(hashlib.sha256(text.encode()).digest())

@@ -1,20 +1,20 @@
 """The cheapest legal relayout: nothing, a view of rows, a copy of exactly one operand.
 
-`cheapest_relayout` tries the few changes that keep the values and asks the contract about each;
-the bytes that a change moves decide. It plans; `insert-relayout` edits the graph.
+`cheapest_relayout` tries the few changes that keep the values and asks the kernel's contract about
+each; the bytes that a change moves decide. It plans; `insert-relayout` edits the graph.
 """
 
 from dataclasses import dataclass, replace
 from itertools import product
 
-from fixpass.lowering.contract import Contract, Verdict
+from fixpass.lowering.contract import Kernel, Verdict
 from fixpass.lowering.layout import Dim, Layout
 from fixpass.lowering.site import Site
 
 
 @dataclass(frozen=True)
 class Relayout:
-    """Which operands to copy dense, and whether all of them are then viewed as 2-D rows."""
+    """Which operands to copy dense, and whether row operands are then viewed as 2-D rows."""
 
     copied: tuple[str, ...]
     as_rows: bool
@@ -29,39 +29,43 @@ class Relayout:
         return ", ".join(parts) or "nothing to change"
 
 
-def cheapest_relayout(contract: Contract, site: Site) -> Relayout | None:
+def cheapest_relayout(kernel: Kernel, site: Site) -> Relayout | None:
     """The change that makes the contract hold and moves the fewest bytes, or None."""
-    if contract.check(site):
+    if kernel.check(site):
         return Relayout((), False, 0)
-    names = site.rows
+    groups: list[tuple[str, ...]] = [(name,) for name in site.rows]
+    # The parameters are small: they are copied together, where that helps at all.
+    groups += [site.loose_parameters] if site.loose_parameters else []
     best: Relayout | None = None
-    for flags in product((False, True), repeat=len(names) + 1):
+    for flags in product((False, True), repeat=len(groups) + 1):
         as_rows, *copies = flags
-        copied = tuple(name for name, flag in zip(names, copies, strict=True) if flag)
+        chosen = (group for group, flag in zip(groups, copies, strict=True) if flag)
+        copied = tuple(name for group in chosen for name in group)
         plan = Relayout(copied, as_rows, copy_bytes(site, copied))
         if best is not None and not is_cheaper(plan, best):
             continue
         changed = apply_relayout(site, plan)
-        if changed is not None and contract.check(changed):
+        if changed is not None and kernel.check(changed):
             best = plan
     return best
 
 
-def why_not(contract: Contract, site: Site) -> Verdict:
+def why_not(kernel: Kernel, site: Site) -> Verdict:
     """What still stops the contract when everything that a relayout can change is changed."""
-    everything = apply_relayout(site, Relayout(site.rows, bool(site.x.rank), 0))
-    verdict = contract.check(everything or site)
-    return contract.check(site) if verdict else replace(verdict, site=site)
+    names = (*site.rows, *site.loose_parameters)
+    everything = apply_relayout(site, Relayout(names, bool(site.x.rank), 0))
+    verdict = kernel.check(everything or site)
+    return kernel.check(site) if verdict else replace(verdict, site=site)
 
 
 def apply_relayout(site: Site, plan: Relayout) -> Site | None:
     """The site after the change, or None when rows are not proved to merge without a copy."""
     changed: dict[str, Layout] = {}
-    for name in site.rows:
+    for name in dict.fromkeys((*site.rows, *plan.copied)):
         layout: Layout | None = site.layouts[name]
         if name in plan.copied:
             layout = Layout.contiguous(site.layouts[name].shape, site.layouts[name].dtype)
-        if plan.as_rows and layout is not None:
+        if plan.as_rows and layout is not None and name in site.rows:
             layout = layout.rows()
         if layout is None:
             return None

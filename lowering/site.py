@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fixpass.lowering.layout import Layout
+from fixpass.lowering.layout import Layout, known
 from fixpass.runtime.norms import default_compute_dtype
 
 OPS = ("rms_norm", "layer_norm", "add_rms_norm", "qk_norm")
@@ -25,6 +25,7 @@ OPERANDS: Mapping[str, tuple[str, ...]] = {
 }
 # Operands that have one row for each row of x; q and k have rows of their own.
 ROW_OPERANDS = ("x", "residual", "out")
+PARAMETERS = ("weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,16 @@ class Site:
     def rows(self) -> tuple[str, ...]:
         """The operands that have one row for each row of x, and `out`."""
         return tuple(name for name in ROW_OPERANDS if name in self.layouts)
+
+    @property
+    def loose_parameters(self) -> tuple[str, ...]:
+        """The weight and bias that a copy would change: not dense, or not at a storage's start."""
+        layouts = ((name, self.layouts[name]) for name in PARAMETERS if name in self.layouts)
+        return tuple(
+            name
+            for name, layout in layouts
+            if layout.is_dense() is not True or known(layout.offset == 0) is not True
+        )
 
     @property
     def compute_dtype(self) -> torch.dtype:

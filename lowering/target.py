@@ -20,6 +20,12 @@ class Target:
     kernels: tuple[str, ...]
     prefers_fusion: bool = True
     """Leave a norm to Inductor where that saves more bytes by fusing than a kernel saves."""
+    missing: tuple[str, ...] = ()
+    """The kernels of the list that are not installed: they are reported, and never chosen."""
+
+    def has(self, kernel: str) -> bool:
+        """Whether the kernel may be chosen."""
+        return kernel in self.kernels and kernel not in self.missing
 
 
 _ROCM_KERNELS = (
@@ -53,23 +59,32 @@ TARGETS: tuple[Target, ...] = (
 )
 
 
-def target_named(name: str) -> Target:
-    """The target called `name`; ConfigError with the known names when there is none."""
-    for target in TARGETS:
+def target_named(name: str, more: tuple[Target, ...] = ()) -> Target:
+    """The target called `name`; ConfigError with the known names when there is none.
+
+    more: targets that win over ours.
+    """
+    for target in (*more, *TARGETS):
         if target.name == name:
             return target
-    known = ", ".join(target.name for target in TARGETS)
+    known = ", ".join(target.name for target in (*more, *TARGETS))
     raise ConfigError(f"unknown target {name!r}; known targets: {known}")
 
 
-def target_of(device: torch.device) -> Target:
-    """The target of a present device; one that we have no row for gets Inductor's code only."""
+def target_of(device: torch.device, more: tuple[Target, ...] = ()) -> Target:
+    """The target of a present device. A device that no target names gets Inductor's code only.
+
+    more: targets that win over ours.
+    """
+    name = _name_of(device)
+    found = (target for target in (*more, *TARGETS) if target.name == name)
+    return next(found, Target(name, device.type, ("inductor",)))
+
+
+def _name_of(device: torch.device) -> str:
     if device.type != "cuda":
-        return CPU if device.type == "cpu" else Target(device.type, device.type, ("inductor",))
+        return device.type
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        name = f"rocm:{properties.gcnArchName.partition(':')[0]}"
-    else:
-        name = f"cuda:sm_{properties.major}{properties.minor}"
-    found = (target for target in TARGETS if target.name == name)
-    return next(found, Target(name, "cuda", ("inductor",)))
+        return f"rocm:{properties.gcnArchName.partition(':')[0]}"
+    return f"cuda:sm_{properties.major}{properties.minor}"

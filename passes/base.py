@@ -67,6 +67,10 @@ class Pass(ABC):
     """A rewrite of a whole graph. Subclasses are frozen dataclasses with a kebab-case `name`."""
 
     name: ClassVar[str]
+    after: ClassVar[str] = ""
+    """The pass behind which a third party's pass runs; empty: behind all of ours."""
+    before: ClassVar[str] = ""
+    """The pass in front of which a third party's pass runs; empty: no such pass."""
 
     @abstractmethod
     def run(self, graph: fx.Graph, result: PassResult) -> None:

@@ -16,8 +16,9 @@ from torch import fx
 from fixpass.lowering.layout import Layout, same_shape
 from fixpass.passes.base import Pass, PassResult
 from fixpass.passes.canonicalize_norms.norm import op_overload
-from fixpass.passes.canonicalize_norms.opaque import OpaqueNorm, bind, read_opaque, registered
+from fixpass.passes.canonicalize_norms.opaque import bind, read_opaque
 from fixpass.passes.rewrite import Missed
+from fixpass.runtime.opaque_norms import OpaqueNorm, registered
 
 _FRESH = (torch.empty, torch.empty_like)
 

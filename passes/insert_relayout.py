@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fixpass.lowering.contract_table import contract_of
+from fixpass.lowering.contract_table import kernel_of
 from fixpass.lowering.relayout import Relayout, cheapest_relayout, hint
 from fixpass.lowering.site import OPERANDS, OPS, Site, op_name
 from fixpass.passes.base import Pass, PassResult
@@ -29,21 +29,21 @@ class InsertRelayout(Pass):
 
     def run(self, graph: fx.Graph, result: PassResult) -> None:
         for node in list(find_anchors(graph, tuple(op_overload(op) for op in OPS))):
-            contract = contract_of(str(node.kwargs.get("kernel_name", "")), op_name(node))
-            if contract is None:
+            kernel = kernel_of(str(node.kwargs.get("kernel_name", "")), op_name(node))
+            if kernel is None:
                 continue
             site = Site.of(node)
-            verdict = contract.check(site)
+            verdict = kernel.check(site)
             if verdict:
                 continue
-            plan = cheapest_relayout(contract, site)
+            plan = cheapest_relayout(kernel, site)
             if plan is None:
                 result.missed(node, f"{verdict}; no relayout makes it hold, so Inductor runs it")
                 node.update_kwarg("kernel_name", "inductor")
             elif result.take_fuel():
                 new = relayout(graph, node, plan)
                 cost = f"{hint(plan.num_bytes):,} bytes copied"
-                result.applied(new, f"{contract.kernel}: {plan}, {cost}")
+                result.applied(new, f"{kernel.name}: {plan}, {cost}")
             else:
                 # Out of fuel, the kernel must not meet the layout that it was not made for.
                 node.update_kwarg("kernel_name", "inductor")
@@ -57,6 +57,8 @@ def relayout(graph: fx.Graph, node: fx.Node, plan: Relayout) -> fx.Node:
     for i, name in enumerate(OPERANDS[op]):
         if name in ("x", "residual"):
             args[i] = _relay(edit, args[i], plan, copied=name in plan.copied)
+        elif isinstance(parameter := args[i], fx.Node) and name in plan.copied:
+            args[i] = edit.clone(parameter)
     kwargs = dict(node.kwargs)
     if plan.as_rows or "out" in plan.copied:
         kwargs.pop("order", None)

@@ -17,11 +17,12 @@ import torch
 from torch import fx
 from torch.fx.graph import _Namespace
 
+from fixpass.lowering.contract_table import rows_of
 from fixpass.passes.base import Pass, PassResult, Remark
 from fixpass.passes.report import Report
 from fixpass.passes.verify import faulty_nodes, results_of, verify
 from fixpass.runtime.errors import PassError
-from fixpass.runtime.providers import PROVIDERS, aiter_generation, is_available
+from fixpass.runtime.providers import asked_once
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Pipeline:
     strict: bool = False
     fuel: int | None = None
 
+    @asked_once()
     def run(self, graph: fx.Graph, title: str = "") -> Report:
         """Rewrite `graph` in place and return what was done."""
         take_fuel = _tank(self.fuel)
@@ -61,8 +63,8 @@ class Pipeline:
         """
         digest = hashlib.sha256(source_hash().encode())
         digest.update(repr((self.passes, self.fuel, self.strict, torch.__version__)).encode())
-        installed = [name for name in PROVIDERS if is_available(name)]
-        digest.update(repr((installed, aiter_generation())).encode())
+        with asked_once():
+            digest.update(repr([row for row in rows_of() if row.is_installed]).encode())
         for step in self.passes:
             source = b"" if is_ours(step) else _source_of(type(step))
             if source is None:

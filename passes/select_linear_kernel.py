@@ -1,8 +1,8 @@
 """Linear layers of few rows on CPU call `skinny_linear`, which reads weights at memory's speed.
 
-The pass reads the contract table. Of static rows the graph decides; where the number of rows is a
-symbol, one graph serves decode and prefill, and the op decides in each call, without a guard. For
-many rows the op calls what Inductor would have called.
+The pass reads the contract of the kernel. Of static rows the graph decides. Where the number of
+rows is a symbol, one graph serves decode and prefill: the op decides in each call, without a guard.
+For many rows the op calls what Inductor would have called.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from fixpass.lowering.contract_table import contract_of
 from fixpass.lowering.layout import Layout, known
+from fixpass.lowering.linear_kernel import SKINNY_LINEAR
 from fixpass.lowering.site import Site
 from fixpass.passes.base import Pass, PassResult
 from fixpass.passes.cost import bytes_of
@@ -22,7 +22,6 @@ from fixpass.runtime.linear import MOST_ROWS, unavailable
 
 aten = torch.ops.aten
 MATMULS = (aten.mm.default, aten.addmm.default)
-KERNEL = "skinny_linear"
 
 
 @dataclass(frozen=True)
@@ -82,16 +81,15 @@ def layer_of(node: fx.Node) -> Linear | Missed:
     vector = bias[0] if bias else None
     assert vector is None or isinstance(vector, fx.Node)
     layer = Linear(x, weight, vector)
-    contract = contract_of(KERNEL, "linear")
-    assert contract is not None
-    verdict = contract.check(layer.site)
+    verdict = SKINNY_LINEAR.check(layer.site)
     return layer if verdict else Missed(str(verdict))
 
 
 def _replace(graph: fx.Graph, node: fx.Node, layer: Linear, result: PassResult) -> None:
     args = (layer.x, layer.weight, layer.bias)
     new = Editor(graph, node).call(torch.ops.fixpass.skinny_linear.default, args)
-    text = f"{KERNEL} reads {layer.site.layouts['weight']} once, {bytes_of(layer.weight):,} bytes"
+    weight = layer.site.layouts["weight"]
+    text = f"{SKINNY_LINEAR.name} reads {weight} once, {bytes_of(layer.weight):,} bytes"
     if known(layer.x.meta["val"].shape[0] <= MOST_ROWS) is not True:
         text += f", in calls of at most {MOST_ROWS} rows"
     result.applied(new, text)

@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from torch import fx
 
-from fixpass.lowering.contract import Contract
-from fixpass.lowering.contract_table import contract_of
+from fixpass.lowering.contract import Kernel
+from fixpass.lowering.contract_table import kernel_of
 from fixpass.lowering.relayout import Relayout, cheapest_relayout, hint, why_not
 from fixpass.lowering.site import OPERANDS, OPS, Site, op_name
 from fixpass.lowering.target import Target
@@ -21,12 +21,13 @@ from fixpass.passes.canonicalize_norms.norm import op_overload
 from fixpass.passes.cost import fusion_of
 from fixpass.passes.drop_dead_copies.dead_copy import copied_operands, without_copies
 from fixpass.passes.rewrite import find_anchors
+from fixpass.runtime.providers import describe_needs
 
 FALLBACK = "inductor"
 
 
 @dataclass(frozen=True)
-class Choice:
+class KernelChoice:
     """A kernel, the relayout that it needs, and the copy that a preferred kernel needed."""
 
     kernel: str
@@ -74,29 +75,33 @@ class SelectNormKernel(Pass):
         saved = max(choice.refused_bytes - choice.num_bytes, 0)
         result.applied(node, text, bytes_saved=saved)
 
-    def _choose(self, node: fx.Node, site: Site, result: PassResult) -> Choice:
+    def _choose(self, node: fx.Node, site: Site, result: PassResult) -> KernelChoice:
         """The first kernel that needs no copy, else the one whose copy is the cheapest."""
-        best: Choice | None = None
+        best: KernelChoice | None = None
         refused = 0
-        for kernel in self.target.kernels:
-            contract = contract_of(kernel, site.op)
-            if contract is None:
+        for name in self.target.kernels:
+            kernel = kernel_of(name, site.op)
+            if kernel is None:
                 continue
-            plan = cheapest_relayout(contract, site)
+            if name in self.target.missing:
+                needs = describe_needs(kernel.needs)
+                result.missed(node, f"{name} is not installed: it needs {needs}")
+                continue
+            plan = cheapest_relayout(kernel, site)
             if plan is None or hint(plan.num_bytes):
-                result.missed(node, _refusal(contract, site, plan))
+                result.missed(node, _refusal(kernel, site, plan))
                 refused = refused or (hint(plan.num_bytes) if plan else 0)
             if plan is not None and (best is None or hint(plan.num_bytes) < best.num_bytes):
-                best = Choice(kernel, plan, refused)
+                best = KernelChoice(name, plan, refused)
             if best is not None and best.num_bytes == 0:
                 break
-        return best or Choice(FALLBACK, Relayout((), False, 0), refused)
+        return best or KernelChoice(FALLBACK, Relayout((), False, 0), refused)
 
 
-def _refusal(contract: Contract, site: Site, plan: Relayout | None) -> str:
+def _refusal(kernel: Kernel, site: Site, plan: Relayout | None) -> str:
     if plan is None:
-        return f"{why_not(contract, site)}; no relayout would help"
-    return f"{contract.check(site)}; a copy would move {hint(plan.num_bytes):,} bytes"
+        return f"{why_not(kernel, site)}; no relayout would help"
+    return f"{kernel.check(site)}; a copy would move {hint(plan.num_bytes):,} bytes"
 
 
 def _describe(plan: Relayout) -> str:

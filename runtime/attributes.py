@@ -1,10 +1,12 @@
-"""Attributes of parameters, such as weight_loader, that a wrapper throws away.
+"""Attributes of parameters, such as `weight_loader`, that survive sharding.
 
-FSDP2 replaces every parameter, and with it its class and whatever was set on it. `remember` notes
-both before, `recall` sets the attributes on the new parameters, `remembered` finds them by module
-and name. Nothing is kept alive: a module's notes go with it.
+FSDP2 and tensor parallelism replace every parameter by a DTensor without its class and attributes.
+`remember` notes both before, `recall` sets the attributes on the new parameters, `remembered`
+finds the notes by module and name. Once this module is imported, it also notes what tensor
+parallelism replaces. Notes do not keep a module alive.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +14,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,14 @@ def note(param: Tensor) -> Remembered:
 
 
 def remember(model: nn.Module) -> None:
-    """Note class and attributes of all parameters of `model`."""
+    """Note class and attributes of all parameters of `model`.
+
+    A DTensor keeps the class that its parameter had before it became a DTensor.
+    """
     for module in model.modules():
-        notes = {
-            name: note(param) for name, param in module._parameters.items() if param is not None
-        }
-        if notes:
-            _NOTES[module] = notes
+        for name, param in module._parameters.items():
+            if param is not None:
+                _note_in(module, name, param)
 
 
 def recall(model: nn.Module) -> None:
@@ -62,5 +67,46 @@ def recall(model: nn.Module) -> None:
 
 
 def remembered(module: nn.Module, name: str) -> Remembered | None:
-    """What was noted of the parameter `name` of `module`; None where nothing was."""
+    """The notes on the parameter `name` of `module`; None where there are none."""
     return _NOTES.get(module, {}).get(name)
+
+
+def keep_through_apply(model: nn.Module) -> None:
+    """Keep attributes when `model.to()`, `model.half()` and the like replace its DTensors.
+
+    Torch changes plain parameters in place, and replaces DTensors. Every FSDP2 module in `model`
+    gets an `_apply` of its own, which notes the attributes before and sets them again after.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.__dict__["_apply"] = functools.partial(_apply_and_recall, module)
+
+
+def _apply_and_recall(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    remember(module)
+    result: nn.Module = type(module)._apply(module, *args, **kwargs)
+    recall(module)
+    return result
+
+
+def _note_in(module: nn.Module, name: str, param: Tensor) -> None:
+    noted, former = note(param), remembered(module, name)
+    if isinstance(param, DTensor) and former is not None:
+        noted = Remembered(former.cls, noted.attributes)
+    _NOTES.setdefault(module, {})[name] = noted
+
+
+def _carry_over(module: nn.Module, name: str, param: Tensor | None) -> None:
+    """Note a parameter that a DTensor replaces, and give the DTensor its attributes."""
+    old = module._parameters.get(name)
+    if not isinstance(param, DTensor) or old is None:
+        return
+    if type(old) is nn.Parameter and not vars(old):
+        return
+    _note_in(module, name, old)
+    noted = _NOTES[module][name]
+    for key, value in noted.attributes.items():
+        param.__dict__.setdefault(key, value)
+
+
+register_module_parameter_registration_hook(_carry_over)

@@ -2,7 +2,7 @@
 
 Wrappers are those of FSDP, of data parallelism, of torch.compile and of torch's activation
 checkpoints. A module inside that is merely called `module` is found too, as the wrappers of other
-libraries are. Which keywords a function takes is in accepted_kwargs.
+libraries are. Keywords of functions are in `fixpass.modules`.
 """
 
 import inspect

@@ -1,14 +1,18 @@
-"""The norm kernels behind our ops: ours, and those of other libraries.
+"""The callables behind kernel names: the search for one, and calls of other libraries' ops.
 
-One small function a kernel, and one literal that names them. A provider allocates what the
-foreign op writes into and passes everything else on; it checks no layout and copies nothing,
-because the pass `insert-relayout` has already made the contract hold.
+The kernel table registers its rows here, so that an op finds its kernel by the name in its
+argument `kernel_name`. The functions at the end each call one op of another library. They
+allocate the tensors that it writes and pass everything else on; they check no layout and copy no
+input for its layout, because `insert-relayout` has made the kernel's contract hold.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,26 +22,117 @@ from fixpass.runtime.errors import KernelError
 
 Steps = dict[str, Any]
 
+TABLE = "fixpass.lowering.contract_table"
+"""The module that registers our kernels. A process that runs cached code may not have loaded it."""
+TRITON = "Triton with a CUDA or ROCm device"
+"""The requirement of our own kernels."""
 
-@dataclass(frozen=True)
-class Provider:
-    """How to call a kernel, and the op of another library that it needs; empty for our own."""
 
-    needs: str
-    call: Callable[..., Any]
+class Provider(Protocol):
+    """The part of a kernel's literal that a call needs."""
 
-    def is_available(self) -> bool:
-        return op_exists(self.needs) if self.needs else strided.is_available()
+    @property
+    def name(self) -> str: ...
+    @property
+    def op(self) -> str: ...
+    @property
+    def callable(self) -> str | Callable[..., Any]: ...
+    @property
+    def needs(self) -> str: ...
 
-    def way_out(self) -> str:
-        if not self.needs:
-            return "Triton and a CUDA or ROCm device: neither can be done without"
-        return f"the op {self.needs}: import the library that brings it"
+
+_providers: dict[tuple[str, str], list[Provider]] = {}
+_schemas: ContextVar[dict[str, Any] | None] = ContextVar("fixpass_schemas", default=None)
+
+
+def register(providers: Iterable[Provider]) -> None:
+    """Let the ops find these kernels by their names."""
+    for provider in providers:
+        _providers.setdefault((provider.op, provider.name), []).append(provider)
+
+
+def call(op: str, kernel: str, args: tuple[Any, ...], steps: Steps) -> Any:
+    """Run `kernel` for `fixpass::op`.
+
+    Raises:
+        KernelError: the kernel is unknown, or its library is not loaded.
+
+    """
+    return _resolve(op, kernel)(*args, **steps)
+
+
+@cache
+def _resolve(op: str, kernel: str) -> Callable[..., Any]:
+    """The callable of a kernel, searched once: a call must not pay for the search."""
+    importlib.import_module(TABLE)
+    found = _providers.get((op, kernel))
+    if found is None:
+        known = ", ".join(sorted({name for _, name in _providers}))
+        raise KernelError(f"fixpass::{op}: unknown kernel {kernel!r}; known kernels: {known}")
+    provider = next((provider for provider in found if meets(provider.needs)), None)
+    if provider is None:
+        raise KernelError(
+            f"fixpass::{op}: kernel {kernel!r} needs {describe_needs(found[-1].needs)}, or leave "
+            'the kernel out of options={"norm_kernels": ...}'
+        )
+    return load(provider.callable)
+
+
+def load(name: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The function that "module:function" names; a function is given back."""
+    if not isinstance(name, str):
+        return name
+    module, _, function = name.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
+
+
+def meets(needs: str) -> bool:
+    """Whether this process has what a kernel needs: see `Kernel.needs`."""
+    if needs == TRITON:
+        return strided.is_available()
+    if "::" not in needs:
+        return not needs or find_spec(needs) is not None
+    op, _, argument = needs.removesuffix(")").partition("(")
+    schemas = _schemas_of(op)
+    return bool(schemas) and (not argument or argument in (a.name for a in schemas[0].arguments))
+
+
+def describe_needs(needs: str) -> str:
+    """What to do so that `meets(needs)`, as the end of "it needs ..."."""
+    if needs == TRITON:
+        return needs
+    if "::" not in needs:
+        return f"the package {needs}: install it"
+    return f"the op {needs}: import the library that brings it"
+
+
+@contextmanager
+def asked_once() -> Iterator[None]:
+    """Look every op up at most once inside: libraries are not loaded in the middle of a compile."""
+    if _schemas.get() is not None:
+        yield
+        return
+    token = _schemas.set({})
+    try:
+        yield
+    finally:
+        _schemas.reset(token)
+
+
+def _schemas_of(name: str) -> Any:
+    """The schemas of `namespace::op` that are registered in this process."""
+    found = _schemas.get()
+    if found is None:
+        return torch._C._jit_get_schemas_for_operator(name)
+    if name not in found:
+        found[name] = torch._C._jit_get_schemas_for_operator(name)
+    return found[name]
 
 
 def op_exists(name: str) -> bool:
     """Whether `namespace::op` is registered in this process."""
-    return bool(torch._C._jit_get_schemas_for_operator(name))
+    return bool(_schemas_of(name))
 
 
 def overload_of(name: str) -> torch._ops.OpOverload:
@@ -49,30 +144,6 @@ def overload_of(name: str) -> torch._ops.OpOverload:
     return found
 
 
-def is_available(kernel: str) -> bool:
-    """Whether the library behind `kernel` is loaded in this process."""
-    return kernel in PROVIDERS and PROVIDERS[kernel].is_available()
-
-
-def call(op: str, kernel: str, args: tuple[Any, ...], steps: Steps) -> Any:
-    """Run `kernel` for `fixpass::op`; raise KernelError when it is unknown or not loaded."""
-    return _require(op, kernel).call(*args, **steps)
-
-
-@cache
-def _require(op: str, kernel: str) -> Provider:
-    """The provider, looked for once: a call must not pay for the search."""
-    if kernel not in PROVIDERS:
-        known = ", ".join(sorted(PROVIDERS))
-        raise KernelError(f"fixpass::{op}: unknown kernel {kernel!r}; known kernels: {known}")
-    if not is_available(kernel):
-        raise KernelError(
-            f"fixpass::{op}: kernel {kernel!r} needs {PROVIDERS[kernel].way_out()}, or leave the "
-            'kernel out of options={"norm_kernels": ...}'
-        )
-    return PROVIDERS[kernel]
-
-
 def _aiter_rounding(steps: Steps) -> dict[str, int]:
     """aiter's flag: 1 rounds before the weight is applied, 0 after.
 
@@ -81,28 +152,17 @@ def _aiter_rounding(steps: Steps) -> dict[str, int]:
     return {"use_model_sensitive_rmsnorm": int(steps.get("norm_dtype") is not None)}
 
 
-def aiter_generation() -> str:
-    """Which of aiter's norm kernels are installed: "ck", "opus", or empty without aiter.
-
-    Told by the schema, since wheels of one version number carry either: opus has `gemma_norm`.
-    """
-    schemas = torch._C._jit_get_schemas_for_operator("aiter::rmsnorm2d_fwd_with_add")
-    if not schemas:
-        return ""
-    return "opus" if any(a.name == "gemma_norm" for a in schemas[0].arguments) else "ck"
-
-
-def _aiter_rms_norm(x: Tensor, weight: Tensor, _: None, eps: float, **steps: Any) -> Tensor:
+def aiter_rms_norm(x: Tensor, weight: Tensor, _: None, eps: float, **steps: Any) -> Tensor:
     result: Tensor = torch.ops.aiter.rms_norm(x, weight, eps, **_aiter_rounding(steps))
     return result
 
 
-def _aiter_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, **_: Any) -> Tensor:
+def aiter_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, **_: Any) -> Tensor:
     result: Tensor = torch.ops.aiter.layernorm2d_fwd(x, weight, bias, eps)
     return result
 
 
-def _aiter_add_rms_norm(
+def aiter_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, _: None, eps: float, **steps: Any
 ) -> tuple[Tensor, Tensor]:
     out, total = torch.empty_like(x), torch.empty_like(x)
@@ -112,13 +172,13 @@ def _aiter_add_rms_norm(
     return out, total
 
 
-def _vllm_rms_norm(x: Tensor, weight: Tensor, _: None, eps: float, **__: Any) -> Tensor:
+def vllm_rms_norm(x: Tensor, weight: Tensor, _: None, eps: float, **__: Any) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     torch.ops._C.rms_norm(out, x, weight, eps)
     return out
 
 
-def _vllm_add_rms_norm(
+def vllm_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, _: None, eps: float, **__: Any
 ) -> tuple[Tensor, Tensor]:
     out = x.clone(memory_format=torch.contiguous_format)
@@ -127,7 +187,7 @@ def _vllm_add_rms_norm(
     return out, total
 
 
-def _flashinfer_rms_norm(x: Tensor, weight: Tensor, _: None, eps: float, **steps: Any) -> Tensor:
+def flashinfer_rms_norm(x: Tensor, weight: Tensor, _: None, eps: float, **steps: Any) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     gemma = steps.get("weight_offset") == 1.0
     op = torch.ops.flashinfer.gemma_rmsnorm if gemma else torch.ops.flashinfer.rmsnorm
@@ -135,15 +195,12 @@ def _flashinfer_rms_norm(x: Tensor, weight: Tensor, _: None, eps: float, **steps
     return out
 
 
-PROVIDERS: dict[str, Provider] = {
-    "strided_rms_norm": Provider("", strided.rms_norm),
-    "strided_layer_norm": Provider("", strided.layer_norm),
-    "strided_add_rms_norm": Provider("", strided.add_rms_norm),
-    "strided_qk_norm": Provider("", strided.qk_norm),
-    "aiter_rms_norm": Provider("aiter::rms_norm", _aiter_rms_norm),
-    "aiter_layer_norm": Provider("aiter::layernorm2d_fwd", _aiter_layer_norm),
-    "aiter_add_rms_norm": Provider("aiter::rmsnorm2d_fwd_with_add", _aiter_add_rms_norm),
-    "vllm_rms_norm": Provider("_C::rms_norm", _vllm_rms_norm),
-    "vllm_add_rms_norm": Provider("_C::fused_add_rms_norm", _vllm_add_rms_norm),
-    "flashinfer_rms_norm": Provider("flashinfer::rmsnorm", _flashinfer_rms_norm),
-}
+def flashinfer_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, _: None, eps: float, **steps: Any
+) -> tuple[Tensor, Tensor]:
+    out = x.clone(memory_format=torch.contiguous_format)
+    total = residual.clone(memory_format=torch.contiguous_format)
+    library, gemma = torch.ops.flashinfer, steps.get("weight_offset") == 1.0
+    op = library.gemma_fused_add_rmsnorm if gemma else library.fused_add_rmsnorm
+    op(out, total, weight, eps, False)
+    return out, total

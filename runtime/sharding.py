@@ -1,167 +1,146 @@
-"""Which modules of a model FSDP shards as units: conditions, and their resolution.
+"""Shards a model with FSDP2 so that a checkpoint can still be loaded into it.
 
-A condition is asked for each module with its dotted name. Names are compared part by part, never
-by how they end: `endswith("norm")` is true of every norm of a block. Nothing is sharded here.
+FSDP2 renames classes and replaces parameters. So units are resolved before, and attributes of
+parameters, such as `weight_loader`, are set again after. Tensor parallelism on another dimension
+of the mesh comes first. No checkpoint is read here.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
-
-from fixpass.runtime.errors import ShardingError
-from fixpass.runtime.modules import find_attr
-
-Condition = Callable[[str, nn.Module], bool]
-Rule = Literal["explicit", "block-class", "common-numbered-block"]
-
-# Where models keep their blocks, numbered.
-CONTAINERS = (
-    "blocks",
-    "layers",
-    "double_blocks",
-    "single_blocks",
-    "refiner_blocks",
-    "noise_refiner",
-    "context_refiner",
-    "transformer_blocks",
-    "single_transformer_blocks",
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
 )
 
+from fixpass.runtime.attributes import keep_through_apply, recall, remember
+from fixpass.runtime.errors import ShardingError
+from fixpass.runtime.modules import find_attr
+from fixpass.runtime.shard_conditions import (
+    Condition,
+    Rule,
+    resolve_shard_conditions,
+    shard_units,
+)
 
-def is_module_list_entry(name: str, container: str) -> bool:
-    """Whether `name` is a numbered child of a module called `container`, and nothing deeper."""
-    return is_module_list_entry_in(name, (container,))
+# The attributes in which models list the parts that lose too much in a smaller dtype.
+_KEEP = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict", "_fsdp_mixed_dtype_params")
 
-
-def is_module_list_entry_in(name: str, containers: Iterable[str]) -> bool:
-    """Whether `name` is a numbered child of a module called as one of `containers`."""
-    *_, container, index = ("", "", *name.split("."))
-    return index.isdigit() and container in containers
-
-
-def entry_of(*containers: str) -> Condition:
-    """The condition of being a numbered child of one of the containers."""
-
-    def condition(name: str, module: nn.Module) -> bool:
-        return is_module_list_entry_in(name, containers)
-
-    return condition
+_FORWARD_METHODS = "_fsdp_forward_methods"
 
 
-def named(last: str) -> Condition:
-    """The condition of being called `last` outside numbered blocks."""
+@dataclass(frozen=True)
+class ShardReport:
+    """How a model was sharded."""
 
-    def condition(name: str, module: nn.Module) -> bool:
-        *path, found = name.split(".")
-        return found == last and not any(part.isdigit() for part in path)
-
-    return condition
-
-
-def class_named(names: Iterable[str]) -> Condition:
-    """The condition of being of a class with one of these names."""
-    names = frozenset(names)
-
-    def condition(name: str, module: nn.Module) -> bool:
-        return type(module).__name__ in names
-
-    return condition
+    rule: Rule
+    """Where the conditions come from."""
+    units: tuple[str, ...]
+    """The modules that are sharded by themselves, before the root."""
+    kept: tuple[str, ...] = ()
+    """The modules whose parameters keep their dtype though the policy has another."""
+    forward_methods: tuple[str, ...] = ()
+    """The methods besides `forward` that gather parameters."""
 
 
-def any_of(*conditions: Condition) -> Condition:
-    """The condition that one of the conditions holds."""
+def fully_shard_model(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    conditions: Sequence[Condition] | None = None,
+    mp_policy: MixedPrecisionPolicy | None = None,
+    keep_dtype: Iterable[str] = (),
+    forward_methods: Iterable[str] = (),
+    reshard_after_forward: bool | int = True,
+    offload_policy: OffloadPolicy | None = None,
+) -> ShardReport:
+    """Shard `model` in place over `mesh`: blocks first, then the root.
 
-    def condition(name: str, module: nn.Module) -> bool:
-        return any(holds(name, module) for holds in conditions)
+    Attributes of parameters, such as `weight_loader`, are kept, also through a later `model.to()`.
 
-    return condition
+    Args:
+        model: The model. Parameters that `parallelize_module` made DTensors may be among its own.
+        mesh: A mesh of one dimension, or of two for hybrid sharding.
+        conditions: The conditions that choose the units; None takes those of the model's class.
+        mp_policy: The dtypes of FSDP2's mixed precision.
+        keep_dtype: Names of modules or parameters that `mp_policy` leaves in their dtype, besides
+            those that the model's class lists.
+        forward_methods: Names of methods of the model that use parameters, besides those in its
+            `_fsdp_forward_methods`.
+        reshard_after_forward: As in `fully_shard`.
+        offload_policy: As in `fully_shard`.
 
+    Raises:
+        ShardingError: No module matches, or the model has no method of a given name.
 
-is_layer = entry_of("layers")
-is_block = entry_of("blocks")
-is_t5_block = entry_of("block")
-is_transformer_block = entry_of("transformer_blocks")
-is_double_block = entry_of("double_blocks")
-is_single_block = entry_of("single_blocks")
-is_refiner_block = entry_of("refiner_blocks")
-is_blocks_or_double_blocks = entry_of("blocks", "double_blocks")
-is_blocks_or_transformer_blocks = entry_of("blocks", "transformer_blocks")
-is_zimage_layer = entry_of("layers", "noise_refiner", "context_refiner")
-is_embed_tokens = named("embed_tokens")
-is_embeddings = named("embeddings")
-is_shared = named("shared")
-is_final_norm = named("norm")
-is_final_layer_norm = named("final_layer_norm")
-is_txt_in = named("txt_in")
-is_common_numbered_block = entry_of(*CONTAINERS)
+    Example:
+        `fully_shard_model(model, mesh, conditions=(entry_of("blocks"), named("embed_tokens")))`
 
-ENCODER = (is_layer, is_embed_tokens, is_final_norm)
-CLIP_ENCODER = (is_layer, is_embeddings)
-T5_ENCODER = (is_t5_block, is_shared, is_final_layer_norm)
-
-
-def resolve_shard_conditions(
-    model: nn.Module, conditions: Sequence[Condition] | None = None
-) -> tuple[tuple[Condition, ...], Rule]:
-    """The conditions for a model, and the rule that gave them.
-
-    Those that are given come first; None or none means those of the classes that the model names
-    in `_repeated_blocks` and `_no_split_modules`, or else numbered children of the CONTAINERS.
     """
-    if conditions:
-        return tuple(conditions), "explicit"
-    names: set[str] = set()
-    for attribute in ("_repeated_blocks", "_no_split_modules"):
-        names.update(find_attr(model, attribute, None) or ())
-    if names:
-        return (class_named(names),), "block-class"
-    return (is_common_numbered_block,), "common-numbered-block"
-
-
-def shard_units(model: nn.Module, conditions: Sequence[Condition]) -> tuple[str, ...]:
-    """The names of the modules to shard, before the root: the outermost that match.
-
-    Skipped are modules without parameters, and those with a parameter that is tied to one outside:
-    in a unit of its own it would be tied no longer. Raises ShardingError where nothing is left.
-    """
-    units: list[str] = []
-    holds = any_of(*conditions)
-    users = _users(model)
-    for name, module in model.named_modules():
-        if not name or any(name.startswith(f"{unit}.") for unit in units):
-            continue
-        if holds(name, module) and _can_stand_alone(name, module, users):
-            units.append(name)
-    if not units:
-        found = ", ".join(containers(model)) or "none"
-        raise ShardingError(
-            f"no module of {type(model).__name__} with parameters of its own matches the shard "
-            f"conditions; containers with numbered children: {found}. Pass conditions=, for "
-            "instance (entry_of('blocks'),)"
+    resolved, rule = resolve_shard_conditions(model, conditions)
+    units = shard_units(model, resolved)
+    methods = (*(find_attr(model, _FORWARD_METHODS, None) or ()), *forward_methods)
+    for method in methods:
+        if not callable(find_attr(model, method, None)):
+            raise ShardingError(f"{type(model).__name__} has no method {method!r} to register")
+    policy = mp_policy or MixedPrecisionPolicy()
+    kept = _kept(model, units, policy, {*_kept_names(model), *keep_dtype})
+    remember(model)
+    plain = replace(policy, param_dtype=None)
+    # What keeps its dtype within a block is a unit of its own, and comes before the block.
+    inner = tuple(name for name in kept if name and name not in units)
+    for name in (*inner, *reversed(units), ""):
+        fully_shard(
+            model.get_submodule(name),
+            mesh=mesh,
+            mp_policy=plain if name in kept else policy,
+            reshard_after_forward=reshard_after_forward,
+            offload_policy=offload_policy or OffloadPolicy(),
         )
-    return tuple(units)
+    recall(model)
+    keep_through_apply(model)
+    for method in methods:
+        register_fsdp_forward_method(model, method)
+    return ShardReport(rule, units, kept, methods)
 
 
-def containers(model: nn.Module) -> list[str]:
-    """The modules with numbered children, and how many, as in `encoder.block (2)`."""
-    found = []
-    for name, module in model.named_modules():
-        count = sum(child.isdigit() for child in module._modules)
-        if count:
-            found.append(f"{name or type(module).__name__} ({count})")
-    return found
+def _kept_names(model: nn.Module) -> set[str]:
+    return {name for attribute in _KEEP for name in find_attr(model, attribute, None) or ()}
 
 
-def _users(model: nn.Module) -> dict[int, list[str]]:
-    """The names of each parameter, several where it is tied."""
-    users: dict[int, list[str]] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(param), []).append(name)
-    return users
+def _kept(
+    model: nn.Module, units: tuple[str, ...], policy: MixedPrecisionPolicy, names: set[str]
+) -> tuple[str, ...]:
+    """Modules to shard with no dtype of the policy; nothing where the policy has none."""
+    if policy.param_dtype is None:
+        return ()
+    kept = [
+        name
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in names and _holds_parameters(module)
+    ]
+    kept = [name for name in kept if not any(name.startswith(f"{other}.") for other in kept)]
+    # A parameter that lies in a unit itself, or a unit of several dtypes, keeps all of the unit.
+    for unit in (*units, ""):
+        below = [other for other in (*units, *kept) if other != unit and _inside(other, unit)]
+        own = [
+            (name, param)
+            for name, param in model.get_submodule(unit).named_parameters(prefix=unit)
+            if not any(_inside(name, other) for other in below)
+        ]
+        listed = any(name.rpartition(".")[2] in names for name, _ in own)
+        if unit not in kept and (listed or len({param.dtype for _, param in own}) > 1):
+            kept.append(unit)
+    return tuple(kept)
 
 
-def _can_stand_alone(name: str, module: nn.Module, users: dict[int, list[str]]) -> bool:
-    params = list(module.parameters())
-    inside = (user.startswith(f"{name}.") for param in params for user in users[id(param)])
-    return bool(params) and all(inside)
+def _inside(name: str, module: str) -> bool:
+    return not module or name.startswith(f"{module}.")
+
+
+def _holds_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None

@@ -48,7 +48,7 @@ def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, **steps: Any
 ) -> Tensor:
     """`fixpass::layer_norm` of x (..., hidden_size) by a kernel of any layout."""
-    from fixpass.runtime.kernels.layer_norm import layer_norm as launch
+    from fixpass.runtime.kernels.rms_norm import layer_norm as launch
 
     return _norm(launch, x, weight, bias, eps, **steps)
 

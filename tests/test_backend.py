@@ -6,8 +6,7 @@ from torch import nn
 
 import fixpass
 from fixpass.testing import assert_same, bf16, f32
-
-EAGER = {"lower": "eager", "verify": True, "strict": True}
+from helpers.compiling import EAGER
 
 
 class Block(nn.Module):

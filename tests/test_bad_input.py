@@ -15,22 +15,8 @@ from fixpass.backend import last_reports
 from fixpass.pipelines import check_torch
 from fixpass.runtime.errors import ConfigError, FixpassError, UnsupportedTorchError
 from fixpass.testing import assert_same, f32
-
-OPTIONS = {"lower": "eager", "verify": True, "strict": True}
-INDUCTOR = {"verify": True, "strict": True}
-
-
-def llama(x, weight):
-    h = x.to(torch.float32)
-    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
-    return weight * h.to(x.dtype)
-
-
-def compiled(fn, dynamic=None, fullgraph=True, **options):
-    options = {**OPTIONS, **options}
-    return torch.compile(
-        fn, backend="fixpass", dynamic=dynamic, fullgraph=fullgraph, options=options
-    )
+from helpers.compiling import compiled
+from helpers.spellings import llama
 
 
 def error_of(call):
@@ -65,11 +51,11 @@ def test_an_unknown_option_is_named_and_the_known_ones_are_listed():
             {"disable": ("canonicalise-norms",)},
             "'disable': unknown 'canonicalise-norms'; known: functionalize",
         ),
-        ({"passes": (print,)}, "instances of fixpass.Pass"),
-        ({"lower": "triton"}, '"lower" is "inductor" or "eager"'),
+        ({"passes": (print,)}, "is no instance of fixpass.Pass"),
+        ({"lower": "triton"}, 'option \'lower\' is "inductor" or "eager"'),
         ({"strict": "yes"}, "'strict' is True or False"),
-        ({"fuel": -1}, '"fuel" is a number of changes'),
-        ({"fuel": True}, '"fuel" is a number of changes'),
+        ({"fuel": -1}, "'fuel' is a number of changes"),
+        ({"fuel": True}, "'fuel' is a number of changes"),
         ({"inductor": "max_autotune"}, "'inductor' is a mapping"),
     ],
 )
@@ -86,14 +72,55 @@ def test_an_option_with_a_wrong_value_is_named(options, words):
         ("FIXPASS_FUEL", "many", "FIXPASS_FUEL='many' is not a number"),
         ("FIXPASS_FUEL", "²", "FIXPASS_FUEL='²' is not a number"),
         ("FIXPASS_FUEL", "-1", "FIXPASS_FUEL='-1' is not a number"),
-        ("FIXPASS_LOWER", "triton", '"lower" is "inductor" or "eager", not \'triton\''),
-        ("FIXPASS_NORM_KERNELS", "inductor, fastest", "unknown 'fastest'"),
+        ("FIXPASS_LOWER", "triton", 'FIXPASS_LOWER is "inductor" or "eager", not \'triton\''),
+        ("FIXPASS_NORM_KERNELS", "inductor, fastest", "'norm_kernels': unknown 'fastest'"),
     ],
 )
 def test_a_variable_that_does_not_parse_is_named(name, value, words):
     with pytest.raises(ConfigError) as caught:
         Config.resolve({}, {name: value})
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "near"),
+    [
+        ("FIXPASS_STRCT", "FIXPASS_STRICT"),
+        ("FIXPASS_NORM_KERNEL", "FIXPASS_NORM_KERNELS"),
+        ("FIXPASS_EAGER_KERNEL", "FIXPASS_EAGER_KERNELS"),
+        ("FIXPASS_FOLD_WEIGHT", "FIXPASS_FOLD_WEIGHTS"),
+    ],
+)
+def test_an_unknown_variable_is_an_error_that_names_the_nearest(variable, near):
+    with pytest.raises(ConfigError, match=rf"unknown variable {variable}; near names: {near}\b"):
+        Config.resolve({}, {variable: "1"})
+
+
+def test_an_unknown_variable_ends_the_first_compile(monkeypatch):
+    monkeypatch.setenv("FIXPASS_VERFY", "1")
+    run = torch.compile(llama, backend="fixpass")
+    assert "near names: FIXPASS_VERIFY" in error_of(lambda: run(f32(4, 8), f32(8)))
+
+
+def test_variables_of_the_engines_and_of_the_tests_are_known():
+    assert Config.resolve({}, {"FIXPASS": "1", "FIXPASS_TEST_FULL": "1"}) == Config()
+
+
+@pytest.mark.parametrize(
+    ("options", "environ", "new", "config"),
+    [
+        ({"fold": "derived"}, {}, "'fold_weights' with 'cache' in", Config(fold_weights="cache")),
+        ({"fold": "inplace"}, {}, "'fold_weights' with 're", Config(fold_weights="restride")),
+        ({"fold": "off"}, {}, "use option 'fold_weights'$", Config(fold_weights="off")),
+        ({"guards": False}, {}, "use option 'eager_kernels'$", Config(eager_kernels=False)),
+        ({}, {"FIXPASS_GUARDS": "off"}, "_EAGER_KERNELS$", Config(eager_kernels=False)),
+        ({}, {"FIXPASS_FOLD": "off"}, "FIXPASS_FOLD_WEIGHTS$", Config(fold_weights="off")),
+        ({}, {"FIXPASS_FOLD": "inplace"}, "_WEIGHTS with 're", Config(fold_weights="restride")),
+    ],
+)
+def test_an_old_name_works_and_warns_with_the_new_one(options, environ, new, config):
+    with pytest.warns(DeprecationWarning, match=new):
+        assert Config.resolve(options, environ) == config
 
 
 def test_an_option_wins_over_its_variable():

@@ -6,8 +6,6 @@ to change it, and nothing else.
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 import types
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from fixpass.backend import GraphPass
 from fixpass.lowering.target import CPU, target_named
 from fixpass.passes import default_passes, pipeline
 from fixpass.pipelines import graph_pipeline
+from helpers.processes import run_python
 
 THEIRS = """
 from dataclasses import dataclass
@@ -104,9 +103,9 @@ def test_our_own_source_is_in_the_uuid(tmp_path, monkeypatch):
 def test_every_source_file_of_the_layers_is_hashed():
     names = {path.name for path in pipeline.source_files()}
     assert {
-        "canonicalize_norms.py",
-        "norm_scale.py",
-        "contracts.py",
+        "lower_norms.py",
+        "scale.py",
+        "contract_table.py",
         "norms.py",
         "rms_norm.py",
     } <= names
@@ -173,17 +172,8 @@ def test_a_second_process_gets_full_hits_and_never_the_graph_of_other_options(tm
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "FIXPASS_VERIFY": "0"}
 
     def run():
-        command = [sys.executable, "-P", str(script)]
-        done = subprocess.run(
-            command,
-            env=os.environ | cache,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        return [json.loads(line) for line in done.stdout.splitlines()]
+        printed = run_python("-P", script, cwd=tmp_path, **cache)
+        return [json.loads(line) for line in printed.splitlines()]
 
     assert [value for value, *_ in run()] == [1, 2, 3]
     # An AOTAutograd hit that loads its graph from the FX cache counts there too.

@@ -5,15 +5,15 @@ compared with the stand-in on dense rows.
 """
 
 import random
+import sys
 from itertools import product
 
 import pytest
 import torch
 
 from fixpass.config import Config
-from fixpass.eager_kernels import GUARDED, guard
-from fixpass.lowering.contract_table import CONTRACTS
-from fixpass.passes.canonicalize_norms.opaque import OPAQUE_NORMS
+from fixpass.eager_kernels import WRAPPED, wrap
+from fixpass.lowering.contract_table import rows_of
 from fixpass.runtime.errors import KernelError
 from helpers.standins import (
     LayoutFault,
@@ -58,7 +58,7 @@ def rows(x):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_norm_of_any_layout_is_that_of_dense_rows(layout):
     x = LAYOUTS[layout]()
-    norm = guard(aiter_rms_norm, "aiter::rmsnorm2d_fwd")
+    norm = wrap(aiter_rms_norm, "aiter::rmsnorm2d_fwd")
     got = norm(x, WEIGHT, EPS)
     assert got.shape == x.shape
     assert torch.equal(rows(got), aiter_rms_norm(rows(x), WEIGHT, EPS))
@@ -66,8 +66,8 @@ def test_a_norm_of_any_layout_is_that_of_dense_rows(layout):
 
 def test_without_a_guard_the_strided_heads_are_a_fault(monkeypatch):
     heads = LAYOUTS["heads of a packed projection"]()
-    monkeypatch.setenv("FIXPASS_GUARDS", "off")
-    norm = guard(aiter_rms_norm, "aiter::rmsnorm2d_fwd")
+    monkeypatch.setenv("FIXPASS_EAGER_KERNELS", "off")
+    norm = wrap(aiter_rms_norm, "aiter::rmsnorm2d_fwd")
     assert norm is aiter_rms_norm
     with pytest.raises(LayoutFault):
         norm(heads, WEIGHT, EPS)
@@ -81,7 +81,7 @@ def test_a_fused_add_takes_x_and_residual_each_in_its_own_layout(first, second):
     aiter_add(want, rows(x), rows(residual), want_total, WEIGHT, EPS)
     if x.stride(0) == 0:
         out, total = torch.empty(x.shape).bfloat16(), torch.empty(x.shape).bfloat16()
-    guard(aiter_add, "aiter::rmsnorm2d_fwd_with_add")(out, x, residual, total, WEIGHT, EPS)
+    wrap(aiter_add, "aiter::rmsnorm2d_fwd_with_add")(out, x, residual, total, WEIGHT, EPS)
     assert torch.equal(rows(out), want)
     assert torch.equal(rows(total), want_total)
 
@@ -91,7 +91,7 @@ def test_a_fused_add_in_place_writes_where_it_read(layout):
     x, residual = LAYOUTS[layout](), LAYOUTS[layout]().clone(memory_format=torch.preserve_format)
     want, want_total = rows(x).clone(), rows(residual).clone()
     vllm_fused_add(want, want_total, WEIGHT, EPS)
-    guard(vllm_fused_add, "_C::fused_add_rms_norm")(x, residual, WEIGHT, EPS)
+    wrap(vllm_fused_add, "_C::fused_add_rms_norm")(x, residual, WEIGHT, EPS)
     assert torch.equal(rows(x), want)
     assert torch.equal(rows(residual), want_total)
 
@@ -101,7 +101,7 @@ def test_a_result_that_is_given_has_a_layout_of_its_own(layout):
     x, result = LAYOUTS[layout](), torch.empty(128, 6).bfloat16().t()
     want = torch.empty(6, 128).bfloat16()
     vllm_rms_norm(want, rows(x), WEIGHT, EPS)
-    guard(vllm_rms_norm, "_C::rms_norm")(result, x, WEIGHT, EPS)
+    wrap(vllm_rms_norm, "_C::rms_norm")(result, x, WEIGHT, EPS)
     assert torch.equal(result, want)
 
 
@@ -110,9 +110,9 @@ def test_no_rows_do_not_reach_the_kernel(shape):
     x, weight = torch.empty(shape).bfloat16(), torch.empty(shape[-1]).bfloat16()
     with pytest.raises(LayoutFault):
         aiter_rms_norm(x.reshape(0, shape[-1] or 1), weight, EPS)
-    assert guard(aiter_rms_norm, "aiter::rmsnorm2d_fwd")(x, weight, EPS).shape == shape
+    assert wrap(aiter_rms_norm, "aiter::rmsnorm2d_fwd")(x, weight, EPS).shape == shape
     out, total = torch.empty_like(x), torch.empty_like(x)
-    guard(aiter_add, "aiter::rmsnorm2d_fwd_with_add")(out, x, x, total, weight, EPS)
+    wrap(aiter_add, "aiter::rmsnorm2d_fwd_with_add")(out, x, x, total, weight, EPS)
 
 
 def test_a_residual_of_another_rank_is_added_row_by_row():
@@ -120,7 +120,7 @@ def test_a_residual_of_another_rank_is_added_row_by_row():
     out, total = torch.empty_like(x), torch.empty_like(x)
     with pytest.raises(LayoutFault):
         aiter_add(out, x, residual, total, WEIGHT, EPS)
-    guard(aiter_add, "aiter::rmsnorm2d_fwd_with_add")(out, x, residual, total, WEIGHT, EPS)
+    wrap(aiter_add, "aiter::rmsnorm2d_fwd_with_add")(out, x, residual, total, WEIGHT, EPS)
     assert torch.equal(total, x + residual.view(6, 128))
 
 
@@ -128,14 +128,14 @@ def test_a_residual_with_other_rows_raises_before_a_byte_is_read():
     x, residual = bf16(6, 128), bf16(5, 128)
     out, total = torch.empty_like(x), torch.empty_like(x)
     with pytest.raises(KernelError, match=r"residual \(residual_in\) has the shape \(5, 128\)"):
-        guard(aiter_add, "aiter::rmsnorm2d_fwd_with_add")(out, x, residual, total, WEIGHT, EPS)
+        wrap(aiter_add, "aiter::rmsnorm2d_fwd_with_add")(out, x, residual, total, WEIGHT, EPS)
 
 
 @pytest.mark.parametrize("sensitive", [0, 1])
 def test_a_dtype_that_the_kernel_does_not_take_gets_the_reference(sensitive):
     weight = torch.randn(128)
     x = bf16(2, 3, 128)
-    got = guard(aiter_rms_norm, "aiter::rms_norm")(x, weight, EPS, sensitive)
+    got = wrap(aiter_rms_norm, "aiter::rms_norm")(x, weight, EPS, sensitive)
     h = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS)
     want = h.bfloat16() * weight if sensitive else h * weight
     assert torch.allclose(got.float(), want.bfloat16().float(), rtol=1e-2)
@@ -143,7 +143,7 @@ def test_a_dtype_that_the_kernel_does_not_take_gets_the_reference(sensitive):
 
 @pytest.mark.parametrize("bias", [None, bf16(128, seed=3)])
 def test_a_layer_norm_without_a_bias_gets_the_reference(bias):
-    norm = guard(aiter_layer_norm, "aiter::layernorm2d_fwd")
+    norm = wrap(aiter_layer_norm, "aiter::layernorm2d_fwd")
     x = LAYOUTS["heads before tokens"]()
     # The same layouts with and without a bias are two plans.
     norm(x, WEIGHT, bf16(128), EPS)
@@ -157,7 +157,7 @@ def test_a_layer_norm_without_a_bias_gets_the_reference(bias):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_operands_may_come_by_name(layout):
     x = LAYOUTS[layout]()
-    norm = guard(aiter_by_name, "aiter::rmsnorm2d_fwd")
+    norm = wrap(aiter_by_name, "aiter::rmsnorm2d_fwd")
     got = norm(x, epsilon=EPS, weight=WEIGHT)
     assert torch.equal(got, norm(weight=WEIGHT, input=x, epsilon=EPS))
     assert torch.equal(rows(got), aiter_rms_norm(rows(x), WEIGHT, EPS))
@@ -173,7 +173,7 @@ def newer_aiter(input, weight, epsilon, gemma_norm=False):
 
 
 def test_a_flag_of_a_newer_version_is_read_from_its_signature_and_never_guessed():
-    norm = guard(newer_aiter, "aiter::rmsnorm2d_fwd")
+    norm = wrap(newer_aiter, "aiter::rmsnorm2d_fwd")
     x, weight = bf16(2, 3, 128), torch.randn(128)
     assert norm(x, weight, EPS, False).shape == x.shape
     with pytest.raises(KernelError, match="the reference does not know gemma_norm"):
@@ -183,13 +183,13 @@ def test_a_flag_of_a_newer_version_is_read_from_its_signature_and_never_guessed(
 
 
 def test_a_call_with_an_operand_missing_is_the_kernels_to_refuse():
-    norm = guard(aiter_by_name, "aiter::rmsnorm2d_fwd")
+    norm = wrap(aiter_by_name, "aiter::rmsnorm2d_fwd")
     with pytest.raises(TypeError, match="missing 2 required positional arguments"):
         norm(bf16(6, 128))
 
 
 def test_offsets_count_where_a_contract_asks_for_them():
-    norm = guard(vllm_rms_norm, "_C::rms_norm")
+    norm = wrap(vllm_rms_norm, "_C::rms_norm")
     flat = bf16(6 * 128 + 16)
     calls = []
 
@@ -197,14 +197,14 @@ def test_offsets_count_where_a_contract_asks_for_them():
         calls.append(x.data_ptr() % 16)
         vllm_rms_norm(result, x, weight, eps)
 
-    norm = guard(seen, "_C::rms_norm")
+    norm = wrap(seen, "_C::rms_norm")
     for offset in (0, 1, 8, 3):
         norm(torch.empty(6, 128).bfloat16(), flat[offset : offset + 768].view(6, 128), WEIGHT, EPS)
     assert calls == [0, 0, 0, 0]
 
 
 def test_dynamo_sees_the_kernel_and_not_the_guard():
-    norm = guard(torch.nn.functional.silu, "aiter::rmsnorm2d_fwd")
+    norm = wrap(torch.nn.functional.silu, "aiter::rmsnorm2d_fwd")
     graphs = []
 
     def backend(gm, inputs):
@@ -220,21 +220,22 @@ def test_dynamo_sees_the_kernel_and_not_the_guard():
 
 
 def test_every_guard_has_a_contract_and_a_meaning():
-    for row in GUARDED:
-        (norm,) = [norm for norm in OPAQUE_NORMS if norm.name == row.op]
-        assert any(c.kernel == row.kernel and c.op == norm.op for c in CONTRACTS)
-        names = (norm.x, norm.eps, norm.weight, norm.residual, norm.bias, norm.out, norm.total)
-        assert {name for name in names if name} <= set(row.arguments)
+    assert WRAPPED
+    for row in WRAPPED:
+        assert rows_of(row.kernel, row.op)
+        assert set(row.roles.values()) <= set(row.arguments)
 
 
 def test_an_unknown_kernel_raises_and_lists_the_known_ones():
-    with pytest.raises(KernelError, match=r"no guard for 'aiter::norm'; .*aiter::rms_norm"):
-        guard(aiter_rms_norm, "aiter::norm")
+    with pytest.raises(
+        KernelError, match=r"no eager kernel 'aiter::norm' is known; .*aiter::rms_norm"
+    ):
+        wrap(aiter_rms_norm, "aiter::norm")
 
 
 def test_guards_are_an_option_of_their_own():
-    assert Config.resolve({}, {"FIXPASS_GUARDS": "off"}).guards is False
-    assert Config.resolve({}, {}).guards is True
+    assert Config.resolve({}, {"FIXPASS_EAGER_KERNELS": "off"}).eager_kernels is False
+    assert Config.resolve({}, {}).eager_kernels is True
 
 
 def random_rows(rng, rows, hidden, written):
@@ -264,8 +265,8 @@ def random_rows(rng, rows, hidden, written):
 def test_random_operands_of_fused_adds_come_out_right(seed):
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    apart = guard(aiter_add, "aiter::rmsnorm2d_fwd_with_add")
-    in_place = guard(vllm_fused_add, "_C::fused_add_rms_norm")
+    apart = wrap(aiter_add, "aiter::rmsnorm2d_fwd_with_add")
+    in_place = wrap(vllm_fused_add, "_C::fused_add_rms_norm")
     for _ in range(100):
         # Odd rows are nothing that aiter's kernels take.
         count, hidden = rng.choice([6, 6, 1, 0]), rng.choice([16, 32, 7])
@@ -284,3 +285,10 @@ def test_random_operands_of_fused_adds_come_out_right(seed):
         assert torch.equal(residual.reshape(count, hidden), summed)
         want = scaled(summed, weight, EPS, rounds_before=True)
         assert torch.equal(x.reshape(count, hidden), want)
+
+
+def test_the_old_name_of_the_module_still_works_and_names_the_new_one():
+    sys.modules.pop("fixpass.guards", None)
+    with pytest.warns(DeprecationWarning, match="fixpass.guards is now fixpass.eager_kernels"):
+        from fixpass.guards import guard
+    assert guard is wrap

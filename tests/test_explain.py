@@ -1,15 +1,11 @@
 """`fixpass.explain` and the command line: what would happen, on this device and on absent ones."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import nn
 
 import fixpass
-from fixpass.__main__ import load_function, main
 from fixpass.runtime.errors import ConfigError
 from fixpass.testing import bf16, f32
 
@@ -110,42 +106,32 @@ def test_graph_breaks_are_reported_one_after_the_other():
     assert len(report.of_pass("canonicalize-norms")) == 2
 
 
-def build():
-    return Attention(), (bf16(5, 32),)
+class Eval(nn.Module):
+    """A norm in front of a weight that trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.out = nn.RMSNorm(16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.out(self.norm(x))
 
 
-def test_the_command_line_explains_a_function_of_a_file(capsys):
-    assert main(["explain", f"{__file__}:build", "--target", "cuda:sm_90"]) == 0
-    assert "strided_rms_norm reads bf16[5, 4, 16][192, 16, 1]" in capsys.readouterr().out
-    assert main(["explain", f"{__file__}:build", "--json"]) == 0
-    assert '"pass_name": "canonicalize-norms"' in capsys.readouterr().out
+def missed_for_training(model, x):
+    report = fixpass.explain(model, x, target="rocm:gfx942")
+    return [remark for remark in report.of_kind("missed") if "backward" in remark.text]
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("nothing", "say FILE.py:FUNCTION or MODULE:FUNCTION"),
-        ("nowhere.py:build", "there is no file nowhere.py"),
-        (f"{__file__}:nothing", "has no function 'nothing'"),
-    ],
-)
-def test_a_model_that_cannot_be_found_is_said_on_one_line(name, message, capsys):
-    with pytest.raises(ConfigError, match=message):
-        load_function(name)
-    assert main(["explain", name]) == 2
-    assert message in capsys.readouterr().err
+def test_a_module_in_eval_mode_is_traced_without_gradients():
+    model, x = Eval().eval(), f32(4, 16)
+    assert not missed_for_training(model, x)
+    assert not missed_for_training(model.forward, x)
+    assert not missed_for_training(nn.Sequential(model).eval(), x)
+    assert torch.is_grad_enabled()
 
 
-def test_passes_kernels_and_doctor_list_what_there_is(capsys):
-    for command, expected in (
-        ("passes", "insert-relayout"),
-        ("kernels", "aiter_rms_norm computes rms_norm"),
-        ("doctor", f"torch {torch.__version__}"),
-    ):
-        assert main([command]) == 0
-        assert expected in capsys.readouterr().out
-
-
-def test_the_module_runs_as_a_program():
-    run = [sys.executable, "-P", "-m", "fixpass", "passes"]
-    assert "lower-norms" in subprocess.run(run, capture_output=True, text=True, check=True).stdout
+def test_a_step_of_training_is_traced_with_gradients():
+    model, x = Eval(), f32(4, 16)
+    assert missed_for_training(model, x)
+    assert missed_for_training(model.eval(), x.requires_grad_())
+    assert missed_for_training(lambda x: model(x), x)

@@ -13,12 +13,7 @@ from fixpass.passes.canonicalize_norms import CanonicalizeNorms
 from fixpass.runtime.errors import PassError
 from fixpass.testing import assert_same, bf16, f32, trace
 from helpers import standins
-
-OPTIONS = {"lower": "eager", "verify": True, "strict": True}
-
-
-def compiled(fn, dynamic=None, **options):
-    return torch.compile(fn, backend="fixpass", dynamic=dynamic, options={**OPTIONS, **options})
+from helpers.compiling import EAGER, compiled
 
 
 def scaled_by_columns(x):
@@ -146,7 +141,7 @@ def test_float8_is_not_peeled_off_as_an_upcast():
 
 
 def test_nodes_that_had_no_recorded_value_are_not_blamed_on_a_pass():
-    report = explain(lambda x: F.rms_norm(x, (8,)) * 2, f32(4, 8).to("meta"), options=OPTIONS)
+    report = explain(lambda x: F.rms_norm(x, (8,)) * 2, f32(4, 8).to("meta"), options=EAGER)
     assert not report.of_kind("failed")
 
 

@@ -1,9 +1,6 @@
 """Folded graphs around their calls: in another process with a warm cache, and beside an update."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -12,6 +9,7 @@ from torch import nn
 
 from fixpass import weights
 from fixpass.runtime.errors import UpdateError
+from helpers.processes import run_python
 from helpers.weight_updates import compiled
 
 SCRIPT = """
@@ -51,16 +49,7 @@ def test_a_second_process_with_other_weights_folds_its_own_on_a_warm_cache(tmp_p
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "FIXPASS_VERIFY": "0"}
 
     def run(value):
-        done = subprocess.run(
-            [sys.executable, "-P", str(script), value],
-            env=os.environ | cache,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        return json.loads(run_python("-P", script, value, cwd=tmp_path, **cache))
 
     assert run("1") == [128.0, 256.0, 0, 1]
     assert run("3") == [384.0, 768.0, 1, 1]

@@ -102,7 +102,7 @@ def check(seed, fold):
     program = Program(seed)
     twin = copy.deepcopy(program)
     # Deepcopy keeps what is one tensor one tensor; steps hold no state.
-    run = compiled(program) if fold == "derived" else compiled(program, fold=fold)
+    run = compiled(program) if fold == "cache" else compiled(program, fold_weights=fold)
     updates = {**COUNTED, **UNCOUNTED}
     names = [name for name in updates if "optimizer" not in name and "swap" not in name]
     chance = random.Random(seed)
@@ -124,14 +124,14 @@ def check(seed, fold):
             torch.testing.assert_close(dict(program.state_dict()), dict(twin.state_dict()))
 
 
-@pytest.mark.parametrize("fold", ["derived", "inplace"])
+@pytest.mark.parametrize("fold", ["cache", "restride"])
 @pytest.mark.parametrize("seed", range(8))
 def test_a_random_program_gives_what_eager_gives(seed, fold):
     check(seed, fold)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("fold", ["derived", "inplace"])
+@pytest.mark.parametrize("fold", ["cache", "restride"])
 @pytest.mark.parametrize("block", range(10))
 def test_many_random_programs_give_what_eager_gives(block, fold):
     for seed in range(1000 + 40 * block, 1040 + 40 * block):

@@ -1,4 +1,4 @@
-"""Folded models at work: every update is seen at the next call, and nothing compiles again."""
+"""LayoutRecord models at work: every update is seen at the next call, and nothing compiles again."""
 
 import gc
 import threading
@@ -160,12 +160,12 @@ def test_the_parameters_and_the_state_dict_are_untouched():
     torch.testing.assert_close(dict(module.state_dict()), values, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("fold", ["derived", "inplace"])
+@pytest.mark.parametrize("fold", ["cache", "restride"])
 @pytest.mark.parametrize("mode", ["buffered", "undo_log", "double_buffer"])
 def test_updates_in_every_mode_are_seen_and_compile_nothing_again(mode, fold):
     module, x = Folds(), f32(3, 64)
     with torch.no_grad():
-        run = compiled(module, fold=fold)
+        run = compiled(module, fold_weights=fold)
         same(run, module, x)
         compiles = counters["stats"]["unique_graphs"]
         for _ in range(3):

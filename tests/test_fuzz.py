@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from fixpass import explain
-from fixpass.runtime.providers import PROVIDERS
+from fixpass.lowering.contract_table import KERNELS
 from fixpass.testing import assert_same
 from helpers import standins
+from helpers.compiling import EAGER
 from helpers.fuzz_modules import Input, Program, RandomModule, Step, new_input
 from helpers.fuzz_norms import Form
 from helpers.fuzz_strategies import DTYPES, draw_form, draw_input, draw_view, pick, programs
@@ -26,11 +27,15 @@ from helpers.fuzz_strategies import DTYPES, draw_form, draw_input, draw_view, pi
 # order: some units in the last place of float32, and one or two of a half dtype, where such a
 # difference crosses a rounding boundary and later steps carry it on.
 # Where everything cancels, as in the layer norm of rows of one element, float32's noise is left.
-EAGER = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+ERROR_SHARE = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.6e-2,
+}
 # The kernels that stand-ins compute here; our own need a GPU.
-FOREIGN = sorted(name for name, provider in PROVIDERS.items() if provider.needs)
+FOREIGN = sorted({row.name for row in KERNELS if "::" in row.needs})
 FULL = os.environ.get("FIXPASS_TEST_FULL", "0") == "1"
-OPTIONS = {"lower": "eager", "verify": True, "strict": True}
 
 
 def examples(count: int, full: int):
@@ -63,7 +68,7 @@ def coarsest(program: Program) -> torch.dtype:
         forms = [arg for arg in step.args if isinstance(arg, Form)]
         dtypes |= {arg for arg in step.args if isinstance(arg, torch.dtype)}
         dtypes |= {d for form in forms for d in (form.upcast, form.weight) if d is not None}
-    return max(dtypes, key=EAGER.__getitem__)
+    return max(dtypes, key=ERROR_SHARE.__getitem__)
 
 
 def check(program: Program, **options):
@@ -74,10 +79,15 @@ def check(program: Program, **options):
         module,
         backend="fixpass",
         dynamic=program.dynamic == "all" or None,
-        options={**OPTIONS, **options},
+        options=EAGER | options,
     )
     gradients = program.training and any(t.requires_grad for t in (*inputs, *module.parameters()))
-    rule = {"gradients": gradients, "rtol": EAGER[coarsest(program)], "atol": 1e-6, "scaled": True}
+    rule = {
+        "gradients": gradients,
+        "rtol": ERROR_SHARE[coarsest(program)],
+        "atol": 1e-6,
+        "scaled": True,
+    }
     assert_same(compiled, module, *inputs, **rule)
     if program.dynamic and fits(program, module):
         assert_same(compiled, module, *inputs_of(program, 2), **rule)
@@ -130,7 +140,7 @@ def test_every_norm_is_found_or_missed_with_a_reason(program):
     module, inputs = RandomModule(program), inputs_of(program)
     form = program.steps[-1].args[0]
     with torch.no_grad():
-        report = explain(module, *inputs, options=OPTIONS)
+        report = explain(module, *inputs, options=EAGER)
     found = report.of_pass("select-norm-kernel")
     missed = [
         remark.text for remark in report.of_pass("canonicalize-norms") if remark.kind == "missed"
@@ -152,7 +162,7 @@ def test_a_norm_rounds_where_eager_rounds(program):
     module, inputs = RandomModule(program), inputs_of(program)
     with torch.no_grad():
         (expected,) = module(*inputs)
-        (got,) = torch.compile(module, backend="fixpass", options=OPTIONS)(*inputs)
+        (got,) = torch.compile(module, backend="fixpass", options=EAGER)(*inputs)
     # A rounding step in another place would change every other element or so.
     dtype = program.inputs[0].dtype
     assert (got.to(dtype) != expected.to(dtype)).sum() <= max(1, got.numel() // 20)
@@ -202,7 +212,7 @@ def check_through_inductor(program: Program):
     ours = {"verify": True, "strict": True}
     fixpass = torch.compile(module, backend="fixpass", dynamic=dynamic, options=ours)
     gradients = program.training and any(t.requires_grad for t in (*inputs, *module.parameters()))
-    rtol = EAGER[coarsest(program)]
+    rtol = ERROR_SHARE[coarsest(program)]
     assert_same(
         fixpass, module, *inputs, gradients=gradients, rtol=4 * rtol, atol=1e-5, scaled=True
     )

@@ -4,11 +4,11 @@ The source is read, not run, so an import inside a function or under TYPE_CHECKI
 """
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from helpers.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("runtime", "lowering", "passes", "fixpass")  # each imports itself and those before it
@@ -68,4 +68,4 @@ def test_a_planted_import_is_found(path, source):
 
 def test_the_contract_table_loads_without_triton():
     blocked = "import sys; sys.modules['triton'] = None; import fixpass.lowering.contract_table"
-    subprocess.run([sys.executable, "-P", "-W", "ignore", "-c", blocked], check=True, timeout=120)
+    run_python("-P", "-c", blocked)

@@ -16,12 +16,12 @@ import fixpass
 from fixpass import Report
 from fixpass.testing import assert_same
 from helpers import models
+from helpers.compiling import EAGER
 
 pytest.importorskip("transformers")
 # transformers says once for each kernel library it lacks that it falls back to PyTorch.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
-EAGER = {"lower": "eager", "verify": True, "strict": True}
 # As parts of the largest element: a few steps of float32, two of bfloat16.
 TIGHT = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 STEPS = ("prefill", "decode")

@@ -8,22 +8,10 @@ import torch
 from torch import nn
 
 from fixpass.testing import assert_same, bf16, f32
+from helpers.compiling import compiled
+from helpers.spellings import llama
 
-OPTIONS = {"lower": "eager", "verify": True, "strict": True}
 INDUCTOR = {"verify": True, "strict": True}
-
-
-def llama(x, weight):
-    h = x.to(torch.float32)
-    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
-    return weight * h.to(x.dtype)
-
-
-def compiled(fn, dynamic=None, fullgraph=True, **options):
-    options = {**OPTIONS, **options}
-    return torch.compile(
-        fn, backend="fixpass", dynamic=dynamic, fullgraph=fullgraph, options=options
-    )
 
 
 # Mutation and aliasing

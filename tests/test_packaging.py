@@ -7,7 +7,6 @@ import ast
 import os
 import re
 import subprocess
-import sys
 import tomllib
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -19,6 +18,7 @@ from packaging.utils import canonicalize_name
 from setuptools import find_packages
 
 import fixpass
+from helpers.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -61,15 +61,7 @@ def test_a_checkout_is_imported_whole(tmp_path):
         named = {n: m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "fixpass"}
         print(len(named), sorted(n for n, f in named.items() if not f.startswith(sys.argv[1])))
     """
-    found = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
-    ).stdout
-    count, others = found.split(maxsplit=1)
+    count, others = run_python("-c", code, tmp_path, cwd=tmp_path).split(maxsplit=1)
     assert int(count) > 50
     assert others.strip() == "[]"
 

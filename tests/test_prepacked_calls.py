@@ -14,7 +14,8 @@ from fixpass.runtime.weights import prepack
 from fixpass.runtime.weights import weight_cache as derived
 from fixpass.runtime.weights.prepack import packable_dtypes
 from fixpass.testing import f32
-from helpers.prepacking import Joined, compiled, same
+from helpers.compiling import compiled_anew as compiled
+from helpers.prepacking import Joined, same
 from helpers.weight_updates import COUNTED, UNCOUNTED, Folds
 
 pytestmark = pytest.mark.skipif(

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from fixpass.integrations import sglang as serving
-from fixpass.integrations import sglang_diffusion as diffusion
-from fixpass.integrations import sglang_hooks
-from fixpass.integrations.sglang_hooks import Hook, is_in_place
+from fixpass.integrations.sglang import diffusion as diffusion
+from fixpass.integrations.sglang import hooks as sglang_hooks
+from fixpass.integrations.sglang import serving as serving
+from fixpass.integrations.sglang.hooks import Hook, is_in_place
 from helpers import sglang_standin
 from helpers.standins import LayoutFault, aiter_rms_norm
 
@@ -68,7 +68,7 @@ def test_without_the_switch_nothing_is_hooked(engine, monkeypatch):
 
 
 def test_guards_can_be_left_out_alone(engine, monkeypatch):
-    monkeypatch.setenv("FIXPASS_GUARDS", "off")
+    monkeypatch.setenv("FIXPASS_EAGER_KERNELS", "off")
     targets = start(engine)._patched
     assert targets == {
         f"{LOADER}.device_loading_context",

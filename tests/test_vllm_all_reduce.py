@@ -44,7 +44,7 @@ def step_of_group_3():
     from vllm.distributed import parallel_state
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
-    from fixpass.integrations.vllm_collectives import FunctionalizeShmAllReduce
+    from fixpass.integrations.vllm.shm_all_reduce import FunctionalizeShmAllReduce
 
     library = torch.library.Library("_C", "FRAGMENT")
     library.define("shm_allreduce(int handle, Tensor(a!) data) -> ()")

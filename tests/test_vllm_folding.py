@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from fixpass import last_reports, weights
-from fixpass.integrations import vllm as plugin
+from fixpass.integrations.vllm import engine_config as plugin
 from helpers.folding import aiter
 
 RELOAD = "vllm.model_executor.model_loader.reload"
@@ -66,7 +66,7 @@ def test_weights_are_folded_in_the_mode_that_traces_once(switched_on):
     ("environ", "mode", "found"),
     [
         ({}, "DYNAMO_TRACE_ONCE", "FoldingBackend"),
-        ({"FIXPASS_FOLD": "off"}, "DYNAMO_TRACE_ONCE", "str"),
+        ({"FIXPASS_FOLD_WEIGHTS": "off"}, "DYNAMO_TRACE_ONCE", "str"),
         ({"FIXPASS": "0"}, "DYNAMO_TRACE_ONCE", "str"),
     ],
 )

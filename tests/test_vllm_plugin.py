@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 import pytest
 from torch import fx
 
-from fixpass.integrations import vllm as plugin
+from fixpass.integrations.vllm import engine_config as plugin
 from fixpass.runtime.errors import ConfigError
 from helpers import vllm_standin
 
@@ -253,7 +253,7 @@ def test_the_switch_costs_no_import_of_our_passes_while_it_is_off(engine):
 
     plugin.register()
     configured(engine)
-    assert "fixpass.integrations.vllm_passes" not in sys.modules
+    assert "fixpass.integrations.vllm.inductor_stages" not in sys.modules
 
 
 def test_without_the_pass_behind_it_no_all_reduce_is_taken_from_vllm(engine):

@@ -43,10 +43,7 @@ def compile(
 
     Config.resolve(options)
     if not isinstance(model, PreTrainedModel):
-        raise ConfigError(
-            f"{type(model).__name__} is no transformers model: compile it with "
-            'torch.compile(model, backend="fixpass")'
-        )
+        raise ConfigError(f"{type(model).__name__} is no transformers model: {_way_out(model)}")
     if not _is_supported(version("transformers")):
         return model
     model.compile(
@@ -60,6 +57,18 @@ def compile(
     instance: Any = model
     instance.get_compiled_call = partial(_compiled_call, model, dict(options))
     return model
+
+
+def _way_out(model: Any) -> str:
+    """The call that compiles `model`, or the transformers model inside it, as PEFT has one."""
+    from transformers import PreTrainedModel
+
+    name = type(model).__name__
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    inside = (path for path, module in modules if isinstance(module, PreTrainedModel))
+    if path := next(inside, None):
+        return f"compile the one inside it with compile(model.{path}), and call {name} as before"
+    return 'compile it with torch.compile(model, backend="fixpass")'
 
 
 def _is_supported(found: str) -> bool:

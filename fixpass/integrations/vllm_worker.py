@@ -1,32 +1,13 @@
-"""What one can ask the workers of a vLLM engine: `worker_extension_cls`, then `collective_rpc`.
+"""The former place of `fixpass.integrations.vllm.worker`, for engines that name it."""
 
-llm = LLM(..., worker_extension_cls="fixpass.integrations.vllm_worker.Reports")
-print(*llm.collective_rpc("fixpass_reports"))
-llm.collective_rpc("fixpass_fold", args=({"model.layers.0.mlp.down_proj.weight": "aiter_16x16"},))
-"""
+import warnings
 
-from collections.abc import Mapping
-from typing import Any
+from fixpass.integrations.vllm.worker import Reports
 
-from fixpass.backend import last_reports
-from fixpass.integrations.vllm_reload import hook_reload
-from fixpass.runtime.weights.module_hooks import set_layouts
+__all__ = ["Reports"]
 
-
-class Reports:
-    """Mixed into vLLM's worker class."""
-
-    model_runner: Any
-
-    def fixpass_reports(self) -> str:
-        """The reports of the graphs that this worker compiled, as text; empty from a warm cache."""
-        return "\n".join(map(str, last_reports()))
-
-    def fixpass_fold(self, layouts: Mapping[str, str]) -> None:
-        """Fold parameters of this worker's model, by the names that they have in vLLM.
-
-        The kernels that read them must want the layouts. Reloads go on in vLLM's own layout.
-        Raises LayoutError for a name that is not there, and where a layout does not fit.
-        """
-        hook_reload()
-        set_layouts(self.model_runner.get_model(), layouts)
+warnings.warn(
+    "fixpass.integrations.vllm_worker is deprecated: name fixpass.integrations.vllm.worker.Reports",
+    DeprecationWarning,
+    stacklevel=2,
+)

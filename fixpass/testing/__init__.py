@@ -1,4 +1,4 @@
-"""For authors of passes and models: trace a graph, print it, compare what compiled code gives.
+"""For authors of passes and models: trace a graph, print it, compare compiled code with eager.
 
 `trace` gives the functional ATen graph that the passes see, `text` prints it for an inline
 snapshot, and `assert_same` compares values, dtypes, strides and gradients of two functions.

@@ -20,15 +20,25 @@ def assert_same(
     scaled: bool = False,
     **kwargs: Any,
 ) -> None:
-    """Call both on the same inputs and compare all that they return and what they wrote into.
+    """Call two functions on copies of the same inputs, and compare their outputs and their inputs.
 
-    gradients: also compare those of the inputs and parameters, for a fixed random cotangent.
-    strides: also compare the strides of the outputs, except where a size is 1.
-    rtol, atol: as for torch.testing.assert_close, whose defaults by dtype hold when left out.
-    scaled: take rtol of the largest element of each tensor, not of each element: an element that
-    is small because large ones cancelled has their rounding error. It needs rtol; atol may be
-    left out.
-    Raises AssertionError that names the output or the input.
+    Args:
+        actual: the function to test, for example a compiled model.
+        expected: the function that gives the right results, for example the model itself.
+        args: arguments for both.
+        gradients: compare the gradients of inputs and parameters too, for a fixed random cotangent.
+        strides: compare the strides of outputs too, except those of dimensions of size 1.
+        rtol: relative tolerance, as for torch.testing.assert_close. None is its default by dtype.
+        atol: absolute tolerance, in the same way.
+        scaled: multiply `rtol` with the largest element of a tensor, not with each element. A small
+            element that is left where large ones cancel has the rounding error of the large ones.
+        kwargs: keyword arguments for both.
+
+    Raises:
+        AssertionError: a value, dtype, stride or gradient differs. The error names the tensor.
+
+    Example:
+        >>> assert_same(fixpass.compile(model), model, x, gradients=True)
     """
     got = _run(actual, args, kwargs, gradients)
     want = _run(expected, args, kwargs, gradients)
@@ -85,10 +95,10 @@ def _cotangent(t: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _fresh(args: Any, kwargs: Any) -> Any:
-    """The arguments with every tensor copied, so that runs do not meet.
+    """The arguments with every tensor copied, so that one run does not see writes of the other.
 
-    Copies have the same values, strides, offsets and marks, are leaves, and share storage where
-    the tensors did; one tensor given twice stays one tensor.
+    A copy is a leaf with the values, strides, offset and dynamic marks of its tensor. Copies share
+    storage where their tensors do, and a tensor that is given twice has one copy.
     """
     storages: dict[Any, Tensor] = {}
     copies: dict[int, Tensor] = {}

@@ -10,10 +10,9 @@ from torch import fx
 
 from fixpass.aot_eager import compile_graphs, copy_graph
 from fixpass.config import Config
-from fixpass.dynamo_stage import enter
+from fixpass.dynamo_stage import run_entry_passes, specialize_eps
 from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.passes.printer import format_graph
-from fixpass.specialize import specialize_eps
 
 
 def trace(
@@ -25,15 +24,22 @@ def trace(
 ) -> fx.GraphModule:
     """The functional ATen graph of `fn_or_module(*args, **kwargs)`, before any pass on it.
 
-    dynamic: as for torch.compile. training: trace the forward graph of a training step instead of
-    inference. The model must be one graph. Inputs are named after parameters and arguments.
+    Args:
+        fn_or_module: a function or a module that Dynamo traces as one graph.
+        args: its arguments.
+        dynamic: as for torch.compile.
+        training: trace the forward graph of a training step, with gradients.
+        kwargs: its keyword arguments.
+
+    Returns:
+        The graph. Its inputs have the names of parameters and arguments.
     """
     found: list[fx.GraphModule] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         specialize_eps(gm.graph)
-        # One graph on every machine: what is packed depends on the CPU.
-        entry = enter(gm, example_inputs, Config(disable=(PrepackLinears.name,)))
+        # Packing depends on the CPU, and the graph should be the same on every machine.
+        entry = run_entry_passes(gm, example_inputs, Config(disable=(PrepackLinears.name,)))
         names = [_short(node.name) for node in entry.gm.graph.find_nodes(op="placeholder")]
 
         def keep(graph: fx.Graph, stage: str) -> None:
@@ -41,7 +47,7 @@ def trace(
                 _rename_inputs(graph, names)
                 found.append(fx.GraphModule(graph.owning_module or {}, copy_graph(graph)))
 
-        return entry.bind(compile_graphs(entry.gm, entry.inputs, keep))
+        return entry.bind_inputs(compile_graphs(entry.gm, entry.inputs, keep))
 
     torch._dynamo.reset()
     with contextlib.nullcontext() if training else torch.no_grad():
@@ -57,7 +63,7 @@ def text(graph: fx.Graph) -> str:
 
 
 def _rename_inputs(graph: fx.Graph, names: Sequence[str]) -> None:
-    """Give the inputs their names in the model, where there is one for each."""
+    """Give the inputs their names in the model if there are as many names as inputs."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     if len(inputs) != len(names):
         return

@@ -1,14 +1,13 @@
 """Norm ops of engines and kernel libraries become `fixpass::` ops, where they are registered.
 
-`OPAQUE_NORMS` says for each op what its arguments mean and where it rounds. Functional ops are
-rewritten in the ATen graph. Ops that write into an argument are rewritten in Dynamo's graph,
-before functionalisation hides them: see `fixpass.passes.functionalize_norms`.
+Functional ops are rewritten in the ATen graph. Ops that write into an argument are rewritten in
+Dynamo's graph, before functionalisation hides them: see `fixpass.passes.functionalize_norms`. The
+table of such ops is `fixpass.runtime.opaque_norms`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from operator import getitem
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import fx
@@ -16,101 +15,7 @@ from torch import fx
 from fixpass.lowering.layout import Layout
 from fixpass.passes.canonicalize_norms.norm import Norm, build_norm, out_steps
 from fixpass.passes.rewrite import Match, Missed, Rewrite, val_of
-from fixpass.runtime.providers import op_exists, overload_of
-
-
-@dataclass(frozen=True)
-class OpaqueNorm:
-    """One foreign op: the norm that it computes and the names of its schema's arguments.
-
-    rounds: whether the normalised value is rounded to x's dtype before or after the weight.
-    out, total: the arguments that it writes the norm and the sum to; None when it returns them.
-    unless: an argument that must keep its default, because another value means another norm.
-    """
-
-    name: str
-    op: Literal["rms_norm", "layer_norm", "add_rms_norm"]
-    x: str
-    eps: str
-    rounds: Literal["before", "after"]
-    residual: str | None = None
-    weight: str = "weight"
-    bias: str | None = None
-    weight_offset: float = 0.0
-    out: str | None = None
-    total: str | None = None
-    unless: str | None = None
-
-    @property
-    def overload(self) -> torch._ops.OpOverload:
-        return overload_of(self.name)
-
-
-def _in_place(
-    name: str, x: str, eps: str, rounds: Literal["before", "after"], **more: Any
-) -> OpaqueNorm:
-    return OpaqueNorm(
-        name, "add_rms_norm", x, eps, rounds, residual="residual", out=x, total="residual", **more
-    )
-
-
-OPAQUE_NORMS: tuple[OpaqueNorm, ...] = (
-    OpaqueNorm("vllm_ir::rms_norm", "rms_norm", "x", "epsilon", "before", unless="variance_size"),
-    OpaqueNorm(
-        "vllm_ir::fused_add_rms_norm",
-        "add_rms_norm",
-        "x",
-        "epsilon",
-        "before",
-        residual="x_residual",
-        unless="variance_size",
-    ),
-    OpaqueNorm("_C::rms_norm", "rms_norm", "input", "epsilon", "before", out="result"),
-    _in_place("_C::fused_add_rms_norm", "input", "epsilon", "before"),
-    OpaqueNorm("aiter::rms_norm", "rms_norm", "input", "epsilon", "after"),
-    OpaqueNorm("aiter::rmsnorm2d_fwd", "rms_norm", "input", "epsilon", "after"),
-    OpaqueNorm(
-        "aiter::rmsnorm2d_fwd_with_add",
-        "add_rms_norm",
-        "input",
-        "epsilon",
-        "after",
-        residual="residual_in",
-        out="out",
-        total="residual_out",
-    ),
-    OpaqueNorm("aiter::layernorm2d_fwd", "layer_norm", "input", "epsilon", "after", bias="bias"),
-    OpaqueNorm("sgl_kernel::rmsnorm", "rms_norm", "input", "eps", "after", out="output"),
-    _in_place("sgl_kernel::fused_add_rmsnorm", "input", "eps", "after"),
-    OpaqueNorm(
-        "sgl_kernel::gemma_rmsnorm",
-        "rms_norm",
-        "input",
-        "eps",
-        "after",
-        out="output",
-        weight_offset=1.0,
-    ),
-    _in_place("sgl_kernel::gemma_fused_add_rmsnorm", "input", "eps", "after", weight_offset=1.0),
-    OpaqueNorm("flashinfer::rmsnorm", "rms_norm", "input", "eps", "after", out="out"),
-    _in_place("flashinfer::fused_add_rmsnorm", "input", "eps", "after"),
-    OpaqueNorm(
-        "flashinfer::gemma_rmsnorm",
-        "rms_norm",
-        "input",
-        "eps",
-        "after",
-        out="out",
-        weight_offset=1.0,
-    ),
-    _in_place("flashinfer::gemma_fused_add_rmsnorm", "input", "eps", "after", weight_offset=1.0),
-)
-
-
-def registered(*, mutating: bool) -> tuple[OpaqueNorm, ...]:
-    """The rows whose op is registered in this process and does, or does not, write to arguments."""
-    rows = (row for row in OPAQUE_NORMS if op_exists(row.name))
-    return tuple(row for row in rows if row.overload._schema.is_mutable == mutating)
+from fixpass.runtime.opaque_norms import OpaqueNorm, registered
 
 
 def bind(row: OpaqueNorm, node: fx.Node) -> dict[str, Any]:
@@ -138,17 +43,7 @@ def read_opaque(
         call[row.weight],
         call[row.bias] if row.bias else None,
     )
-    steps: dict[str, Any] = {}
-    if _rounds_before(row, call) and x.dtype != torch.float32:
-        steps["norm_dtype"] = x.dtype
-    offset = row.weight_offset or float(bool(call.get("gemma_norm")))
-    if offset:
-        steps |= {"weight_offset": offset, "weight_dtype": torch.float32}
-    return inputs, float(call[row.eps]), steps
-
-
-def _rounds_before(row: OpaqueNorm, call: Mapping[str, Any]) -> bool:
-    return row.rounds == "before" or call.get("use_model_sensitive_rmsnorm", 0) == 1
+    return inputs, float(call[row.eps]), row.steps(x.dtype, call)
 
 
 class OpaqueNormRewrite(Rewrite):

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from fixpass.lowering.contract_table import contract_of
+from fixpass.lowering.contract_table import kernel_of
 from fixpass.lowering.relayout import hint
 from fixpass.lowering.site import OPERANDS, OPS, Site, op_name
 from fixpass.passes.base import Pass, PassResult
@@ -45,10 +45,10 @@ def _read_source(
     name = OPERANDS[op][i]
     copy = node.args[i]
     assert isinstance(copy, fx.Node)
-    contract = contract_of(str(node.kwargs.get("kernel_name", "")), op)
-    if contract is None:
+    kernel = kernel_of(str(node.kwargs.get("kernel_name", "")), op)
+    if kernel is None:
         return node
-    verdict = contract.check(without_copies(Site.of(node), OPERANDS[op], {i: source}))
+    verdict = kernel.check(without_copies(Site.of(node), OPERANDS[op], {i: source}))
     if not verdict:
         result.missed(node, f"{name} stays copied: {verdict}")
         return node

@@ -3,7 +3,7 @@
 They are recomputed when one of those weights changes. The pass runs on Dynamo's graph, which has
 the live parameters, and so also with warm Inductor caches. A folded value becomes an input behind
 Dynamo's own; its metadata holds the `Derived` that gives the value at each call. Views of weights,
-values that need gradients and values that the graph writes stay in the graph. In mode "inplace" a
+values that need gradients and values that the graph writes stay in the graph. In mode "restride" a
 weight is stored in another order where that makes a view of the value.
 """
 
@@ -23,7 +23,7 @@ from fixpass.passes.fold_weights.mutation import unwritten, written_memory
 from fixpass.passes.fold_weights.regions import FoldRegion, build, describe, orders_of, regions_in
 from fixpass.passes.rewrite import find_anchors
 
-Mode = Literal["inplace", "derived", "off"]
+Mode = Literal["cache", "restride", "off"]
 
 _GRAD_MODES = (torch._C._set_grad_enabled,)
 _AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
@@ -35,11 +35,11 @@ class FoldWeights(Pass):
 
     name: ClassVar[str] = "fold-weights"
 
-    mode: Mode = "derived"
+    mode: Mode = "cache"
     may_restride: bool = False
-    """Mode "inplace" may change the strides of weights; where False, it only reports them."""
+    """Mode "restride" may change the strides of weights; where False, it only reports them."""
     explicit: bool = True
-    """The user set the option `fold`. Where False, only weights on CPU are folded."""
+    """The user set the option `fold_weights`. Where False, only weights on CPU are folded."""
     uses_fsdp: bool = False
     """FSDP2 wraps modules of this process: it refills parameters without a version count."""
     least_bytes: int = 256 << 10
@@ -64,7 +64,7 @@ class FoldWeights(Pass):
                 result.missed(region.node, why)
             else:
                 regions.append(region)
-        orders = orders_of(regions, weights, wanted=self.mode == "inplace")
+        orders = orders_of(regions, weights, wanted=self.mode == "restride")
         if self.may_restride:
             stored = PassResult(self.name, fuel=result.fuel)
             store(graph, regions, orders, weights, stored)
@@ -112,6 +112,6 @@ class FoldWeights(Pass):
         if not self.explicit and weight.device.type != "cpu":
             return (
                 f"is on {weight.device.type}, where a write through .data is not seen: "
-                'options={"fold": "derived"} folds it all the same'
+                'options={"fold_weights": "cache"} folds it all the same'
             )
         return ""

@@ -18,17 +18,17 @@ from fixpass.passes.fold_weights.graph_weights import Weight, examples_of
 from fixpass.passes.fold_weights.regions import FoldRegion, Order
 from fixpass.passes.rewrite import Missed
 from fixpass.runtime.errors import WeightError
-from fixpass.runtime.weights.restride import restride
-from fixpass.runtime.weights.shuffle_op import is_folded
-from fixpass.runtime.weights.weight_cache import Derived, Recipe
+from fixpass.runtime.weights.relayout import restride
+from fixpass.runtime.weights.shuffle_op import has_layout
+from fixpass.runtime.weights.weight_cache import CachedWeight, WeightFunction
 
 DERIVED, VALUE = "fixpass_derived", "fixpass_value"
-"""Where in its metadata an input holds the `Derived` that gives it, and the first value of it."""
+"""Where in its metadata an input holds the `CachedWeight` that gives it, and its first value."""
 STORED = "fixpass_stored"
 """Where in its metadata the output names the weights that were stored anew."""
 
 
-def folds_of(graph: fx.Graph) -> tuple[tuple[Derived, Tensor], ...]:
+def folds_of(graph: fx.Graph) -> tuple[tuple[CachedWeight, Tensor], ...]:
     """What gives the inputs that were added to the graph, in their order, and their values now."""
     inputs = graph.find_nodes(op="placeholder")
     return tuple((n.meta[DERIVED], n.meta[VALUE]) for n in inputs if DERIVED in n.meta)
@@ -74,7 +74,7 @@ def derive(
 ) -> None:
     """Compute the value and let an input stand for it; a value that cannot be had is left."""
     positions = [weights[source].position for source in region.sources]
-    derived = Derived(_named(region, subgraph), positions)
+    derived = CachedWeight(_named(region, subgraph), positions)
     examples = examples_of(graph, weights)
     try:
         value = derived.value(examples)
@@ -89,7 +89,7 @@ def derive(
         return
     new = introduce(graph, f"folded_{region.node.name}", region.node.meta, derived, value)
     names = ", ".join(weights[source].name for source in region.sources)
-    if not (region.layout and is_folded(weights[region.sources[0]].tensor, region.layout)):
+    if not (region.layout and has_layout(weights[region.sources[0]].tensor, region.layout)):
         layout = f"{Layout.of(region.val)}, {region.nbytes:,} bytes"
         text = f"{region.steps} of {names} kept as {layout}{aside}"
     else:
@@ -100,7 +100,7 @@ def derive(
 
 
 def introduce(
-    graph: fx.Graph, name: str, meta: Mapping[str, Any], derived: Derived, value: Tensor
+    graph: fx.Graph, name: str, meta: Mapping[str, Any], derived: CachedWeight, value: Tensor
 ) -> fx.Node:
     """A new last input for what `derived` gives, at first `value`; it lends `meta`."""
     with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
@@ -116,16 +116,16 @@ def introduce(
     return new
 
 
-def _named(region: FoldRegion, compute: fx.GraphModule) -> Recipe:
+def _named(region: FoldRegion, compute: fx.GraphModule) -> WeightFunction:
     """The subgraph of the value. Equal code on equal layouts has an equal signature."""
-    is_value = partial(is_folded, layout=region.layout) if region.layout else None
+    is_value = partial(has_layout, layout=region.layout) if region.layout else None
     like = torch.empty_strided(
         region.val.shape, region.val.stride(), dtype=region.val.dtype, device="meta"
     )
     fakes = [source.meta["example_value"] for source in region.sources]
     layouts = [f"{Layout.of(fake)} {fake.stride()} {fake.device}" for fake in (*fakes, region.val)]
     signature = "\n".join((compute.code, *layouts))
-    return Recipe(region.node.name, compute, is_value, like, signature)
+    return WeightFunction(region.node.name, compute, is_value, like, signature)
 
 
 def _erase(graph: fx.Graph, region: FoldRegion) -> None:

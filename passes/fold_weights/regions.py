@@ -19,7 +19,7 @@ from fixpass.passes.fold_weights.constant_values import Value, is_computed
 from fixpass.passes.fold_weights.graph_weights import Weight
 from fixpass.passes.rewrite import NO_REMARK, Missed, guards_suppressed, is_call
 from fixpass.runtime.weights import shuffle_op
-from fixpass.runtime.weights.restride import obstacle
+from fixpass.runtime.weights.relayout import obstacle_to_restride
 
 Order = tuple[int, ...] | Missed
 """The order of dimensions in which a weight could be stored instead, or why there is none."""
@@ -139,7 +139,7 @@ def order_for(
         return Missed("it has several weights")
     if source.meta["example_value"].dim() > _RANK:
         return Missed(f"{name} has more than {_RANK} dimensions")
-    if why := obstacle(weights[source].tensor):
+    if why := obstacle_to_restride(weights[source].tensor):
         return Missed(f"{name}: {why}")
     mine = {node for other in regions if other.sources == region.sources for node in other.nodes}
     readers = [user for user in source.users if user not in mine]

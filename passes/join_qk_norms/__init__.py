@@ -25,5 +25,5 @@ class JoinQkNorms(Pass):
     """It must list the kernel `strided_qk_norm`."""
 
     def run(self, graph: fx.Graph, result: PassResult) -> None:
-        if JOINED in self.target.kernels:
+        if self.target.has(JOINED):
             apply_rewrite(graph, QkNorm(), result)

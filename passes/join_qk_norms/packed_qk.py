@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 import fixpass.runtime.ops  # noqa: F401  (defines torch.ops.fixpass)
-from fixpass.lowering.contract_table import contract_of
+from fixpass.lowering.contract_table import kernel_of
 from fixpass.lowering.layout import Layout
 from fixpass.lowering.site import Site
 from fixpass.passes.canonicalize_norms.norm import Norm, build_norm
@@ -84,9 +84,9 @@ def _wrong(first: fx.Node, second: fx.Node) -> str:
     layouts["out"] = Layout.of(first.meta["val"])
     if weights[0] is not None and layouts["q_weight"].dtype != layouts["k_weight"].dtype:
         return "their weights differ in dtype"
-    contract = contract_of(JOINED, "qk_norm")
-    assert contract is not None
-    verdict = contract.check(Site("qk_norm", layouts, "cuda", dict(first.kwargs)))
+    kernel = kernel_of(JOINED, "qk_norm")
+    assert kernel is not None
+    verdict = kernel.check(Site("qk_norm", layouts, "cuda", dict(first.kwargs)))
     return "" if verdict else str(verdict)
 
 

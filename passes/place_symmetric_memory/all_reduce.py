@@ -25,9 +25,9 @@ from fixpass.passes.rewrite import (
     sole_user,
     val_of,
 )
-from fixpass.runtime.symmetric_memory.ordinary import SUMMED
-from fixpass.runtime.symmetric_memory.packing import packed_call
+from fixpass.runtime.symmetric_memory.op_call_codec import encode_call
 from fixpass.runtime.symmetric_memory.policy import Decision
+from fixpass.runtime.symmetric_memory.process_group import SUMMED
 from fixpass.runtime.symmetric_memory.settings import Settings
 
 if dist.is_available():
@@ -194,7 +194,7 @@ def _packed_opaque(producer: fx.Node) -> tuple[list[Any], str] | None:
     opaque = not fuses or overload is aten._scaled_mm.default
     if not opaque or overload._schema.is_mutable or len(returns) != 1:
         return None
-    packed = packed_call(producer.args, dict(producer.kwargs))
+    packed = encode_call(producer.args, dict(producer.kwargs))
     return packed if packed is not None and packed[0] else None
 
 

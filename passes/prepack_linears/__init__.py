@@ -18,14 +18,14 @@ from fixpass.passes.fold_weights.graph_weights import examples_of, weights_of
 from fixpass.passes.prepack_linears.folded_linear import Linear, linears_of, weight_of
 from fixpass.passes.rewrite import Missed
 from fixpass.runtime.weights.prepack import Prepacked
-from fixpass.runtime.weights.weight_cache import Derived
+from fixpass.runtime.weights.weight_cache import CachedWeight
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class PrepackLinears(Pass):
-    """Folded weights of linear layers, packed for oneDNN."""
+    """LayoutRecord weights of linear layers, packed for oneDNN."""
 
     name: ClassVar[str] = "prepack-linears"
 
@@ -66,7 +66,7 @@ def _pack(
     result: PassResult,
 ) -> str:
     """Let the layers read packed weights in place of `folded`; why that cannot be, or ""."""
-    packed: dict[tuple[fx.Node, bool], tuple[Derived, Tensor]] = {}
+    packed: dict[tuple[fx.Node, bool], tuple[CachedWeight, Tensor]] = {}
     for linear in {linear.form: linear for linear in linears}.values():
         derived = _packed(folded.meta[DERIVED], linear)
         try:
@@ -104,7 +104,7 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _packed(plain: Derived, linear: Linear) -> Derived:
+def _packed(plain: CachedWeight, linear: Linear) -> CachedWeight:
     view, recipe = weight_of(linear), plain.store.recipe
     signature = f"{recipe.signature}\npacked\n{view.code}" if recipe.signature else ""
-    return Derived(replace(recipe, form=Prepacked(view), signature=signature), plain.positions)
+    return CachedWeight(replace(recipe, form=Prepacked(view), signature=signature), plain.positions)

@@ -1,8 +1,8 @@
 // The operators fixpass::all_reduce and fixpass::matmul_all_reduce for CPU tensors.
 //
-// Their schemas, and what they do where a group has no symmetric memory, are defined in Python.
-// A group is known here by its name, and only as long as its process group lives: a group of the
-// same name that is made later is another one.
+// Python defines their schemas, and their kernels for groups without symmetric memory. This file
+// finds a group by its name while its process group lives: a group of the same name that is made
+// later is another one.
 #include <ATen/Functions.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/util/Exception.h>
@@ -63,14 +63,21 @@ std::shared_ptr<Group> ready_group(const std::string& name) {
 
 Message message_of(const Tensor& tensor, c10::string_view op) {
   Message message{tensor.numel(), -1, static_cast<int32_t>(tensor.scalar_type()),
-                  static_cast<int32_t>(tensor.dim()), op == "sum", {}};
-  for (int i = 0; i < std::min<int>(tensor.dim(), kMaxDims); ++i) message.sizes[i] = tensor.size(i);
+                  static_cast<int32_t>(tensor.dim()), op == "sum", {}, 0};
+  const auto sizes = tensor.sizes();
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (i < kMaxDims) {
+      message.sizes[i] = sizes[i];
+    } else {  // FNV-1a, a size at a time
+      message.more_sizes = ((message.more_sizes ^ 0xcbf29ce484222325) + sizes[i]) * 0x100000001b3;
+    }
+  }
   return message;
 }
 
 // Through the process group, as if fixpass were not there. Called with boxed arguments: torch's
 // releases differ in the C++ types of these operators.
-Tensor ordinary_all_reduce(const Tensor& input, c10::string_view op, c10::string_view group) {
+Tensor process_group_all_reduce(const Tensor& input, c10::string_view op, c10::string_view group) {
   auto& dispatcher = c10::Dispatcher::singleton();
   static auto reduce = dispatcher.findSchemaOrThrow("_c10d_functional::all_reduce", "");
   static auto wait = dispatcher.findSchemaOrThrow("_c10d_functional::wait_tensor", "");
@@ -102,7 +109,7 @@ Tensor all_reduce(const Tensor& input, c10::string_view op, c10::string_view gro
     });
     if (out.defined()) return out;
   }
-  return ordinary_all_reduce(dense, op, group_name);
+  return process_group_all_reduce(dense, op, group_name);
 }
 
 // The same in place: nothing is allocated where x is dense.
@@ -172,7 +179,7 @@ Tensor matmul_all_reduce(const Tensor& a, const Tensor& b, const std::optional<T
     product = at::empty(sizes, a.options());
     multiply_into(product, a, b, bias, beta, alpha);
   }
-  return ordinary_all_reduce(product, op, group_name);
+  return process_group_all_reduce(product, op, group_name);
 }
 
 // While a thread allocates in a group, its new CPU tensors lie in the group's heap, where there is

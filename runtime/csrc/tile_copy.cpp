@@ -73,18 +73,18 @@ void transpose_all(Cell* out, const Cell* in, const Geometry& g) {
 extern "C" {
 
 // From one tensor into another, past the cache.
-void turn(Cell* out, const Cell* in, int64_t rows, int64_t columns, int64_t row, int64_t column,
-          int64_t num_outer, const int64_t* sizes, const int64_t* out_strides,
-          const int64_t* in_strides) {
+void copy_tiles(Cell* out, const Cell* in, int64_t rows, int64_t columns, int64_t row,
+                int64_t column, int64_t num_outer, const int64_t* sizes,
+                const int64_t* out_strides, const int64_t* in_strides) {
   const Geometry g{rows, columns, row, column, num_outer, sizes, out_strides, in_strides};
   transpose_all<stream>(out, in, g);
   finish_streaming();
 }
 
 // Each of `blocks` dense blocks of `cells` cells within itself, through a staging block.
-void turn_in_place(Cell* memory, Cell* staging, int64_t blocks, int64_t cells, int64_t rows,
-                   int64_t columns, int64_t row, int64_t column, int64_t num_outer,
-                   const int64_t* sizes, const int64_t* out_strides, const int64_t* in_strides) {
+void permute_blocks(Cell* memory, Cell* staging, int64_t blocks, int64_t cells, int64_t rows,
+                    int64_t columns, int64_t row, int64_t column, int64_t num_outer,
+                    const int64_t* sizes, const int64_t* out_strides, const int64_t* in_strides) {
   const Geometry g{rows, columns, row, column, num_outer, sizes, out_strides, in_strides};
   for (int64_t b = 0; b < blocks; b++, memory += cells) {
     std::memcpy(static_cast<void*>(staging), memory, cells * sizeof(Cell));

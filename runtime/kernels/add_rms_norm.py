@@ -13,8 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fixpass.runtime.kernels.checks import check_add_rms_norm
-from fixpass.runtime.kernels.launch import Launch, lanes_of, parts, plan_rows, run_time
-from fixpass.runtime.kernels.rounding import rounding
+from fixpass.runtime.kernels.launch import Launch, lanes_of, parts, plan_rows, rounding, run_time
 from fixpass.runtime.kernels.tile import normalize, tile_mask, tile_offsets, tile_rows, weigh
 
 

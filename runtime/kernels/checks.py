@@ -1,4 +1,4 @@
-"""What the norm kernels refuse, said before any launch: ValueError naming the operand.
+"""Checks of a norm's operands before any launch: ValueError names the operand.
 
 Plain Python on shapes, strides, dtypes and devices: no triton, no launch, no values.
 """
@@ -6,7 +6,7 @@ Plain Python on shapes, strides, dtypes and devices: no triton, no launch, no va
 import torch
 from torch import Tensor
 
-from fixpass.runtime.kernels.layout import describe, overlap_partly, overlaps_itself
+from fixpass.runtime.kernels.row_geometry import describe, overlap_partly, overlaps_itself
 
 MAX_HIDDEN = 32768  # one row in the registers of one program
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -31,9 +31,6 @@ def check_rms_norm(
     _check_type("weight_dtype", weight_dtype)
     _check_output("out", out, x)
     _check_overlap("out", out, {"x": x, "weight": weight, "bias": bias})
-
-
-check_layer_norm = check_rms_norm
 
 
 def check_add_rms_norm(

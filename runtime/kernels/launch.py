@@ -1,6 +1,6 @@
-"""How each norm kernel is launched: tile, warps and grid, from layout, size and device.
+"""Launches of the norm kernels: tile, warps and grid from layout, size and device.
 
-It prepares arguments and launches. It does not check them (checks.py) and computes nothing.
+The arguments include the dtype of each rounding step. They are checked before, in checks.py.
 """
 
 from collections.abc import Iterator
@@ -9,13 +9,14 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
-from fixpass.runtime.kernels.layout import (
+from fixpass.runtime.kernels.row_geometry import (
     MAX_LEADING,
     UNIT_ROW,
-    Geometry,
     Operand,
+    RowGeometry,
     aligned_base,
     lay_out,
     operand,
@@ -27,16 +28,25 @@ BY_ROWS_BYTES = 32768
 MAX_INT32_ROWS = 2**31 - 2**16  # below it row numbers, and the tile past the last, fit int32
 
 
+_TRITON = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+}
+
+
 @dataclass(frozen=True)
-class Choice:
-    """The tile a program holds in registers, and who holds it."""
+class TileChoice:
+    """The tile that one program holds in registers, and the number of its warps."""
 
     rows: int
     block: int
     num_warps: int
 
 
-def choose(num_rows: int, hidden_size: int, itemsize: int, *, by_rows: bool, lanes: int) -> Choice:
+def choose(
+    num_rows: int, hidden_size: int, itemsize: int, *, by_rows: bool, lanes: int
+) -> TileChoice:
     """The launch choice, from sizes, the width of an item, the unit stride and the warp's width.
 
     * A tile has at least one 16-byte vector a thread, so no element is held twice: a
@@ -55,19 +65,19 @@ def choose(num_rows: int, hidden_size: int, itemsize: int, *, by_rows: bool, lan
         rows = max(1, min(32, BY_ROWS_BYTES // itemsize // block))
         rows = max(rows, 4 * lanes * VECTOR // block)
         warps = rows * block // (lanes * 2 * VECTOR)
-        return Choice(rows, block, max(4, min(most_warps, warps)))
+        return TileChoice(rows, block, max(4, min(most_warps, warps)))
     rows = 4 * lanes * 2 * VECTOR // block
     if rows >= 1 and num_rows <= rows * ENOUGH_PROGRAMS and block <= lanes * VECTOR:
-        return Choice(lanes * VECTOR // block, block, 1)
+        return TileChoice(lanes * VECTOR // block, block, 1)
     if rows >= 1:
-        return Choice(rows, block, 4)
+        return TileChoice(rows, block, 4)
     warps = block // (lanes * 2 * VECTOR)
-    return Choice(1, block, min(most_warps, warps))
+    return TileChoice(1, block, min(most_warps, warps))
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with all it needs to run, and all a compiler needs to compile it."""
+    """A kernel with its grid and arguments, to be run or compiled for another device."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -83,8 +93,8 @@ class Launch:
         self.kernel[self.grid](**self.arguments, num_warps=self.num_warps)
 
 
-def place(**tensors: Tensor) -> tuple[Geometry, dict[str, Any]]:
-    """Joint geometry of row operands, and the kernel's arguments that say it.
+def place(**tensors: Tensor) -> tuple[RowGeometry, dict[str, Any]]:
+    """Joint geometry of row operands, and the arguments that pass it to a kernel.
 
     For an operand `x`: `x_ptr` (aligned), the run-time `x_start`, `x_column` and, innermost
     first, `x_stride0` and so on, and the constant `X_UNIT`.
@@ -97,7 +107,9 @@ def place(**tensors: Tensor) -> tuple[Geometry, dict[str, Any]]:
 
 
 @lru_cache(maxsize=4096)
-def _told(names: tuple[str, ...], operands: tuple[Operand, ...]) -> tuple[Geometry, dict[str, int]]:
+def _told(
+    names: tuple[str, ...], operands: tuple[Operand, ...]
+) -> tuple[RowGeometry, dict[str, int]]:
     geometry = lay_out(operands)
     integers: dict[str, int] = {}
     for name, placement in zip(names, geometry.placements, strict=True):
@@ -122,12 +134,12 @@ def run_time(*operands: str) -> list[str]:
 
 
 def _padded(outermost_first: tuple[int, ...], length: int) -> tuple[int, ...]:
-    """Innermost first; the dimensions that are not there count nothing."""
+    """The same values innermost first, filled up with zeros."""
     return (*reversed(outermost_first), *(0,) * (length - len(outermost_first)))
 
 
 def parts(**tensors: Tensor) -> Iterator[dict[str, Tensor]]:
-    """The tensors, or where their leading dimensions do not merge enough, slices of them."""
+    """The tensors, or slices of them where more than MAX_LEADING dimensions are left."""
     names = tuple(tensors)
     geometry = lay_out(tuple(operand(tensor, 0) for tensor in tensors.values()))
     if len(geometry.sizes) <= MAX_LEADING:
@@ -139,8 +151,8 @@ def parts(**tensors: Tensor) -> Iterator[dict[str, Tensor]]:
         yield from parts(**dict(zip(names, slices, strict=True)))
 
 
-def row_arguments(geometry: Geometry, choice: Choice) -> dict[str, Any]:
-    """The arguments that say which rows there are; the outermost size is never needed."""
+def row_arguments(geometry: RowGeometry, choice: TileChoice) -> dict[str, Any]:
+    """The kernel's arguments for the rows; the outermost size is never needed."""
     inner = _padded(geometry.sizes[1:], MAX_LEADING - 1)
     return {
         **{f"size{i}": size for i, size in enumerate(inner)},
@@ -155,13 +167,13 @@ def row_arguments(geometry: Geometry, choice: Choice) -> dict[str, Any]:
     }
 
 
-def choose_for(geometry: Geometry, itemsize: int, lanes: int) -> Choice:
+def choose_for(geometry: RowGeometry, itemsize: int, lanes: int) -> TileChoice:
     by_rows = geometry.placements[0].unit == UNIT_ROW
     sizes = geometry.num_rows, geometry.hidden_size
     return choose(*sizes, itemsize, by_rows=by_rows, lanes=lanes)
 
 
-def num_programs(geometry: Geometry, choice: Choice) -> int:
+def num_programs(geometry: RowGeometry, choice: TileChoice) -> int:
     return -(-geometry.num_rows // choice.rows)
 
 
@@ -194,7 +206,7 @@ def plan_rows(
     *,
     lanes: int,
 ) -> Launch:
-    """The launch of a kernel over operands of one shape, placed together; x makes the choice."""
+    """The launch of a kernel over operands of one shape; the tile is chosen for x."""
     geometry, placed = place(**rows)
     choice = choose_for(geometry, rows["x"].element_size(), lanes)
     arguments = {
@@ -207,3 +219,29 @@ def plan_rows(
     }
     grid = (num_programs(geometry, choice),)
     return Launch(kernel, grid, arguments, choice.num_warps, rows["x"].device)
+
+
+def rounding(
+    weight: Tensor | None,
+    bias: Tensor | None,
+    weight_offset: float,
+    norm_dtype: torch.dtype | None,
+    weight_dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    """The constants of the weight rule in tile.weigh: the dtype that each step rounds to.
+
+    The dtypes are those that torch's promotion gives the op's reference, step by step.
+    """
+    normed = norm_dtype or torch.float32
+    weighed, product = normed, normed
+    if weight is not None:
+        weighed = weight_dtype or weight.dtype
+        product = torch.promote_types(normed, weighed)
+    summed = product if bias is None else torch.promote_types(product, bias.dtype)
+    return {
+        "NORM": _TRITON[normed],
+        "WEIGHT": _TRITON[weighed],
+        "OFFSET": float(weight_offset),
+        "PRODUCT": _TRITON[product],
+        "SUM": _TRITON[summed],
+    }

@@ -24,11 +24,11 @@ from fixpass.runtime.kernels.launch import (
     num_programs,
     parts,
     place,
+    rounding,
     row_arguments,
     run_time,
 )
 from fixpass.runtime.kernels.rms_norm import rms_norm
-from fixpass.runtime.kernels.rounding import rounding
 from fixpass.runtime.kernels.tile import norm_tile
 
 SIDE_SIZES = ("size0", "size1", "size2", "num_rows")

@@ -1,20 +1,21 @@
-"""RMS norm of any layout: each element read once, each output written once, no copy.
+"""RMS norm and layer norm of any layout: one read of each element, one write, no copy.
 
-One kernel serves RMS norm and layer norm (layer_norm.py); its body is tile.norm_tile.
-It keeps no statistics for a backward pass.
+One kernel serves both; its body is tile.norm_tile. Layer norm subtracts the mean and takes the
+variance of the centered values, held in registers. No statistics are kept for a backward pass.
 """
 
 # A kernel's arguments have no Python types.
 # ruff: noqa: ANN001, ANN201
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fixpass.runtime.kernels.checks import check_rms_norm
-from fixpass.runtime.kernels.launch import Launch, lanes_of, parts, plan_rows, run_time
-from fixpass.runtime.kernels.rounding import rounding
+from fixpass.runtime.kernels.launch import Launch, lanes_of, parts, plan_rows, rounding, run_time
 from fixpass.runtime.kernels.tile import norm_tile
 
 
@@ -67,26 +68,43 @@ def norm_kernel(
     )  # fmt: skip
 
 
-def rms_norm(
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, out: Tensor, **rule: Any) -> None:
+    """Write the RMS norm of `x` over its last dimension into `out`, both of any strides.
+
+    rule: bias, weight_offset, norm_dtype and weight_dtype, as in `run_norm`.
+    """
+    run_norm(x, weight, eps, out=out, center=False, **rule)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, eps: float, *, out: Tensor, **rule: Any) -> None:
+    """Write the layer norm of `x` over its last dimension into `out`, as `rms_norm` does."""
+    run_norm(x, weight, eps, out=out, center=True, **rule)
+
+
+def run_norm(
     x: Tensor,
     weight: Tensor | None,
     eps: float,
     *,
     out: Tensor,
+    center: bool,
     bias: Tensor | None = None,
     weight_offset: float = 0.0,
     norm_dtype: torch.dtype | None = None,
     weight_dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the RMS norm of `x` over its last dimension into `out`, both of any strides."""
+    """Check the operands of a norm and launch it; `center` takes the mean away first."""
     check_rms_norm(
         x, weight, eps, out=out, bias=bias, norm_dtype=norm_dtype, weight_dtype=weight_dtype
     )
     if x.numel() == 0:
         return
-    rule = rounding(weight, bias, weight_offset, norm_dtype, weight_dtype)
+    constants = rounding(weight, bias, weight_offset, norm_dtype, weight_dtype)
     for rows in parts(x=x, out=out):
-        plan_norm(rows, weight, bias, eps, rule, center=False, lanes=lanes_of(x.device)).run()
+        launch = plan_norm(
+            rows, weight, bias, eps, constants, center=center, lanes=lanes_of(x.device)
+        )
+        launch.run()
 
 
 def plan_norm(

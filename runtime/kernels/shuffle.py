@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fixpass.runtime.kernels.launch import Launch, lanes_of
-from fixpass.runtime.kernels.layout import (
+from fixpass.runtime.kernels.row_geometry import (
     aligned_base,
     describe,
     overlap_partly,

@@ -1,6 +1,6 @@
-"""What every norm kernel does with one tile of rows: addresses, statistics, weight rule.
+"""Device functions of the norm kernels for one tile of rows: addresses, statistics, weight rule.
 
-Device functions only: no kernel is launched from here.
+No kernel is launched here.
 """
 
 # A kernel's arguments have no Python types.

@@ -16,13 +16,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fixpass.runtime.symmetric_memory import groups
 from fixpass.runtime.symmetric_memory.ops import allocating_in
-from fixpass.runtime.symmetric_memory.ordinary import ordinary_all_reduce
 from fixpass.runtime.symmetric_memory.policy import Decision, Policy, Role, decide
+from fixpass.runtime.symmetric_memory.process_group import process_group_all_reduce
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Counts since the group met: calls of each kind, and bytes that were copied to be shared."""
+    """Counts since the rendezvous: calls of each kind, and bytes that were copied to be shared."""
 
     one_shot: int
     two_shot: int
@@ -54,7 +54,7 @@ class SymmetricContext:
         name = self.group.group_name
         if self.symmetric:
             return torch.ops.fixpass.all_reduce(x, "sum", name)  # type: ignore[no-any-return]
-        return ordinary_all_reduce(x, "sum", name)
+        return process_group_all_reduce(x, "sum", name)
 
     def all_reduce_(self, x: Tensor) -> Tensor:
         """The same in place, as `torch.distributed.all_reduce`: nothing is allocated for a dense x.
@@ -69,28 +69,23 @@ class SymmetricContext:
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """An uninitialised CPU tensor in the group's memory.
 
-        Raises OutOfMemoryError where the memory has no room, and ValueError where there is no
-        memory or no C++ part.
+        Raises OutOfMemoryError where the memory has no room, and ValueError where the group has no
+        symmetric memory.
         """
         if not self.symmetric:
             raise ValueError(f"no symmetric memory to allocate in: {self.reason}")
         name = self.group.group_name
-        if groups.outcome_of(name).plain is not None:
-            raise ValueError(f"tensors can lie in it only with the C++ part: {self.reason}")
         return torch.ops.fixpass_symmetric_memory.empty(shape, dtype, name)  # type: ignore[no-any-return]
 
     def stats(self) -> Stats:
-        """What was done so far; raises ValueError where there is no symmetric memory."""
+        """The counts so far. Raises ValueError where the group has no symmetric memory."""
         if not self.symmetric:
             raise ValueError(f"no symmetric memory to count in: {self.reason}")
         name = self.group.group_name
-        plain = groups.outcome_of(name).plain
-        if plain is not None:
-            return Stats(*plain.stats())
         return Stats(*torch.ops.fixpass_symmetric_memory.stats(name))
 
     def close(self) -> None:
-        """Give the memory up. Other ranks that call on hear that this one has left."""
+        """Give the memory up. A later call of another rank raises and names this rank."""
         groups.close(self.group)
         self.symmetric, self.reason = False, "the context is closed"
 
@@ -120,7 +115,8 @@ def context(
     without a group.
     """
     found = _resolve(group, role)
-    return SymmetricContext(found, decide(groups.settle(found.group_name), policy or Policy()))
+    facts = groups.rendezvous_facts(found.group_name)
+    return SymmetricContext(found, decide(facts, policy or Policy()))
 
 
 def policy(
@@ -131,11 +127,11 @@ def policy(
 ) -> Decision:
     """Whether a group would use symmetric memory, and why, as far as this rank knows by itself.
 
-    The arguments are those of `context`. Nothing is set up and no other rank is asked, so a group
-    that has not met yet counts as one that could.
+    The arguments are those of `context`. Nothing is set up and no other rank is asked: before the
+    rendezvous, a group counts as one whose ranks can share memory.
     """
     found = _resolve(group, role)
-    return decide(groups.peek(found.group_name), policy or Policy())
+    return decide(groups.local_facts(found.group_name), policy or Policy())
 
 
 def _resolve(group: ProcessGroup | DeviceMesh | str | None, role: Role | None) -> ProcessGroup:

@@ -17,13 +17,15 @@ from torch.distributed import _symmetric_memory as symm_mem
 from torch.distributed.distributed_c10d import GroupName
 
 from fixpass.runtime.symmetric_memory import groups
-from fixpass.runtime.symmetric_memory.ordinary import SUMMED, ordinary_all_reduce
+from fixpass.runtime.symmetric_memory.process_group import SUMMED, process_group_all_reduce
 from fixpass.runtime.symmetric_memory.settings import KIB
 
-Way = Literal["multimem", "one_shot", "two_shot", "ordinary"]
+Way = Literal["multimem", "one_shot", "two_shot", "process_group"]
 # Each rank reads all data once in one-shot, and about two times 1/num_ranks of it in two-shot,
 # with one meeting more. PyTorch's own choice for one-shot ends at 128 KiB.
 ONE_SHOT_BYTES = 128 * KIB
+# PyTorch's multimem kernels have no float16.
+MULTIMEM = (torch.float32, torch.bfloat16)
 # The device kernels read 16 bytes at a time; two-shot cuts the data in num_ranks such parts.
 ALIGNMENT = 16
 
@@ -31,12 +33,13 @@ ALIGNMENT = 16
 def choose(num_bytes: int, num_ranks: int, dtype: torch.dtype, has_multicast: bool) -> Way:
     """The way to sum `num_bytes` of each of `num_ranks` ranks.
 
-    has_multicast: the device adds on the way (NVLink SHARP). It wins at all sizes that it takes.
+    has_multicast: the switch sums the data (NVLink SHARP), which is the fastest way where dtype
+    and size allow it.
     """
     if dtype not in SUMMED or num_bytes == 0 or num_bytes % ALIGNMENT:
-        return "ordinary"
+        return "process_group"
     divides = num_bytes % (ALIGNMENT * num_ranks) == 0
-    if has_multicast and divides:
+    if has_multicast and divides and dtype in MULTIMEM:
         return "multimem"
     if num_bytes <= ONE_SHOT_BYTES or not divides:
         return "one_shot"
@@ -48,11 +51,11 @@ def all_reduce(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
     group = groups.find(group_name)
     # A captured graph replays with the addresses that it saw; that they stay is not proved.
     if group is None or reduce_op != "sum" or torch.cuda.is_current_stream_capturing():
-        return ordinary_all_reduce(x, reduce_op, group_name)
+        return process_group_all_reduce(x, reduce_op, group_name)
     multicast = _has_multicast(x.device)
     way = choose(x.nbytes, group.size(), x.dtype, multicast)
-    if way == "ordinary":
-        return ordinary_all_reduce(x, reduce_op, group_name)
+    if way == "process_group":
+        return process_group_all_reduce(x, reduce_op, group_name)
     ops, name = torch.ops.symm_mem, group.group_name
     x = x.contiguous()
     if way == "multimem":

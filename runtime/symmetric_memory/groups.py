@@ -1,11 +1,10 @@
-"""The groups of this process: their roles, and what came of the rendezvous of each.
+"""The groups of this process: their roles, and the rendezvous of each.
 
-A group meets once: at compile time where a pass asks, else at its first call. A process group
-that was destroyed and made again under the same name is another one and meets again.
+A group has one rendezvous: at compile time where a pass asks for it, else at its first call. A
+process group that was destroyed and made again under the same name has a new one.
 """
 
 import weakref
-from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,25 +15,24 @@ from torch.distributed.distributed_c10d import GroupName
 
 from fixpass.runtime.symmetric_memory.engines import engine_group, role_in_engine
 from fixpass.runtime.symmetric_memory.policy import GroupFacts, Role
-from fixpass.runtime.symmetric_memory.rendezvous import Outcome, exchange_hosts, meeting_of
+from fixpass.runtime.symmetric_memory.rendezvous import Rendezvous, hold
 from fixpass.runtime.symmetric_memory.settings import Settings
 
 
 @dataclass(frozen=True)
 class _Known:
     group: "weakref.ref[ProcessGroup]"
-    outcome: Outcome
+    rendezvous: Rendezvous
 
 
-# State of the process. A name may be met many times: its turns make the keys in the store unique.
+# State of the process.
 _known: dict[str, _Known] = {}
 _roles: dict[str, Role] = {}
-_turns: Counter[str] = Counter()
 _settings = Settings()
 
 
 def configure(**changes: object) -> None:
-    """Change the settings of groups that are not met yet; the same on every rank."""
+    """Change the settings of groups whose rendezvous is still to come; the same on every rank."""
     global _settings
     _settings = replace(_settings, **changes)  # type: ignore[arg-type]
 
@@ -64,56 +62,54 @@ def role_of(name: str) -> Role:
     return _roles.get(name) or role_in_engine(name)
 
 
-def peek(name: str, device_type: str = "cpu") -> GroupFacts:
-    """What is known of a group without asking its other ranks: what has not been met may be."""
-    group = find(name)
+def local_facts(name: str, device_type: str = "cpu") -> GroupFacts:
+    """The facts that this rank has of a group. Before the rendezvous no obstacle is known."""
+    group, role = find(name), role_of(name)
     if group is None:
-        return GroupFacts(name, 0, role_of(name), obstacle="this process has no group of that name")
-    outcome = _outcome(group) or Outcome()
-    role = role_of(name)
-    obstacle, note = outcome.obstacle, outcome.note
-    return GroupFacts(name, group.size(), role, outcome.num_hosts, obstacle, note)
+        return GroupFacts(name, 0, role, obstacle="this process has no group of that name")
+    held = _held(group) or Rendezvous()
+    return GroupFacts(name, group.size(), role, held.num_hosts, held.obstacle)
 
 
-def settle(name: str, device_type: str = "cpu") -> GroupFacts:
-    """What a group is, after its ranks have met; collective at the first time for a group."""
-    outcome_of(name, device_type)
-    return peek(name)
+def rendezvous_facts(name: str, device_type: str = "cpu") -> GroupFacts:
+    """The facts of a group after its rendezvous; collective at the first call for a group."""
+    rendezvous_of(name, device_type)
+    return local_facts(name)
 
 
-def outcome_of(name: str, device_type: str = "cpu") -> Outcome:
-    """What came of a group's rendezvous, which is held now where it was not.
+def rendezvous_of(name: str, device_type: str = "cpu") -> Rendezvous:
+    """The rendezvous of a group, which is held now if it was not held before.
 
-    Nothing comes of a group that this process does not know, of one rank and of a fake one.
+    Groups that this process does not know, groups of one rank and fake groups have none: the
+    result is a default one.
     """
     group = find(name)
     if group is None or group.size() == 1 or is_fake(group):
-        return Outcome()
-    return meet(group, device_type)
+        return Rendezvous()
+    return rendezvous(group, device_type)
 
 
 def is_ready(name: str) -> bool:
-    """Whether a call can use the group."""
-    return outcome_of(name).opened
+    """Whether a call can use the group's memory."""
+    return rendezvous_of(name).opened
 
 
-def meet(group: ProcessGroup, device_type: str) -> Outcome:
+def rendezvous(group: ProcessGroup, device_type: str) -> Rendezvous:
     """Hold the rendezvous of a group, once."""
-    outcome = _outcome(group)
-    if outcome is not None:
-        return outcome
+    held = _held(group)
+    if held is not None:
+        return held
     name = group.group_name
     _close(name, _known.get(name))
-    _turns[name] += 1
-    outcome = exchange_hosts(meeting_of(group, name, _turns[name], _settings), device_type)
-    known = _known[name] = _Known(weakref.ref(group), outcome)
-    # When the process group goes, or the process ends, the others hear that this rank left.
+    held = hold(group, device_type, _settings)
+    known = _known[name] = _Known(weakref.ref(group), held)
+    # When the process group goes, or the process ends, the other ranks learn that this rank left.
     weakref.finalize(group, _close, name, known)
-    return outcome
+    return held
 
 
 def close(group: ProcessGroup) -> None:
-    """Give up a group's memory; the other ranks hear of it at their next call."""
+    """Give up a group's memory; the other ranks learn it at their next call."""
     _close(group.group_name, _known.get(group.group_name))
 
 
@@ -122,11 +118,7 @@ def _close(name: str, known: _Known | None) -> None:
     if known is None or _known.get(name) is not known:
         return
     del _known[name]
-    if not known.outcome.opened:
-        return
-    if known.outcome.plain is not None:
-        known.outcome.plain.leave()
-    else:
+    if known.rendezvous.opened:
         torch.ops.fixpass_symmetric_memory.close_group(name)
 
 
@@ -135,6 +127,6 @@ def is_fake(group: ProcessGroup) -> bool:
     return dist.get_backend(group) == "fake"
 
 
-def _outcome(group: ProcessGroup) -> Outcome | None:
+def _held(group: ProcessGroup) -> Rendezvous | None:
     known = _known.get(group.group_name)
-    return known.outcome if known is not None and known.group() is group else None
+    return known.rendezvous if known is not None and known.group() is group else None

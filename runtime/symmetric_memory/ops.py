@@ -1,8 +1,8 @@
 """The ops that compiled code calls: `fixpass::all_reduce`, and a matmul or a call followed by one.
 
-Without symmetric memory each does what the ordinary collective would have done, so a graph that
-was compiled on one machine is right on any other. Outputs are dense. On CPU the C++ part takes the
-first two over; what is here then serves other devices and machines without a compiler.
+Outputs are dense. On CPU, kernels in C++ take the place of those here once a group has memory.
+Without symmetric memory each op reduces through the process group, so a graph that was compiled on
+one machine is right on any other.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.library import Library
 
 from fixpass.runtime.ops import DEFINITIONS, TAGS
-from fixpass.runtime.symmetric_memory import device, groups, official
-from fixpass.runtime.symmetric_memory.ordinary import ordinary_all_reduce
-from fixpass.runtime.symmetric_memory.packing import unpacked_call
+from fixpass.runtime.symmetric_memory import device, groups
+from fixpass.runtime.symmetric_memory.op_call_codec import decode_call
+from fixpass.runtime.symmetric_memory.process_group import process_group_all_reduce
 
 # What a captured CUDA graph replays would use memory of other ranks behind their backs.
 OURS = (*TAGS, torch.Tag.cudagraph_unsafe)
@@ -35,11 +35,10 @@ SCHEMAS = {
 
 def all_reduce(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
     """x reduced over the ranks of the group: a new dense tensor of the same shape and dtype."""
-    plain = groups.outcome_of(group_name).plain
-    total = plain.all_reduce(x, reduce_op) if plain is not None else None
-    if total is not None:
-        return total
-    return ordinary_all_reduce(x, reduce_op, group_name)
+    if x.device.type == "cpu" and groups.is_ready(group_name):
+        # This call has just loaded the C++, which has registered a kernel in place of this one.
+        return torch.ops.fixpass.all_reduce(x, reduce_op, group_name)  # type: ignore[no-any-return]
+    return process_group_all_reduce(x, reduce_op, group_name)
 
 
 def all_reduce_(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
@@ -67,9 +66,9 @@ def call_all_reduce(
 ) -> Tensor:
     """The result of an op, made in the group's memory, reduced over the ranks of the group.
 
-    op: its full name with the overload. arguments: see `packing.packed_call`.
+    op: its full name with the overload. arguments: see `op_call_codec.encode_call`.
     """
-    run, args, kwargs = unpacked_call(op, arguments, tensors)
+    run, args, kwargs = decode_call(op, arguments, tensors)
     with allocating_in(group_name, tensors[0].device.type):
         product = run(*args, **kwargs)
     return torch.ops.fixpass.all_reduce(product, reduce_op, group_name)  # type: ignore[no-any-return]
@@ -85,15 +84,18 @@ def allocating_in(group_name: str, device_type: str = "cpu") -> Iterator[None]:
         with device.allocating_in(group_name):
             yield
         return
-    outcome = groups.outcome_of(group_name)
-    native = outcome.opened and outcome.plain is None
-    if not native or not torch.ops.fixpass_symmetric_memory.set_allocating(group_name):
+    if not groups.is_ready(group_name) or not _allocate_in(group_name):
         yield
         return
     try:
         yield
     finally:
-        torch.ops.fixpass_symmetric_memory.set_allocating("")
+        _allocate_in("")
+
+
+def _allocate_in(group_name: str) -> bool:
+    # The operator exists once a group is ready.
+    return bool(torch.ops.fixpass_symmetric_memory.set_allocating(group_name))
 
 
 def _fake_all_reduce(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
@@ -107,7 +109,7 @@ def _fake_matmul(a: Tensor, b: Tensor, bias: Any, beta: Any, alpha: Any, *how: s
 def _fake_call(
     op: str, tensors: Sequence[Tensor], arguments: str, reduce_op: str, group_name: str
 ) -> Tensor:
-    run, args, kwargs = unpacked_call(op, arguments, tensors)
+    run, args, kwargs = decode_call(op, arguments, tensors)
     product = run(*args, **kwargs)
     return torch.empty_like(product, memory_format=torch.contiguous_format)
 
@@ -129,4 +131,3 @@ def _define(library: Library) -> None:
 
 
 _define(DEFINITIONS)
-_OFFICIAL = official.serve_on_cpu(torch.ops.fixpass.all_reduce, torch.ops.fixpass.all_reduce_)

@@ -30,7 +30,6 @@ class GroupFacts:
     """A process group as far as it is known: its c10d name, role, number of ranks and hosts.
 
     obstacle: why its ranks could not make the memory; empty where they could, or need not yet.
-    note: what there is to say of the memory that they made.
     """
 
     name: str
@@ -38,7 +37,6 @@ class GroupFacts:
     role: Role = "tp"
     num_hosts: int = 1
     obstacle: str = ""
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,5 +74,4 @@ def decide(group: GroupFacts, policy: Policy) -> Decision:
     if group.obstacle:
         return Decision(False, f"group {group.name!r} has no symmetric memory: {group.obstacle}")
     why = {"attn_tp": "an attention-TP group", "tp": "a TP group with as many tokens on each rank"}
-    note = f", {group.note}" if group.note else ""
-    return Decision(True, f"group {group.name!r} is {why[group.role]} on one host{note}")
+    return Decision(True, f"group {group.name!r} is {why[group.role]} on one host")

@@ -1,10 +1,11 @@
 """The rendezvous: all ranks of a group make its memory together, or none has any.
 
-Three rounds over the group's store: who is where and can do what; the segments' names; whether
-everybody has mapped them. What fails on one rank is heard by all, and becomes the obstacle that
-the report shows. Nothing is decided here about which groups should come.
+Three rounds over the group's store: hosts and abilities of the ranks; the segments' names; whether
+each rank has mapped all segments. An error on one rank reaches all ranks and becomes the obstacle
+that the report shows. Which groups take part is decided elsewhere.
 """
 
+import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,29 +19,27 @@ from torch.distributed import ProcessGroup
 
 from fixpass.runtime import extension
 from fixpass.runtime.symmetric_memory import segment
-from fixpass.runtime.symmetric_memory.hosts import SHM, agree, this_host
-from fixpass.runtime.symmetric_memory.plain import ORDERED_STORES, PlainGroup
+from fixpass.runtime.symmetric_memory.agreement import agree
 from fixpass.runtime.symmetric_memory.settings import Settings, patience
 
+KEY = "fixpass/symmetric_memory"
+
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of a rendezvous: on how many hosts the ranks are, and what they made, if anything.
-
-    opened: the C++ group is open, or `plain` stands in for it. obstacle: why neither is.
-    note: why `plain` stands in.
-    """
+class Rendezvous:
+    """The result of a rendezvous, the same on every rank."""
 
     num_hosts: int = 1
+    """On how many hosts the ranks are."""
     obstacle: str = ""
+    """Why the group has no memory; empty where it has, or was not asked to make any."""
     opened: bool = False
-    note: str = ""
-    plain: PlainGroup | None = None
+    """Whether the C++ group is open."""
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """One group's rendezvous: a talk in rounds, under a key that no other one uses."""
+class Talk:
+    """The rounds of one rendezvous, under a key that no other rendezvous uses."""
 
     name: str
     store: Store
@@ -49,94 +48,101 @@ class Meeting:
     key: str
     settings: Settings
 
-    def hear(self, topic: str, mine: dict[str, Any]) -> tuple[tuple[dict[str, Any], ...], str]:
-        """What each rank says to a topic; or an obstacle, be it silence or an error of a rank."""
+    def exchange(self, topic: str, mine: dict[str, Any]) -> tuple[tuple[dict[str, Any], ...], str]:
+        """The answers of all ranks on a topic, and an obstacle: a silent rank or a rank's error."""
         key = f"{self.key}/{topic}"
         seconds = self.settings.rendezvous_timeout
-        heard = agree(self.store, key, self.rank, self.size, mine, seconds)
+        agreed = agree(self.store, key, self.rank, self.size, mine, seconds)
         errors = [
-            f"rank {rank}: {said['error']}"
-            for rank, said in enumerate(heard.said)
-            if said.get("error")
+            f"rank {rank}: {answer['error']}"
+            for rank, answer in enumerate(agreed.answers)
+            if answer.get("error")
         ]
-        return heard.said, heard.failure or "; ".join(errors)
+        return agreed.answers, agreed.failure or "; ".join(errors)
 
 
-def exchange_hosts(meeting: Meeting, device_type: str) -> Outcome:
-    """On how many hosts the ranks are; on CPU with the memory, where that is one."""
+def hold(group: ProcessGroup, device_type: str, settings: Settings) -> Rendezvous:
+    """Hold a rendezvous of a group; collective. On CPU it makes the memory, if all share a host."""
+    talk = _start(group, settings)
     on_cpu = device_type == "cpu"
-    wants = on_cpu and meeting.settings.native
-    reason = "its C++ part is not asked for"
-    if wants:
-        reason = extension.load("symmetric_memory", uses_torch=True).reason
-    mine = {"host": this_host(), "sizes": meeting.settings.sizes, "without": reason}
-    said, obstacle = meeting.hear("hosts", mine)
+    mine: dict[str, Any] = {"host": segment.this_host(), "sizes": settings.sizes}
+    reason = extension.load("symmetric_memory", uses_torch=True).reason if on_cpu else ""
+    if reason:
+        mine["error"] = f"its C++ part cannot be built: {reason}"
+    answers, obstacle = talk.exchange("hosts", mine)
     if obstacle:
-        return Outcome(obstacle=obstacle)
-    num_hosts = len({each["host"] for each in said})
+        return Rendezvous(obstacle=obstacle)
+    num_hosts = len({each["host"] for each in answers})
     if num_hosts > 1 or not on_cpu:
-        return Outcome(num_hosts)
-    if len({tuple(each["sizes"]) for each in said}) > 1:
-        return Outcome(obstacle="its ranks have different settings")
-    without = [rank for rank, each in enumerate(said) if each["without"]]
-    if 0 < len(without) < meeting.size:
-        return Outcome(obstacle=f"rank {without[0]}: {said[without[0]]['without']}")
-    if without and not ORDERED_STORES:
-        return Outcome(obstacle=f"{reason}, and torch alone cannot order stores on this processor")
-    return _make_memory(meeting, said[0]["without"])
+        return Rendezvous(num_hosts)
+    if len({tuple(each["sizes"]) for each in answers}) > 1:
+        return Rendezvous(obstacle="its ranks have different settings")
+    obstacle = _open_group(talk)
+    return Rendezvous(obstacle=obstacle, opened=not obstacle)
 
 
-def _make_memory(meeting: Meeting, without_native: str) -> Outcome:
-    """Make this rank's segment, map everybody's, and take the names away."""
-    num_bytes = meeting.settings.segment_bytes
-    mine: dict[str, Any] = {"pid": os.getpid(), "pids": os.stat("/proc/self/ns/pid").st_ino}
+def _start(group: ProcessGroup, settings: Settings) -> Talk:
+    """The talk of the next rendezvous, which the store numbers.
+
+    A rank that joined the group later than the others, in place of one that was lost, has not seen
+    their earlier rendezvous: only the store knows the number.
+    """
+    store = dist.distributed_c10d._get_process_group_store(group)
+    size = group.size()
+    number = (store.add(f"{KEY}/arrivals", 1) - 1) // size
+    key = f"{KEY}/{number}"
+    return Talk(group.group_name, store, group.rank(), size, key, settings)
+
+
+def _open_group(talk: Talk) -> str:
+    """Make this rank's segment, map all segments, remove their names; gives an obstacle or ""."""
+    mine: dict[str, Any] = {"pid": os.getpid(), "pids": segment.pid_namespace()}
     memory: Tensor | None = None
     try:
-        mine["name"], memory = segment.create(num_bytes)
+        mine["name"], memory = segment.create(talk.settings.segment_bytes)
     except OSError as error:
-        free = segment.free_bytes() if SHM.exists() else 0
-        mine["error"] = (
-            f"/dev/shm has no room for {num_bytes} bytes ({error.strerror}, {free} bytes free)"
-        )
+        mine["error"] = _why_no_segment(error, talk.settings.segment_bytes)
     try:
-        said, obstacle = meeting.hear("segments", mine)
+        answers, obstacle = talk.exchange("segments", mine)
         if obstacle or memory is None:
-            return Outcome(obstacle=obstacle)
-        segments, error_text = _map_all(meeting, said, memory)
-        _, obstacle = meeting.hear("mapped", {"error": error_text})
+            return obstacle
+        segments, error_text = _map_all(talk, answers, memory)
+        _, obstacle = talk.exchange("mapped", {"error": error_text})
     finally:
         if "name" in mine:
             segment.unlink(mine["name"])
-    if obstacle:
-        return Outcome(obstacle=obstacle)
-    if without_native:
-        group = PlainGroup(meeting.name, segments, meeting.rank, meeting.settings)
-        return Outcome(opened=True, note=f"in torch operations: {without_native}", plain=group)
-    _open_native(meeting, segments, [_watch(each, mine) for each in said])
-    return Outcome(opened=True)
+    if not obstacle:
+        _open_native(talk, segments, [_watch(each, mine) for each in answers])
+    return obstacle
+
+
+def _why_no_segment(error: OSError, num_bytes: int) -> str:
+    if error.errno == errno.ENOSPC:
+        return f"/dev/shm has no room for {num_bytes} bytes ({segment.free_bytes()} bytes free)"
+    place = error.filename or segment.SHM
+    return f"no segment can be made in /dev/shm: {error.strerror} ({place})"
 
 
 def _map_all(
-    meeting: Meeting, said: Sequence[dict[str, Any]], memory: Tensor
+    talk: Talk, answers: Sequence[dict[str, Any]], memory: Tensor
 ) -> tuple[list[Tensor], str]:
     segments: list[Tensor] = []
-    for rank, each in enumerate(said):
+    for rank, each in enumerate(answers):
         try:
-            num_bytes = meeting.settings.segment_bytes
-            mapped = memory if rank == meeting.rank else segment.attach(each["name"], num_bytes)
+            num_bytes = talk.settings.segment_bytes
+            mapped = memory if rank == talk.rank else segment.attach(each["name"], num_bytes)
         except OSError as error:
             return [], f"cannot map the segment of rank {rank}: {error.strerror}"
         segments.append(mapped)
     return segments, ""
 
 
-def _open_native(meeting: Meeting, segments: list[Tensor], pidfds: list[int]) -> None:
-    settings = meeting.settings
-    spins, yields = patience(meeting.size)
+def _open_native(talk: Talk, segments: list[Tensor], pidfds: list[int]) -> None:
+    settings = talk.settings
+    spins, yields = patience(talk.size)
     torch.ops.fixpass_symmetric_memory.open_group(
-        meeting.name, segments, meeting.rank, *settings.sizes, pidfds, settings.timeout, spins,
-        yields,
-    )  # fmt: skip
+        talk.name, segments, talk.rank, *settings.sizes, pidfds, settings.timeout, spins, yields
+    )
 
 
 def _watch(peer: dict[str, Any], mine: dict[str, Any]) -> int:
@@ -147,10 +153,3 @@ def _watch(peer: dict[str, Any], mine: dict[str, Any]) -> int:
         return os.pidfd_open(peer["pid"])
     except OSError:
         return -1
-
-
-def meeting_of(group: ProcessGroup, name: str, turn: int, settings: Settings) -> Meeting:
-    """The `turn`-th rendezvous of a group; every rank counts the same turns."""
-    store = dist.distributed_c10d._get_process_group_store(group)
-    key = f"fixpass/symmetric_memory/{name}/{turn}"
-    return Meeting(name, store, group.rank(), group.size(), key, settings)

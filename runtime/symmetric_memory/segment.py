@@ -1,30 +1,39 @@
-"""A rank's segment of POSIX shared memory: made, mapped by the others, and unlinked at once.
+"""A rank's segment of POSIX shared memory: created, mapped by the other ranks, then unlinked.
 
-A segment has a name only from its making until every rank has mapped it. One whose maker was
-killed in between is removed by the next process that makes a segment here.
+A segment has a name only until every rank has mapped it. If its process was killed before, the
+next process that creates a segment removes it, unless it belongs to another user.
 """
 
 import mmap
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fixpass.runtime.symmetric_memory.hosts import SHM
-
+SHM = Path("/dev/shm")
 PREFIX = "fixpass-"
+
+
+def this_host() -> str:
+    """Equal for two processes that can share memory: one kernel, and one /dev/shm."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}:{SHM.stat().st_dev}"
+    except OSError:
+        return f"{os.uname().nodename}:no shared memory"
 
 
 def create(num_bytes: int) -> tuple[str, Tensor]:
     """A new zeroed segment: its name, and its memory as uint8[num_bytes].
 
     The memory is reserved, so that no later write can fail. Raises OSError where /dev/shm has no
-    room or does not exist.
+    room, does not exist or cannot be written to.
     """
     remove_abandoned()
-    name = f"{PREFIX}{_pid_namespace()}-{os.getpid()}-{secrets.token_hex(8)}"
+    name = f"{PREFIX}{pid_namespace()}-{os.getpid()}-{secrets.token_hex(8)}"
     path = SHM / name
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -52,11 +61,13 @@ def unlink(name: str) -> None:
 
 
 def remove_abandoned() -> None:
-    """Remove segments whose makers ended before every rank had mapped them."""
-    for path in SHM.glob(f"{PREFIX}{_pid_namespace()}-*"):
+    """Remove this user's segments whose processes ended before every rank had mapped them."""
+    for path in SHM.glob(f"{PREFIX}{pid_namespace()}-*"):
         pid = path.name.removeprefix(PREFIX).split("-")[1]
         if not Path(f"/proc/{pid}").exists():
-            path.unlink(missing_ok=True)
+            # A file of another user, or a folder of that name, is not ours to remove.
+            with suppress(OSError):
+                path.unlink()
 
 
 def free_bytes() -> int:
@@ -70,6 +81,6 @@ def _map(descriptor: int, num_bytes: int) -> Tensor:
     return torch.frombuffer(mmap.mmap(descriptor, num_bytes), dtype=torch.uint8)
 
 
-def _pid_namespace() -> int:
+def pid_namespace() -> int:
     """Process ids mean something only within their namespace."""
     return os.stat("/proc/self/ns/pid").st_ino

@@ -21,7 +21,6 @@ class Settings:
     reading every rank's data: with 2 ranks the two ways cross between 128 and 512 KiB.
     piece_bytes: larger messages go in pieces of this size, which stay in a core's cache.
     heap_bytes: room for results of matmuls and for tensors of `SymmetricContext.empty`.
-    native: use the C++ part; without it torch operations do the same, slower.
     """
 
     timeout: float = 30.0
@@ -29,7 +28,6 @@ class Settings:
     slot_bytes: int = 256 * KIB
     piece_bytes: int = 1 * MIB
     heap_bytes: int = 16 * MIB
-    native: bool = True
 
     @property
     def sizes(self) -> tuple[int, int, int]:

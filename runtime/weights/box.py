@@ -5,15 +5,15 @@ boxes; what has to be copied is their intersection. Nothing here touches data.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(NamedTuple):
     """The elements `start[i] <= index[i] < start[i] + shape[i]` of a tensor."""
 
     start: Shape
@@ -22,7 +22,7 @@ class Box:
     @staticmethod
     def whole(shape: Shape) -> "Box":
         """All of a tensor of this shape."""
-        return Box((0,) * len(shape), tuple(shape))
+        return Box((0,) * len(shape), shape)
 
     @property
     def stop(self) -> Shape:
@@ -88,10 +88,10 @@ def span(box: Box, shape: Shape) -> tuple[int, int]:
     return first, last - first + 1
 
 
-def dense_strides(shape: Shape) -> Shape:
-    """The strides of a dense tensor."""
+def dense_strides(shape: Sequence[int]) -> Shape:
+    """The strides of a dense tensor; a size of 0 counts as 1, as it does in torch."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
-        step *= size
+        step *= max(size, 1)
     return tuple(reversed(strides))

@@ -1,9 +1,9 @@
-"""The load window: folded parameters show the checkpoint's layout, and writes land where they fold.
+"""`checkpoint_layout`: a context in which parameters with a layout show the checkpoint's layout.
 
-Any loader works unchanged: what it narrows, chunks and copies into is the logical tensor, over the
-same memory. Where strides can say the logical layout, that view is shown. Where they cannot, the
-shape and strides of the logical tensor are shown, and a dispatch mode sends every read and write
-to its place. The mode sees the thread that opened the window, and no other.
+Any loader works unchanged: it narrows, chunks and writes the logical tensor, over the same memory.
+Where strides can express the layout, the parameter is that strided view. Elsewhere the parameter
+has the shape and strides of the logical tensor, and a dispatch mode redirects every read and write
+to the elements' real positions. The mode acts in the thread that entered the context only.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,76 +18,88 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fixpass.runtime.errors import LayoutError
-from fixpass.runtime.weights.layout_plan import Plan, dense
+from fixpass.runtime.weights.layout_plan import LayoutPlan
 from fixpass.runtime.weights.region import Region, read, write
-from fixpass.runtime.weights.relayout import check_memory
-from fixpass.runtime.weights.table import Folded, memory_of, record_of
+from fixpass.runtime.weights.relayout import LayoutRecord, check_memory, memory_of, record_of
 
 
 @dataclass(frozen=True)
-class _Open:
-    """A folded parameter while its window is open."""
+class _Shown:
+    """A parameter that shows the checkpoint's layout now."""
 
     param: Tensor
-    folded: Folded
+    record: LayoutRecord
     memory: Tensor
+    """All of its elements, flat."""
 
     @property
-    def plan(self) -> Plan:
-        return self.folded.plan
+    def plan(self) -> LayoutPlan:
+        return self.record.plan
 
     @property
     def by_strides(self) -> bool:
         return self.plan.logical_strides is not None
 
     def region(self, tensor: Tensor) -> Region | None:
-        """The part of the logical tensor that a view in this memory stands for, or None."""
+        """The part of the logical tensor that `tensor` is, or None where it lies elsewhere."""
         start = tensor.storage_offset() - self.memory.storage_offset()
         if not 0 <= start < max(1, self.memory.numel()):
             return None
         return Region(tuple(tensor.shape), tuple(tensor.stride()), int(start))
 
 
-# Parameters whose window is open, in any thread.
-_OPENED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_SHOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Parameters that show the checkpoint's layout, in any thread."""
 
 
-def is_open(param: Tensor) -> bool:
-    """Whether `param` shows the checkpoint's layout now although it is folded."""
-    return param in _OPENED
+def shows_checkpoint(param: Tensor) -> bool:
+    """Whether `param` has a layout and shows the checkpoint's at present."""
+    return param in _SHOWN
 
 
 @contextmanager
 def checkpoint_layout(params: Iterable[Tensor]) -> Iterator[None]:
-    """Show the checkpoint's layout of the folded ones of `params` until the context ends."""
-    opened: list[_Open] = []
+    """A context in which the parameters that have a layout show the checkpoint's layout.
+
+    A parameter without a layout stays as it is. A loader may also put other memory into a
+    parameter (`param.data = ...`): its values are copied when the context ends.
+
+    Example:
+        >>> with fixpass.weights.checkpoint_layout(model.parameters()):
+        ...     engine_loader(model)
+
+    Raises:
+        LayoutError: a parameter was given other memory before, or is given values of another shape.
+
+    """
+    shown: list[_Shown] = []
     try:
         for param in params:
-            if record_of(param) is not None and not is_open(param):
-                opened.append(_open(param))
-        with _Redirect([item for item in opened if not item.by_strides]):
+            if record_of(param) is not None and not shows_checkpoint(param):
+                shown.append(_show_checkpoint(param))
+        with _Redirect([item for item in shown if not item.by_strides]):
             yield
     finally:
-        for item in opened:
-            _close(item)
+        for item in shown:
+            _show_kernel(item)
 
 
-def _open(param: Tensor) -> _Open:
+def _show_checkpoint(param: Tensor) -> _Shown:
     found = record_of(param)
     assert found is not None
     check_memory(param, found, "a parameter")
     plan = found.plan
-    item = _Open(param, found, memory_of(param, plan))
-    strides = plan.logical_strides or dense(plan.padded)
+    item = _Shown(param, found, memory_of(param, plan))
+    strides = plan.logical_strides or plan.index_strides
     param.data = item.memory.as_strided(plan.logical, strides, item.memory.storage_offset())
-    _OPENED[param] = True
+    _SHOWN[param] = True
     return item
 
 
-def _close(item: _Open) -> None:
-    """Show the kernel's layout again; what was put in place of the memory is copied into it."""
+def _show_kernel(item: _Shown) -> None:
+    """Show the kernel's layout again; copy the values of other memory that the loader put there."""
     plan, param = item.plan, item.param
-    _OPENED.pop(param, None)
+    _SHOWN.pop(param, None)
     replaced = param.untyped_storage().data_ptr() != item.memory.untyped_storage().data_ptr()
     given = param.detach()
     param.data = item.memory.as_strided(plan.shown, plan.strides, item.memory.storage_offset())
@@ -96,20 +108,20 @@ def _close(item: _Open) -> None:
         return
     if tuple(given.shape) != plan.logical:
         raise LayoutError(
-            f"a loader put {tuple(given.shape)} in the place of a parameter of {plan.logical}, "
-            f"folded into {plan.layout}: the old values were kept"
+            f"a loader gave a parameter of {plan.logical} with layout {plan.layout} data of shape "
+            f"{tuple(given.shape)}: the old values were kept"
         )
     write(item.memory, plan, Region.of(plan), given)
 
 
 class _Redirect(TorchDispatchMode):
-    """Sends what reads or writes a shown logical tensor to where its elements lie."""
+    """Redirects reads and writes of logical tensors to the real positions of their elements."""
 
-    def __init__(self, opened: list[_Open]) -> None:
+    def __init__(self, shown: list[_Shown]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._opened: dict[int, list[_Open]] = {}
-        for item in opened:
-            self._opened.setdefault(item.memory.untyped_storage()._cdata, []).append(item)
+        self._shown: dict[int, list[_Shown]] = {}
+        for item in shown:
+            self._shown.setdefault(item.memory.untyped_storage()._cdata, []).append(item)
 
     def __torch_dispatch__(
         self,
@@ -130,12 +142,12 @@ class _Redirect(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         return self._on_copies(func, args, kwargs)
 
-    def _find(self, tensor: Any) -> tuple[_Open, Region] | None:
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not self._opened:
+    def _find(self, tensor: Any) -> tuple[_Shown, Region] | None:
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not self._shown:
             return None
         if tensor.device.type == "meta":
             return None
-        for item in self._opened.get(tensor.untyped_storage()._cdata, ()):
+        for item in self._shown.get(tensor.untyped_storage()._cdata, ()):
             region = item.region(tensor)
             if region is not None:
                 return item, region
@@ -151,7 +163,7 @@ class _Redirect(TorchDispatchMode):
         return out
 
     def _values(self, tensor: Tensor) -> Tensor:
-        """The values that a tensor shows."""
+        """A tensor, or a copy of its values where it is part of a logical tensor."""
         found = self._find(tensor)
         if found is None:
             return tensor
@@ -161,7 +173,7 @@ class _Redirect(TorchDispatchMode):
     def _on_copies(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        """Run any other operation on copies of what it reads; what it wrote goes back."""
+        """Run any other operation on copies of the parts that it reads; write back its results."""
         copies: dict[int, tuple[Tensor, Tensor]] = {}
 
         def copied(leaf: Any) -> Any:
@@ -180,19 +192,19 @@ class _Redirect(TorchDispatchMode):
 
 
 def _as(memory: Tensor, view: Tensor) -> Tensor:
-    """The memory in the dtype of a view of it, of the same size: a loader may look at raw bits."""
+    """The memory in the dtype of a view of it. A loader may write through a dtype of raw bits."""
     if view.dtype == memory.dtype:
         return memory
     if view.element_size() != memory.element_size():
         raise LayoutError(
-            f"a folded parameter of {memory.dtype} was viewed as {view.dtype}, of another size: "
-            "unfold it first"
+            f"a parameter of {memory.dtype} with a layout was viewed as {view.dtype}, of another "
+            "size: call fixpass.weights.reset_layout first"
         )
     return memory.view(view.dtype)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The arguments that an operation says it writes to."""
+    """The arguments that the schema of an operation marks as written."""
     names = [argument.name for argument in func._schema.arguments]
     given = dict(zip(names, args, strict=False)) | dict(kwargs)
     return [

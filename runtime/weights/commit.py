@@ -1,151 +1,242 @@
-"""Three ways to write an update into live weights, and what undoes each of them.
+"""Four ways to write new bytes into live weights, and the way back from a failure in each.
 
-staged   all values are in memory of the update's own: 1 x its bytes. Nothing can go wrong but
-the machine; an interrupt in mid-commit is finished first, then raised.
-journal  values are read in the closed gate, and the old bytes are kept in a temporary file:
-8 MiB a thread of memory, 1 x on disk. Any exception brings the old bytes back.
-double   values go to a second set of memory, which is then put in place: 1 x its bytes, kept.
-Calls go on until the last moment; addresses change.
+direct         Bytes go straight into the parameters while the lock is closed. No memory; no way
+               back: where a file breaks in the middle, calls raise PoisonedError until all weights
+               are loaded again.
+buffered       Bytes are read into memory first: 1 x the update. After a failure in the middle the
+               bytes, which are at hand, are written once more.
+undo_log       The old bytes go to a temporary file first: 1 x on disk. A failure brings them back.
+double_buffer  Bytes go to a second set of memory, which is then put in place: 1 x the weights, for
+               good. Calls go on until the last moment; addresses change.
+
+The lock is closed for the commit section, which no interrupt splits: see commit_section.
 """
 
+import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from fixpass.runtime.attributes import note, remembered
-from fixpass.runtime.errors import CheckpointError, UpdateError
-from fixpass.runtime.weights.box import Box
-from fixpass.runtime.weights.closing import Closing
-from fixpass.runtime.weights.collected import Prepared, read_files, values_of
-from fixpass.runtime.weights.destination import destination
+from fixpass.runtime.errors import CheckpointError, UpdateError, VersionError
+from fixpass.runtime.weights.commit_section import run_section
 from fixpass.runtime.weights.double_buffer import DoubleBuffer
-from fixpass.runtime.weights.local import local_box
-from fixpass.runtime.weights.lock import WeightsLock, over
-from fixpass.runtime.weights.manifest import Manifest
+from fixpass.runtime.weights.files import OpenFile
+from fixpass.runtime.weights.lock import WeightsLock, bump, closed, lock_of, over_ids
 from fixpass.runtime.weights.options import Options
-from fixpass.runtime.weights.own_loaders import OwnLoads, call, in_memory
-from fixpass.runtime.weights.places import Places, places
-from fixpass.runtime.weights.read import Copy, copies
-from fixpass.runtime.weights.relayout import logical
-from fixpass.runtime.weights.stored import MemoryPiece, Stored
-from fixpass.runtime.weights.targets import Target, targets
+from fixpass.runtime.weights.read import Work
+from fixpass.runtime.weights.state_file import SavedState, write_state
+from fixpass.runtime.weights.stored import MemoryPiece
+from fixpass.runtime.weights.targets import Target, local_box, tensors_of, walk
+from fixpass.runtime.weights.tensor_metadata import Manifest
 from fixpass.runtime.weights.undo_log import UndoLog
-from fixpass.runtime.weights.versions import all_changes
+from fixpass.runtime.weights.weight_version import committed, write_keys
 
 _PART = 1 << 20  # elements looked at for NaN at once
 
 
 @dataclass(frozen=True)
 class Commit:
-    """What a commit needs. `prepare` checks the update against places and says what to write."""
+    """An update that is planned, and the model that it is for."""
 
     model: nn.Module
-    live: Mapping[str, Target]
-    manifest: Manifest
-    base: int
-    prepare: Callable[[Places], Prepared]
     options: Options
+    base: int
+    """The version of the weights when the update was opened."""
+    manifest: Manifest
+    """The model as it was planned for."""
+    written: Sequence[Target]
+    work: Work
+    files: Sequence[OpenFile]
+    covers_all: bool
+    """Whether every parameter of the model is written whole, so that no mixture is left."""
+    is_whole: bool
+    """Whether the written parameters are written whole, byte for byte."""
 
-    def run(self) -> tuple[Prepared, float]:
-        """Write the update; what was written, and the seconds for which calls were held back."""
-        self.manifest.check(self.tensors)
-        prepared = self.prepare(places(self.live))
-        if self.options.mode == "double_buffer":
-            return self._double(prepared)
-        work = prepared.places.putting([*prepared.copies, *self._own(prepared)])
-        if self.options.finite and self.options.mode == "buffered":
-            check_finite((c.stored.name, p) for c in work for p in values_of(c.stored))
-        written = [self.live[name].tensor for name in prepared.written]
-        if self.options.mode == "undo_log":
-            return prepared, self._journal(work, prepared.written, written)
-        gates = over(written)
-        closing = self._closing
-        with closing.closed(gates) as began:
-            closing.forward(gates, partial(self._write, work))
-        return prepared, time.perf_counter() - began
+    def run(self) -> float:
+        """Write the update; the seconds for which calls were held back."""
+        ways = {
+            "direct": self._direct,
+            "buffered": self._buffered,
+            "undo_log": self._undo_log,
+            "double_buffer": self._double_buffer,
+        }
+        return ways[self.options.mode]()
 
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: target.tensor for name, target in self.live.items()}
+    def _direct(self) -> float:
+        self._check_files()
+        return self._closed(self._write_or_poison)
 
-    def _journal(self, work: list[Copy], names: Sequence[str], written: list[Tensor]) -> float:
-        gates, journal = over(written), UndoLog()
+    def _write_or_poison(self, locks: Collection[WeightsLock]) -> None:
         try:
-            # Calls go on while the old bytes are written down.
-            before = all_changes(written)
-            for param in written:
-                journal.keep(param)
-            with self._closing.closed(gates) as began:
-                if all_changes(written) != before:
-                    raise UpdateError("weights were written while an update was open: begin again")
-                self._write_or_restore(gates, journal, work, zip(names, written, strict=True))
-            return time.perf_counter() - began
-        finally:
-            journal.close()
-
-    def _write_or_restore(
-        self,
-        gates: Collection[WeightsLock],
-        journal: UndoLog,
-        work: list[Copy],
-        written: Iterable[tuple[str, Tensor]],
-    ) -> None:
-        try:
-            with journal:
-                self._write(work)
-                if self.options.finite:
-                    check_finite(written)
-                self._closing.finish(gates)
+            self._write(self.work)
+            self._check_files()
         except BaseException as error:
-            if not journal.restored:
-                self._closing.poison(gates, error)
+            self._poison(locks, error)
+            if isinstance(error, CheckpointError):
+                error.add_note(
+                    "Parameters may hold old and new bytes: mode='undo_log' brings the old ones "
+                    "back, mode='buffered' reads before it writes"
+                )
             raise
 
-    def _double(self, prepared: Prepared) -> tuple[Prepared, float]:
-        written = [self.live[name].tensor for name in prepared.written]
-        double = DoubleBuffer(self.model, written)
-        copies = [*prepared.copies, *self._own(prepared)]
-        moved = [replace(copy, target=double.on_back(copy.target)) for copy in copies]
-        work = places(self.live, double.back).putting(moved)
-        double.keep_the_rest(0 if prepared.covered or prepared.own else _bytes(written))
+    def _buffered(self) -> float:
+        work = self.work.staged(self.options.threads)
+        if self.options.finite:
+            check_finite(
+                (copy.stored.name, copy.source.of(copy.piece.tensor))
+                for copy in work.copies
+                if isinstance(copy.piece, MemoryPiece)
+            )
+        self._check_files()
+        return self._closed(partial(self._write_or_write_again, work))
+
+    def _write_or_write_again(
+        self, work: Work, locks: Collection[WeightsLock]
+    ) -> BaseException | None:
+        try:
+            self._write(work)
+        except BaseException as error:
+            # The old bytes are gone and the new ones at hand: the way to whole weights is forward.
+            try:
+                self._write(work)
+            except BaseException as again:
+                self._poison(locks, again)
+                raise
+            return error
+        return None
+
+    def _undo_log(self) -> float:
+        tensors = [target.tensor for target in self.written]
+        before = write_keys(tensors)
+        # Calls go on while the old bytes are written down.
+        log = UndoLog(self.work.tensors)
+
+        def write(locks: Collection[WeightsLock]) -> None:
+            if write_keys(tensors) != before:
+                raise UpdateError("weights were written while an update was open: begin again")
+            try:
+                self._write(self.work)
+                if self.options.finite:
+                    check_finite((target.name, target.tensor) for target in self.written)
+                self._check_files()
+            except BaseException as error:
+                self._restore(log, locks, error)
+                raise
+
+        self._check_files()
+        return self._closed(write)
+
+    def _restore(self, log: UndoLog, locks: Collection[WeightsLock], error: BaseException) -> None:
+        try:
+            log.restore()
+        except BaseException:
+            self._poison(locks, error)
+            raise
+
+    def _double_buffer(self) -> float:
+        double = DoubleBuffer(self.model, [target.tensor for target in self.written])
+        if not self.is_whole or any(t.nbytes < _owned(t) for t in self.work.tensors):
+            double.copy_old()
+        work = self.work.elsewhere(double.on_back)
         self._write(work)
         if self.options.finite:
-            back = double.back
-            check_finite((name, back[id(self.live[name].tensor)]) for name in prepared.written)
-        gates = over(written)
-        closing = self._closing
-        with closing.closed(gates) as began:
-            double.flip()
-            try:
-                closing.finish(gates, moved=True)
-            except BaseException:
-                double.flip()
-                raise
-        return prepared, time.perf_counter() - began
+            check_finite((target.name, double.on_back(target.tensor)) for target in self.written)
+        self._check_files()
+        return self._closed(lambda locks: double.flip())
 
-    def _write(self, work: list[Copy]) -> None:
-        read_files(work, self.options.threads, self.options.advance)
+    def _write(self, work: Work) -> None:
+        work.run(self.options.threads, self.options.advance)
 
-    def _own(self, prepared: Prepared) -> list[Copy]:
-        """What loaders of parameters' own made of their tensors, on stand-ins, as copies."""
-        return [
-            copy
-            for load in prepared.own
-            for copy in _run_own(load, self.live[load.target.name], self.options.threads)
-        ]
+    def _check_files(self) -> None:
+        for file in self.files:
+            # Of one file, the descriptor has all of one version, whatever lies at its path now.
+            file.check(is_at_path=len(self.files) > 1)
 
-    @property
-    def _closing(self) -> Closing:
-        return Closing(self.model, self.base, self.options, self._check)
+    def _closed(self, write: Callable[[Collection[WeightsLock]], BaseException | None]) -> float:
+        own = lock_of(self.model)
+        locks = {own, *over_ids([id(target.tensor) for target in self.written], own)}
+        with closed(locks, self.options.timeout):
+            began = time.perf_counter()
+            run_section(partial(self._section, locks, write))
+            return time.perf_counter() - began
 
-    def _check(self, moved: bool) -> None:
-        now = {name: target.tensor for name, target in targets(self.model).items()}
-        self.manifest.check(now, moved=moved)
+    def _section(
+        self,
+        locks: Collection[WeightsLock],
+        write: Callable[[Collection[WeightsLock]], BaseException | None],
+    ) -> None:
+        own = lock_of(self.model)
+        before, to = own.version, self.options.version or own.version + 1
+        if before != self.base:
+            raise VersionError(
+                f"the weights became version {before} while an update of version {self.base} was "
+                "open: begin it again"
+            )
+        self.manifest.check({target.name: target.tensor for target in walk(self.model)[0]})
+        self._save("committing", before, to)
+        try:
+            _synchronize(self.work.tensors)
+            interrupt = write(locks)
+            _synchronize(self.work.tensors)
+            self._finish(locks)
+        except BaseException:
+            # Weights that are whole, old or new, are committed.
+            if not own.poisoned:
+                self._save_or_warn(own.version)
+            raise
+        self._save_or_warn(own.version)
+        if interrupt is not None:
+            interrupt.add_note("the update was finished first: its weights are in place")
+            raise interrupt
+
+    def _finish(self, locks: Collection[WeightsLock]) -> None:
+        """Give the new weights their version."""
+        try:
+            poisoned = [lock for lock in locks if lock.poisoned]
+            if poisoned and self.covers_all:
+                mine = {id(tensor) for tensor in tensors_of(self.model)}
+                for lock in poisoned:
+                    # A lock that covers more tensors may still have a mixture.
+                    if mine.issuperset(id(tensor) for tensor in lock.covers()):
+                        lock.poisoned = ""
+            bump(self.model, self.options.version, locks)
+            committed(self.model)
+        except BaseException as error:
+            self._poison(locks, error)
+            raise
+
+    def _poison(self, locks: Iterable[WeightsLock], error: BaseException) -> None:
+        """Let calls raise until all weights are written again."""
+        text = (
+            f"an update failed in mid-commit ({error!r}) and its weights are a mixture: update "
+            "all weights of the model"
+        )
+        for lock in locks:
+            lock.poisoned = text
+
+    def _save(self, state: Literal["committed", "committing"], version: int, to: int) -> None:
+        if self.options.state_file is not None:
+            write_state(
+                self.options.state_file,
+                SavedState(state, version, to, self.options.mode, os.getpid()),
+            )
+
+    def _save_or_warn(self, version: int) -> None:
+        """Say in the state file that the weights are whole; they are so in any case."""
+        try:
+            self._save("committed", version, version)
+        except OSError as error:
+            warnings.warn(
+                f"the weights are whole and of version {version}, and {self.options.state_file} "
+                f"could not be written ({error}): it still says that a commit is under way",
+                stacklevel=2,
+            )
 
 
 def check_finite(values: Iterable[tuple[str, Tensor]]) -> None:
@@ -160,32 +251,12 @@ def check_finite(values: Iterable[tuple[str, Tensor]]) -> None:
                 raise UpdateError(f"{name!r} would hold a NaN or an infinity: nothing was changed")
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in {id(t): t for t in tensors}.values())
+def _owned(tensor: Tensor) -> int:
+    """Bytes of all the memory that a tensor lies in."""
+    return tensor.untyped_storage().nbytes()
 
 
-def _run_own(load: OwnLoads, live: Target, threads: int) -> Iterator[Copy]:
-    """Let a loader fill a plain parameter of the checkpoint's layout; then copy that.
-
-    It starts with the present values, of which a loader may leave some.
-    """
-    param = live.tensor
-    if isinstance(param, DTensor):
-        whole = torch.zeros(param.shape, dtype=param.dtype, device=param.device)
-    else:
-        whole = logical(param)
-    stand_in = (remembered(live.module, live.leaf) or note(param)).like(whole)
-    for item in load.routed:
-        call(load, stand_in, item, in_memory(item.stored, threads))
-    where = destination(load.target.tensor, repr(load.target.name))
-    values = stand_in.detach()
-    stored = Stored(
-        load.target.name,
-        values.dtype,
-        tuple(values.shape),
-        (MemoryPiece(values, Box.whole(tuple(values.shape))),),
-        "its weight_loader",
-    )
-    if tuple(values.shape) != where.whole or values.dtype != where.tensor.dtype:
-        raise CheckpointError(f"the weight_loader of {load.target.name!r} changed its layout")
-    yield from copies(stored, where.box, where.tensor)
+def _synchronize(tensors: Iterable[Tensor]) -> None:
+    """Wait for the devices of tensors: another thread has other streams."""
+    for device in {tensor.device for tensor in tensors if not tensor.is_cpu}:
+        torch.accelerator.synchronize(device)

@@ -1,36 +1,66 @@
-"""Where the bytes of a parameter go.
+"""The memory of a parameter as a checkpoint sees it, in any layout.
 
-A plain parameter is written where it is. Of a DTensor this rank writes its local part. Nothing is
-written here, and what a checkpoint calls the parameter is not known.
+A plain parameter is written where it lies. Of a DTensor this rank writes the local part. Of a
+parameter with a layout the view has the checkpoint's shape; where strides can't express the layout,
+`LogicalView.put` brings values to where their elements lie. Nothing is written here.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.box import Box, Shape
-from fixpass.runtime.weights.local import is_freed, local_box
+from fixpass.runtime.weights.layout_plan import LayoutPlan
+from fixpass.runtime.weights.region import Region, write
+from fixpass.runtime.weights.relayout import check_memory, memory_of, record_of
+from fixpass.runtime.weights.targets import is_freed, local_box
 
 
-@dataclass(frozen=True, slots=True)
-class Destination:
-    """Memory of a parameter in the layout of its checkpoint.
+class LogicalView(NamedTuple):
+    """A parameter with a layout that strides can't express."""
 
-    tensor: a view to write into, of any strides. box: which part of the whole parameter it is.
-    whole: the parameter's shape in the checkpoint.
-    """
+    memory: Tensor
+    """Its elements as they lie, 1-D."""
+    plan: LayoutPlan
+
+    def put(self, values: Tensor, part: Tensor) -> None:
+        """Write values where the elements of `part` lie, a view of the destination's tensor."""
+        start = int(part.storage_offset()) - int(self.memory.storage_offset())
+        region = Region(tuple(part.shape), tuple(part.stride()), start)
+        with torch.no_grad():
+            write(self.memory, self.plan, region, values)
+
+
+class Destination(NamedTuple):
+    """Memory of a parameter in the checkpoint's layout."""
 
     tensor: Tensor
+    """A view of the checkpoint's shape. With a `view` its strides only name the elements."""
     box: Box
+    """The box of the whole parameter that lies on this rank."""
     whole: Shape
+    """The shape of the whole parameter in the checkpoint."""
+    view: LogicalView | None = None
+
+    @property
+    def memory(self) -> Tensor:
+        """The memory that is written, as a tensor that names all of it."""
+        return self.tensor if self.view is None else self.view.memory
 
 
 def destination(param: Tensor, name: str = "the parameter") -> Destination:
-    """Where the bytes of `param` go on this rank; `name` is for messages.
+    """The memory of `param` on this rank.
 
-    Raises CheckpointError where there is no memory to write to.
+    Args:
+        param: the parameter or buffer, in any layout.
+        name: stands in messages.
+
+    Raises:
+        CheckpointError: there is no memory of its own to write to.
+        LayoutError: a parameter with a layout was given other memory.
+
     """
     if param.device.type == "meta":
         raise CheckpointError(
@@ -45,4 +75,13 @@ def destination(param: Tensor, name: str = "the parameter") -> Destination:
         stride == 0 and size > 1 for stride, size in zip(local.stride(), local.shape, strict=True)
     ):
         raise CheckpointError(f"{name} is expanded: its elements share their memory. clone() it")
-    return Destination(local, box, tuple(param.shape))
+    found = record_of(param)
+    if found is None:
+        return Destination(local, box, tuple(param.shape))
+    check_memory(param, found, name)
+    plan = found.plan
+    memory = memory_of(local, plan)
+    strides = plan.logical_strides or plan.index_strides
+    shown = memory.as_strided(plan.logical, strides, memory.storage_offset())
+    view = LogicalView(memory, plan) if plan.logical_strides is None else None
+    return Destination(shown, Box.whole(plan.logical), plan.logical, view)

@@ -1,13 +1,12 @@
-"""The gate: calls of a model go through together, an update of its weights goes through alone.
+"""The lock of a model's weights: calls share it, an update has it alone; and the weights' version.
 
-Reading costs a quarter of a microsecond and may be nested in a thread; writing waits for the calls
-that are under way and holds back new ones, so that no call sees half an update. It keeps out only
-who asks: a call that enters no gate is not held. Kernels that a device still runs are not waited
-for.
+A read lock costs a quarter of a microsecond, and a thread may nest several. An update waits for the
+calls under way and holds back new ones, so that no call sees half of it. Calls that take no read
+lock are not held back, and kernels that a device still runs are not waited for.
 
-A call takes no lock. It enters, and then asks whether the gate is busy; an update first makes it
-busy, and then asks who is inside. So one of the two sees the other, as long as Python's own lock
-puts their steps in one order.
+A call takes no mutex. It enters, and then looks whether the lock is busy; an update makes the lock
+busy first, and then looks who is inside. So one of the two sees the other, as long as Python's
+global lock orders their steps. A Python without it takes the mutex at every call.
 """
 
 import sys
@@ -21,118 +20,102 @@ from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
-from fixpass.runtime.errors import PoisonedError, UpdateError
+from fixpass.runtime.errors import PoisonedError, UpdateError, VersionError
 from fixpass.runtime.modules import unwrapped
-from fixpass.runtime.weights.look import walk
+from fixpass.runtime.weights.targets import tensors_of
 
 Covers = Callable[[], Iterable[Tensor]]
 
-# One lock for all gates: an update closes several in one step, and a call may be in several, one
-# inside the other. A lock for each could not do that without a deadlock.
-_state = threading.Condition(threading.Lock())
-# Without Python's lock each call has to take that of the gates.
+_mutex = threading.Condition(threading.Lock())
+"""One for all locks: an update takes several in one step, and a call may be in several, one inside
+the other. With a mutex each that would be a deadlock."""
+
 _IS_ORDERED: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
 
-# Seconds after which who waits looks again, should an interrupt have taken the wake-up.
 _SLICE = 1.0
+"""Seconds after which a waiting thread looks again, in case an interrupt swallowed its wake-up."""
 
 
 class WeightsLock:
-    """A gate over parameters.
-
-    covers: gives the parameters as they are now. version: of their weights; 0 before any update.
-    poisoned: why the weights are a mixture that no call may use; empty where they are whole.
-    updating: whether an update is open, which says nothing of whether calls are held back.
-    """
+    """A lock over some parameters."""
 
     def __init__(self, covers: Covers = tuple) -> None:
         self.covers = covers
+        """Gives the parameters as they are now."""
         self.version = 0
+        """Of the weights; 0 before any update."""
         self.updating = False
-        # How often each thread is inside; each changes its own number only.
-        self._readers: dict[int, int] = {}
+        """Whether an update is open. Calls are held back only while it commits."""
+        self._readers: dict[_ReadLock, int] = {}
+        """The thread that entered each of them."""
         self._writer: int | None = None
         self._waiting = 0
         self._poisoned = ""
         self._busy = not _IS_ORDERED
-        self._reading = _Reading(self)
-        _GATES.add(ref(self, _GATES.discard))
+        _LOCKS.add(ref(self, _LOCKS.discard))
 
     @property
     def poisoned(self) -> str:
+        """Why the weights are a mixture that no call may use; empty where they are whole."""
         return self._poisoned
 
     @poisoned.setter
     def poisoned(self, why: str) -> None:
-        with _state:
+        with _mutex:
             self._poisoned = why
-            self._settle()
+            self._update_busy()
 
     def read_lock(self) -> AbstractContextManager[int]:
-        """A context for a call; its value is the version of the weights that the call sees.
-
-        Raises PoisonedError where an update failed and could not be undone.
-        """
-        return self._reading
+        """A context for one call; its value is the version of the weights that the call sees."""
+        return _ReadLock(self)
 
     def write_lock(self, timeout: float | None = None) -> AbstractContextManager[None]:
-        """A context in which no other thread reads.
-
-        timeout: in seconds; None waits as long as it takes. Raises UpdateError where it runs out,
-        and where the thread itself is in a call.
-        """
+        """See `closed`."""
         return closed((self,), timeout)
 
-    def _settle(self) -> None:
-        """Say whether calls have to look closer; whoever changes the state does, with the lock."""
+    def _update_busy(self) -> None:
+        """Say whether calls have to take the mutex, which the caller holds."""
         needed = self._waiting > 0 or self._writer is not None or bool(self._poisoned)
         self._busy = needed or not _IS_ORDERED
 
-    def _enter_busy(self, me: int, depth: int) -> int:
-        """Enter once nothing is in the way. The thread has been counted, `depth` times before."""
-        with _state:
-            self._count(me, depth)
-            _state.notify_all()
+    def _enter_busy(self, reader: "_ReadLock", me: int) -> int:
+        """Step back, and enter again when no update is in the way."""
+        with _mutex:
+            del self._readers[reader]
+            _mutex.notify_all()
             while self._keeps_out(me):
-                _state.wait(_SLICE)
+                _mutex.wait(_SLICE)
             if self._poisoned and self._writer is None:
                 raise PoisonedError(self._poisoned)
-            self._count(me, depth + 1)
+            self._readers[reader] = me
             return self.version
 
     def _keeps_out(self, me: int) -> bool:
         if self._writer is not None:
             return self._writer != me
-        # Who is in a gate already goes on: the update waits for it, so it must not wait in turn.
-        return self._waiting > 0 and not any(me in gate._readers for gate in _gates())
-
-    def _count(self, me: int, depth: int) -> None:
-        if depth:
-            self._readers[me] = depth
-        else:
-            self._readers.pop(me, None)
+        # The update waits for a thread that is in any lock already: that thread must not wait too.
+        return self._waiting > 0 and not _is_inside(me, _locks())
 
 
-class _Reading(AbstractContextManager[int]):
-    """What Gate.reading gives, made once a gate: it holds nothing of its own."""
+class _ReadLock(AbstractContextManager[int]):
+    """One reader, of one `with` statement."""
 
-    __slots__ = ("_gate",)
+    __slots__ = ("_lock",)
 
-    def __init__(self, gate: WeightsLock) -> None:
-        self._gate = gate
+    def __init__(self, lock: WeightsLock) -> None:
+        self._lock = lock
 
     # Written out for speed: each call of a compiled graph comes here.
     def __enter__(self) -> int:
-        gate, me = self._gate, get_ident()
-        depth = gate._readers.get(me, 0)
-        gate._readers[me] = depth + 1
-        if not gate._busy:
-            return gate.version
+        lock, me = self._lock, get_ident()
+        lock._readers[self] = me
+        if not lock._busy:
+            return lock.version
         try:
-            return gate._enter_busy(me, depth)
-        # Also an interrupt: who does not enter must not be counted.
+            return lock._enter_busy(self, me)
+        # Also an interrupt: a call that does not enter must not count as a reader.
         except BaseException:
-            gate._count(me, depth)
+            lock._readers.pop(self, None)
             raise
 
     def __exit__(
@@ -141,31 +124,46 @@ class _Reading(AbstractContextManager[int]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        gate, me = self._gate, get_ident()
-        depth = gate._readers[me]
-        if depth > 1:
-            gate._readers[me] = depth - 1
-        else:
-            del gate._readers[me]
-        if gate._busy:
-            with _state:
-                _state.notify_all()
+        lock = self._lock
+        del lock._readers[self]
+        if lock._busy:
+            with _mutex:
+                _mutex.notify_all()
 
 
-_GATES: "set[ref[WeightsLock]]" = set()
+_LOCKS: "set[ref[WeightsLock]]" = set()
 _OF_MODULES: WeakKeyDictionary[nn.Module, WeightsLock] = WeakKeyDictionary()
 
 
-def _gates() -> list[WeightsLock]:
-    """All gates. Copied in one step, as others may make gates meanwhile, or let them go."""
-    return [gate for weak in _GATES.copy() if (gate := weak()) is not None]
+def _drop_lost_readers(locks: Iterable[WeightsLock]) -> None:
+    """Drop readers whose `with` statement an interrupt ended before `__exit__` could run."""
+    lone = {_ReadLock(COMPILED): 0}
+    unheld = max(_reference_counts(list(lone)))
+    for lock in locks:
+        readers = list(lock._readers)
+        for reader, count in zip(readers, _reference_counts(readers), strict=True):
+            if count <= unheld:
+                lock._readers.pop(reader, None)
+
+
+def _reference_counts(readers: list[_ReadLock]) -> list[int]:
+    return [sys.getrefcount(reader) for reader in readers]
+
+
+def _locks() -> list[WeightsLock]:
+    """All locks. The copy is one step, as other threads may make or drop locks meanwhile."""
+    return [lock for weak in _LOCKS.copy() if (lock := weak()) is not None]
+
+
+def _is_inside(me: int, locks: Iterable[WeightsLock]) -> bool:
+    """Whether the thread reads any of these locks."""
+    return any(me in list(lock._readers.values()) for lock in locks)
 
 
 def lock_of(module: nn.Module) -> WeightsLock:
-    """The gate of a model, the same for all of its wrappers; of a part of it, one of its own.
+    """The lock of a model, the same for all of its wrappers; a submodule has a lock of its own.
 
-    An update of a model closes the gates of its parts too, and that of a part those of the models
-    that have it: see `over`.
+    An update of either takes both: see `over`.
     """
     inside: nn.Module = unwrapped(module)
     found = _OF_MODULES.get(inside)
@@ -181,92 +179,122 @@ def lock_of(module: nn.Module) -> WeightsLock:
 
 
 def read_lock(module: nn.Module) -> AbstractContextManager[int]:
-    """A context for a call of a model, which no update interrupts; its value is the version."""
+    """A context for one call of a model, which no update interrupts; its value is the version.
+
+    Threads may take turns at a generator that holds it; updates wait for its end. PoisonedError is
+    raised where an update failed and could not be undone.
+
+    Example:
+        >>> with fixpass.weights.read_lock(model) as version:
+        ...     tokens = model.generate(prompt)
+
+    """
     return lock_of(module).read_lock()
 
 
 def write_lock(module: nn.Module, timeout: float | None = None) -> AbstractContextManager[None]:
-    """A context in which no call of a model, or of what shares its weights, goes on elsewhere.
+    """A context in which no other thread is in a call of a model, or of one that shares weights.
 
-    For loads that are not an update. timeout: in seconds; UpdateError where it runs out.
+    For loads other than `load`, `update` and `reload`, which take the lock themselves. UpdateError
+    is raised after `timeout` seconds, and where this thread is in a call itself.
     """
     return closed({lock_of(module), *over(tensors_of(module))}, timeout)
 
 
-def tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers of a module; one that is tied, more than once."""
-    _, tensors, transient = walk(module)
-    yield from tensors
-    yield from transient
-
-
 def over(tensors: Iterable[Tensor]) -> tuple[WeightsLock, ...]:
-    """All gates that cover one of these tensors, of models, of parts and of compiled graphs."""
+    """All locks that cover one of these tensors: of models, of submodules, of compiled graphs."""
     return over_ids([id(tensor) for tensor in tensors])
 
 
 def over_ids(ids: Iterable[int], known: WeightsLock | None = None) -> tuple[WeightsLock, ...]:
-    """As `over`, of tensors by their ids; `known` is one of the gates, and is not looked at."""
+    """As `over`, for the ids of tensors; the lock `known` is one of them without a look at it."""
     wanted = frozenset(ids)
     return tuple(
-        gate
-        for gate in _gates()
-        if gate is known or not wanted.isdisjoint(id(tensor) for tensor in gate.covers())
+        lock
+        for lock in _locks()
+        if lock is known or not wanted.isdisjoint(id(tensor) for tensor in lock.covers())
     )
 
 
-COMPILED = WeightsLock()
-"""The gate of all compiled graphs that read weights: every update closes it, of whichever model.
+def version(model: nn.Module) -> int:
+    """The version of the weights of `model`: 0 before any update."""
+    return lock_of(model).version
 
-A graph gets its weights anew at each call, and no weak reference may stand for them, with which
-`swap_tensors` would refuse them: so none knows of which update it has to keep clear.
+
+def bump(
+    model: nn.Module, to: int | None = None, others: Collection[WeightsLock] | None = None
+) -> int:
+    """Raise the version of `model` by one, or to `to`; returns it.
+
+    The versions of `others`, by default of all models that share a parameter with it, rise by one.
+    """
+    own = lock_of(model)
+    if to is not None and to <= own.version:
+        raise VersionError(f"version {to} does not follow version {own.version}")
+    for lock in over(tensors_of(model)) if others is None else others:
+        if lock is not own:
+            lock.version += 1
+    own.version = own.version + 1 if to is None else to
+    return own.version
+
+
+COMPILED = WeightsLock()
+"""The lock of all compiled graphs that read weights: every update of any model takes it.
+
+A graph gets its weights anew at each call, and holds no weak references to them, with which
+`swap_tensors` would refuse them. So no graph knows which updates concern it.
 """
 
 
 @contextmanager
-def closed(gates: Collection[WeightsLock], timeout: float | None = None) -> Iterator[None]:
-    """A context in which no other thread reads any of these gates, or is in a compiled graph.
-
-    See `Gate.writing`.
-    """
+def closed(locks: Collection[WeightsLock], timeout: float | None = None) -> Iterator[None]:
+    """A context in which no other thread is in these locks; see `write_lock`. It may be nested."""
     me = get_ident()
-    with _state:
-        mine = [gate for gate in {*gates, COMPILED} if gate._writer == me]
-    rest = [gate for gate in {*gates, COMPILED} if gate not in mine]
-    _close(rest, me, timeout)
+    with _mutex:
+        rest = [lock for lock in {*locks, COMPILED} if lock._writer != me]
     try:
+        _close(rest, me, timeout)
         yield
     finally:
-        with _state:
-            for gate in rest:
-                gate._writer = None
-                gate._settle()
-            _state.notify_all()
-
-
-def _close(gates: Sequence[WeightsLock], me: int, timeout: float | None) -> None:
-    end = None if timeout is None else time.monotonic() + timeout
-    with _state:
-        if any(me in gate._readers for gate in gates):
-            raise UpdateError("weights cannot be updated inside a call of their own model")
-        for gate in gates:
-            gate._waiting += 1
-            gate._settle()
         try:
-            while any(gate._readers or gate._writer is not None for gate in gates):
+            _open(rest, me)
+        finally:  # An interrupt may have split the first.
+            _open(rest, me)
+
+
+def _open(locks: Sequence[WeightsLock], me: int) -> None:
+    with _mutex:
+        for lock in locks:
+            if lock._writer == me:
+                lock._writer = None
+                lock._update_busy()
+        _mutex.notify_all()
+
+
+def _close(locks: Sequence[WeightsLock], me: int, timeout: float | None) -> None:
+    end = None if timeout is None else time.monotonic() + timeout
+    with _mutex:
+        _drop_lost_readers(locks)
+        if _is_inside(me, locks):
+            raise UpdateError("weights cannot be updated inside a call of their own model")
+        for lock in locks:
+            lock._waiting += 1
+            lock._update_busy()
+        try:
+            while any(lock._readers or lock._writer is not None for lock in locks):
                 left = None if end is None else end - time.monotonic()
                 if left is not None and left <= 0:
-                    # One call may be in several of them.
-                    count = len({thread for gate in gates for thread in tuple(gate._readers)})
+                    threads = {thread for lock in locks for thread in list(lock._readers.values())}
                     raise UpdateError(
-                        f"{count} calls of the model did not end within {timeout} s: give a "
-                        "longer timeout, or look for a call that hangs"
+                        f"{len(threads)} calls of the model did not end within {timeout} s: give "
+                        "a longer timeout, or look for a call that hangs"
                     )
-                _state.wait(_SLICE if left is None else min(left, _SLICE))
-            for gate in gates:
-                gate._writer = me
+                if not _mutex.wait(_SLICE if left is None else min(left, _SLICE)):
+                    _drop_lost_readers(locks)
+            for lock in locks:
+                lock._writer = me
         finally:
-            for gate in gates:
-                gate._waiting -= 1
-                gate._settle()
-            _state.notify_all()
+            for lock in locks:
+                lock._waiting -= 1
+                lock._update_busy()
+            _mutex.notify_all()

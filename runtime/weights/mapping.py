@@ -7,11 +7,11 @@ Whether one of them exists, and whether shapes fit, is not known here.
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Branch = Literal["filter", "stage", "scale", "stacked", "expert", "tied", "default"]
 
@@ -128,19 +128,17 @@ class TensorParallel:
         return next((dim for pattern, dim in self.dims if fnmatchcase(target, pattern)), None)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A parameter that may take a stored tensor, and which part of it the tensor is.
-
-    part is (which, of how many) along dim, counted without the expert's dimension.
-    """
+class Candidate(NamedTuple):
+    """A parameter that may take a stored tensor, and the part of it that the tensor fills."""
 
     branch: Branch
     target: str
     shard: str | int | None = None
     expert: int | None = None
     part: tuple[int, int] = (0, 1)
+    """(which, of how many) along `dim`."""
     dim: int = 0
+    """Counted without the dimension of experts."""
 
 
 @dataclass(frozen=True)
@@ -185,8 +183,15 @@ class Mapping:
         leaf = name.rpartition(".")[2]
         return any(fnmatchcase(leaf, pattern) for pattern in self.scales)
 
+    @cached_property
+    def keeps_names(self) -> bool:
+        """Whether every stored tensor goes to the parameter of its own name, as a whole."""
+        return replace(self, scales=SAME_NAMES.scales) == SAME_NAMES
+
     def candidates(self, name: str) -> tuple[Candidate, ...] | Dropped:
         """The parameters that may take the stored tensor `name`, the most specific first."""
+        if self.keeps_names:
+            return (Candidate("default", name),)
         renamed = _rename(self.renames, name)
         if renamed is None:
             return Dropped("filter", name, "a rename drops it")
@@ -249,3 +254,39 @@ def _rename(renames: tuple[Rename, ...], name: str) -> str | None:
             return None
         name = renamed
     return name
+
+
+SAME_NAMES = Mapping()
+
+# Parts of mappings that many models share.
+
+QKV = Stacked("qkv_proj", ("q_proj", "k_proj", "v_proj"), ("q", "k", "v"))
+GATE_UP = Stacked("gate_up_proj", ("gate_proj", "up_proj"))
+
+# The experts of transformers: `gate_up_proj` and `down_proj`, one parameter for all experts.
+GATED_EXPERTS = Experts(
+    (
+        ExpertPart("gate_proj", "gate_up_proj", "w1", (0, 2)),
+        ExpertPart("up_proj", "gate_up_proj", "w3", (1, 2)),
+        ExpertPart("down_proj", "down_proj", "w2"),
+    )
+)
+MIXTRAL_EXPERTS = Experts(
+    (
+        ExpertPart("w1", "gate_up_proj", "w1", (0, 2)),
+        ExpertPart("w3", "gate_up_proj", "w3", (1, 2)),
+        ExpertPart("w2", "down_proj", "w2"),
+    )
+)
+# NemotronH: no gate.
+PLAIN_EXPERTS = Experts(
+    (ExpertPart("up_proj", "up_proj", "w1"), ExpertPart("down_proj", "down_proj", "w2"))
+)
+# The experts of serving engines: `w13_weight`, `w2_weight`, `w13_input_scale` and so on.
+FUSED_EXPERTS = Experts(
+    (
+        ExpertPart("gate_proj", "w13_{leaf}", "w1", (0, 2)),
+        ExpertPart("up_proj", "w13_{leaf}", "w3", (1, 2)),
+        ExpertPart("down_proj", "w2_{leaf}", "w2"),
+    )
+)

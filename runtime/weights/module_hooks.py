@@ -1,8 +1,8 @@
-"""Modules whose folded weights nobody takes for logical ones.
+"""Set layouts by parameter name, and protect modules so that nobody takes kernel order for values.
 
-Of a protected module `state_dict` gives logical values and `load_state_dict` takes them; deepcopy
-and pickle, which would lose the fold and keep its bytes, are refused. A forward is not looked at:
-the kernels that it calls are what the weights were folded for.
+The state dict of a protected module has logical values, and `load_state_dict` takes them. deepcopy
+and pickle, which would lose the layout and keep its bytes, raise. Forward is left alone: its
+kernels want the layout.
 """
 
 from collections.abc import Mapping
@@ -12,25 +12,40 @@ import torch
 from torch import Tensor, nn
 
 from fixpass.runtime.errors import LayoutError
-from fixpass.runtime.weights.checkpoint_view import is_open
-from fixpass.runtime.weights.layouts import Layout
+from fixpass.runtime.weights.checkpoint_view import shows_checkpoint
+from fixpass.runtime.weights.layouts import WeightLayout
 from fixpass.runtime.weights.region import Region, write
-from fixpass.runtime.weights.relayout import check_memory, logical, reset_layout, set_layout
-from fixpass.runtime.weights.table import memory_of, record_of
+from fixpass.runtime.weights.relayout import (
+    check_memory,
+    logical,
+    memory_of,
+    record_of,
+    reset_layout,
+    set_layout,
+)
 from fixpass.runtime.weights.targets import targets
 
 _REDUCE = "__reduce_ex__"
 
 
-def set_layouts(model: nn.Module, layouts: Mapping[str, str | Layout]) -> None:
-    """Fold the parameters of these names, all or none, and protect the modules that hold them.
+def set_layouts(model: nn.Module, layouts: Mapping[str, str | WeightLayout]) -> None:
+    """Set the layouts of parameters, all or none, and protect the modules that hold them.
 
-    Raises LayoutError for a name that is not there, and where a layout does not fit.
+    Args:
+        model: its calls are not held back: see `write_lock`.
+        layouts: by parameter name.
+
+    Raises:
+        LayoutError: a name is not there, or a layout does not fit.
+
+    Example:
+        >>> set_layouts(model, {"layers.0.mlp.up_proj.weight": "aiter_16x16"})
+
     """
     found = targets(model)
     unknown = [name for name in layouts if name not in found]
     if unknown:
-        raise LayoutError(f"no parameter {unknown[0]!r} to fold; there are {', '.join(found)}")
+        raise LayoutError(f"no parameter {unknown[0]!r}; there are {', '.join(found)}")
     done: list[Tensor] = []
     try:
         for name, layout in layouts.items():
@@ -44,22 +59,22 @@ def set_layouts(model: nn.Module, layouts: Mapping[str, str | Layout]) -> None:
 
 
 def reset_layouts(model: nn.Module) -> None:
-    """Undo the folds of all parameters of a model."""
+    """Give all parameters of a model the checkpoint's layout again."""
     for name, target in targets(model).items():
         reset_layout(target.tensor, repr(name))
 
 
 def protect(model: nn.Module) -> None:
-    """Protect all modules of `model` that hold a folded parameter; again is once."""
+    """Protect the modules of `model` that hold a parameter with a layout; calls may be repeated."""
     for module in model.modules():
-        if _REDUCE not in vars(module) and any(_folded(module)):
+        if _REDUCE not in vars(module) and any(_rearranged(module)):
             module.register_state_dict_post_hook(_show_logical)
             module.register_load_state_dict_pre_hook(_take_logical)
             vars(module)[_REDUCE] = _Reduce(module)
 
 
-def _folded(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters that show anything but their logical values."""
+def _rearranged(module: nn.Module) -> dict[str, Tensor]:
+    """The module's own parameters whose shape or strides hide the logical values."""
     return {
         name: param
         for name, param in module._parameters.items()
@@ -70,17 +85,19 @@ def _folded(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _show_logical(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for name, param in _folded(module).items():
+    for name, param in _rearranged(module).items():
         if prefix + name in state:
             state[prefix + name] = (
-                param.detach().clone() if is_open(param) else logical(param, repr(prefix + name))
+                param.detach().clone()
+                if shows_checkpoint(param)
+                else logical(param, repr(prefix + name))
             )
 
 
 def _take_logical(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    for name, param in _folded(module).items():
+    for name, param in _rearranged(module).items():
         value, found = state.get(prefix + name), record_of(param)
-        if found is None or is_open(param) or not isinstance(value, Tensor):
+        if found is None or shows_checkpoint(param) or not isinstance(value, Tensor):
             continue
         if value is param:
             continue
@@ -89,23 +106,23 @@ def _take_logical(module: nn.Module, state: dict[str, Any], prefix: str, *rest: 
             with torch.no_grad():
                 write(memory_of(param, found.plan), found.plan, Region.of(found.plan), value)
             torch.autograd.graph.increment_version(param)
-            # What torch then copies is the parameter onto itself.
+            # torch then copies the parameter onto itself.
             state[prefix + name] = param
 
 
 class _Reduce:
-    """A module's `__reduce_ex__`, which copy and pickle call, while it is protected."""
+    """The `__reduce_ex__` of a protected module, which copy and pickle call."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
     def __call__(self, protocol: int) -> Any:
-        folded = _folded(self.module)
-        if folded:
+        rearranged = _rearranged(self.module)
+        if rearranged:
             raise LayoutError(
-                f"{type(self.module).__name__} holds folded weights ({', '.join(folded)}), and a "
-                "copy of it would take their bytes for logical values: copy its state_dict(), "
-                "or call fixpass.weights.unfold_model first"
+                f"{type(self.module).__name__} has weights with a layout ({', '.join(rearranged)}) "
+                "and a copy of it would take their bytes for logical values: copy its "
+                "state_dict(), or call fixpass.weights.reset_layouts first"
             )
         del vars(self.module)[_REDUCE]
         return self.module.__reduce_ex__(protocol)

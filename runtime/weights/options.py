@@ -1,21 +1,26 @@
-"""How an update is made: its options, checked when they are given."""
+"""The options of a load, an update and a reload, checked when they are given."""
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from fixpass.runtime.errors import UpdateError
-from fixpass.runtime.weights.mapping import Mapping
+from fixpass.runtime.errors import CheckpointError, UpdateError
+from fixpass.runtime.weights.mapping import SAME_NAMES, Mapping
+from fixpass.runtime.weights.report import RAISES, Strict
 
-Mode = Literal["buffered", "undo_log", "double_buffer"]
-"""How live weights are written, and what undoes it: see commit."""
+Mode = Literal["direct", "buffered", "undo_log", "double_buffer"]
+"""How live weights are written, and the way back from a failure: see commit."""
 
 Scope = Literal["model", "parameters", "parts"]
-"""What must be whole: all of the model, each parameter that is written, or no more than parts."""
+"""What must be whole: all of the model, each parameter that is written, or only the given parts."""
 
-SAME_NAMES = Mapping()
+Missed = Literal["error", "ones", "zeros"]
+"""What becomes of a parameter that nothing is stored for."""
+
+_FORMER = {"staged": "buffered", "journal": "undo_log", "double": "double_buffer"}
 
 
 def _ignore(count: int) -> None:
@@ -24,15 +29,7 @@ def _ignore(count: int) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """What an update is given.
-
-    mode, scope: as above. version: what the model has afterwards; None for one more than now.
-    base: the version or the digest that the update changes; None for any. mapping: from names of
-    the checkpoint. cast: round between float dtypes. finite: refuse NaN and infinities. timeout:
-    seconds to wait for calls under way. threads: that read and copy, 0 for one a processor.
-    state_file: says which weights a model has that outlives its process. advance: called with
-    bytes written.
-    """
+    """The options of one load or update; `update` and `load` explain them."""
 
     mode: Mode = "buffered"
     version: int | None = None
@@ -44,13 +41,33 @@ class Options:
     timeout: float | None = None
     threads: int = 0
     state_file: Path | None = None
+    strict: Strict | None = None
+    """The level at which a load raises; None raises as `scope` says."""
+    missing: Missed = "error"
     advance: Callable[[int], object] = _ignore
+    """Called with the number of bytes that were moved."""
     began: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
+        if self.strict is not None and self.strict not in RAISES:
+            raise CheckpointError(f"strict is one of {', '.join(RAISES)}, not {self.strict!r}")
         for what, value, known in (
             ("mode", self.mode, get_args(Mode)),
             ("scope", self.scope, get_args(Scope)),
         ):
             if value not in known:
                 raise UpdateError(f"{what} is one of {', '.join(known)}, not {value!r}")
+        if self.finite and self.mode == "direct":
+            raise UpdateError(
+                "finite=True needs a mode that leaves the old weights: 'buffered', 'undo_log' or "
+                "'double_buffer'"
+            )
+
+
+def mode_named(mode: str) -> Mode:
+    """The mode of a name; a former name warns. The caller of the caller is blamed."""
+    if mode in _FORMER:
+        text = f"mode={mode!r} is now called {_FORMER[mode]!r}"
+        warnings.warn(text, DeprecationWarning, stacklevel=3)
+        mode = _FORMER[mode]
+    return mode  # type: ignore[return-value]

@@ -1,13 +1,14 @@
 """Parameters that bring a `weight_loader`: an engine's own way to take a stored tensor.
 
-It is called as engines call it: with the parameter and the tensor, for a part of a stack with the
-shard's name, for an expert with the mapped name, shard_id and expert_id. A parameter that FSDP2
-has sharded is stood in for by a plain one of its former class, whose local slice is then written.
+The loader is called as engines call it: with a parameter and a tensor, for a part of a stack with
+the shard's name, for an expert with the mapped name, shard_id and expert_id. The parameter is a
+stand-in of the same class and attributes, in the checkpoint's layout and with the present values.
+The live parameter is written later, with the rest of the update, from the stand-in's values: a
+loader that raises changes nothing.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,25 +17,30 @@ from torch.distributed.tensor import DTensor
 from fixpass.runtime.attributes import note, remembered
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.box import Box
-from fixpass.runtime.weights.destination import destination
-from fixpass.runtime.weights.read import copies, read
-from fixpass.runtime.weights.route import Routed
-from fixpass.runtime.weights.stored import Stored
+from fixpass.runtime.weights.checkpoint_view import shows_checkpoint
+from fixpass.runtime.weights.destination import Destination
+from fixpass.runtime.weights.files import OpenFile
+from fixpass.runtime.weights.formats.memory import from_iterator
+from fixpass.runtime.weights.placement import Routed
+from fixpass.runtime.weights.read import Copy, copies, in_memory
+from fixpass.runtime.weights.relayout import logical
+from fixpass.runtime.weights.stored import MemoryPiece, Stored
 from fixpass.runtime.weights.targets import Target
-from fixpass.runtime.weights.undo_log import UndoLog
 
 
-@dataclass(frozen=True)
-class OwnLoads:
+class OwnLoads(NamedTuple):
     """A parameter with a loader of its own, and the stored tensors that it gets."""
 
     target: Target
     loader: Callable[..., Any]
     routed: list[Routed]
+    where: Destination
+    position: int
+    """The place of the parameter among the tensors that are written."""
 
 
 def own_loader(target: Target) -> Callable[..., Any] | None:
-    """The weight_loader of a parameter, or of the one it was before it was sharded."""
+    """The weight_loader of a parameter, or of the parameter it was before it was sharded."""
     # Engines make it a property of a class as often as an attribute.
     found = getattr(target.tensor, "weight_loader", None)
     former = remembered(target.module, target.leaf)
@@ -43,28 +49,44 @@ def own_loader(target: Target) -> Callable[..., Any] | None:
     return found if callable(found) else None
 
 
-def run_own_loads(
-    loads: Iterable[OwnLoads], journal: UndoLog, threads: int, advance: Callable[[int], object]
-) -> None:
-    """Call the loaders, one parameter after the other."""
-    for load in loads:
-        param = load.target.tensor
-        journal.keep(param)
-        stand_in = param
-        if isinstance(param, DTensor):
-            former = remembered(load.target.module, load.target.leaf) or note(param)
-            stand_in = former.like(torch.zeros(param.shape, dtype=param.dtype, device=param.device))
-        for item in load.routed:
-            call(load, stand_in, item, in_memory(item.stored, threads))
-            advance(item.stored.num_bytes)
-        if isinstance(param, DTensor):
-            place = destination(param, load.target.name)
-            with torch.no_grad():
-                place.tensor.copy_(place.box.of(stand_in.detach()))
+def run_own_loaders(loads: Iterable[OwnLoads], threads: int, *, in_file: bool) -> Iterator[Copy]:
+    """Call the loaders, one parameter after the other; the copies of their results.
+
+    in_file: keep the results in a temporary file, so that one of them is in memory at a time.
+    """
+    waiting = list(loads)
+    results = ((str(index), _result(load, threads)) for index, load in enumerate(waiting))
+    kept: Iterable[Stored]
+    if in_file:
+        kept = list(from_iterator(results, OpenFile.temporary()).values())
+    else:
+        kept = (_in_memory(values) for _, values in results)
+    for load, stored in zip(waiting, kept, strict=True):
+        where = load.where
+        yield from copies(stored, where.box, where.tensor, load.position, where.view)
 
 
-def call(load: OwnLoads, param: Tensor, item: Routed, tensor: Tensor) -> None:
-    """Give one stored tensor to the loader; whatever it raises becomes a CheckpointError."""
+def _result(load: OwnLoads, threads: int) -> Tensor:
+    """The values that a loader gives a parameter; parts that it leaves alone keep theirs."""
+    param, where = load.target.tensor, load.where
+    if isinstance(param, DTensor):
+        whole = torch.zeros(param.shape, dtype=param.dtype, device=param.device)
+    elif shows_checkpoint(param):
+        whole = param.detach().clone(memory_format=torch.contiguous_format)
+    else:
+        whole = logical(param)
+    former = remembered(load.target.module, load.target.leaf) or note(param)
+    stand_in = former.like(whole)
+    for item in load.routed:
+        _call(load, stand_in, item, in_memory(item.stored, threads))
+    values = stand_in.detach()
+    if tuple(values.shape) != where.whole or values.dtype != where.tensor.dtype:
+        raise CheckpointError(f"the weight_loader of {load.target.name!r} changed its layout")
+    return values
+
+
+def _call(load: OwnLoads, param: Tensor, item: Routed, tensor: Tensor) -> None:
+    """Give one stored tensor to the loader; any exception becomes a CheckpointError."""
     candidate = item.candidate
     try:
         if candidate.branch == "expert":
@@ -79,15 +101,13 @@ def call(load: OwnLoads, param: Tensor, item: Routed, tensor: Tensor) -> None:
             load.loader(param, tensor, candidate.shard)
         else:
             load.loader(param, tensor)
-    # It is not our code: whatever it raises must not leave the model half loaded.
+    # The loader is not our code, and may raise anything.
     except Exception as error:
         raise CheckpointError(
             f"the weight_loader of {load.target.name!r} did not take {item.stored}: {error!r}"
         ) from error
 
 
-def in_memory(stored: Stored, threads: int) -> Tensor:
-    """A stored tensor in memory of its own, which a loader may keep."""
-    tensor = torch.empty(stored.shape, dtype=stored.dtype)
-    read(list(copies(stored, Box.whole(stored.shape), tensor)), threads=threads)
-    return tensor
+def _in_memory(values: Tensor) -> Stored:
+    box = Box.whole(tuple(values.shape))
+    return Stored("", values.dtype, box.shape, (MemoryPiece(values, box),), "its weight_loader")

@@ -1,8 +1,9 @@
 """Permute the elements of a flat tensor in place, with at most 4 MiB of staging.
 
-A permute that stays within a block of that size goes block by block through a staging buffer. A
-larger one is a series of transposes of grids of cells: by cycles where a cell is large, else by
-rotating columns, shuffling rows and shuffling columns, each of which needs no more than some rows.
+A permute within blocks of at most 4 MiB goes block by block through a staging buffer. A larger one
+is a series of transposes of grids of cells. Large cells follow the cycles of the transpose; small
+ones take three passes (rotate columns, shuffle rows, shuffle columns), each over some rows at a
+time.
 """
 
 from math import gcd, prod
@@ -10,21 +11,25 @@ from math import gcd, prod
 import torch
 from torch import Tensor
 
-from fixpass.runtime.weights.cells import STAGING, widest
-from fixpass.runtime.weights.tile_copy import turn_in_place
+from fixpass.runtime.weights.tile_copy import STAGING, permute_blocks, widest
 
-# What is moved at once where blocks are small: it stays in a processor's second cache.
 _CHUNK = 512 << 10
-# Cells of at least this many bytes are moved one by one.
+"""Bytes of small blocks that are moved at once: they fit a processor's second cache."""
 _LARGE_CELL = 8 << 10
+"""Cells of at least so many bytes are moved one by one."""
 
 
 def permute_in_place(
     flat: Tensor, sizes: tuple[int, ...], order: tuple[int, ...], *, inverse: bool = False
 ) -> None:
-    """Turn `flat.view(sizes)` into `.permute(order)`, or back again with `inverse`.
+    """Reorder memory so that `flat.view(sizes)` becomes its `.permute(order)`.
 
-    flat: 1-D and contiguous. Not safe against readers: see the gate.
+    Args:
+        flat: 1-D and contiguous. Nobody may read it meanwhile: see `write_lock`.
+        sizes: of the axes before.
+        order: the axes as they lie afterwards.
+        inverse: undo that permute instead.
+
     """
     if inverse:
         sizes = tuple(sizes[axis] for axis in order)
@@ -44,23 +49,23 @@ def permute_in_place(
 
 
 def _moved(order: tuple[int, ...]) -> tuple[int, int]:
-    """The first axis that moves, and the one behind the last."""
+    """The places of the first axis that moves, and of the first one behind all that move."""
     moved = [place for place, axis in enumerate(order) if place != axis]
     return moved[0], moved[-1] + 1
 
 
 def _as_cells(flat: Tensor, cell: int) -> tuple[Tensor, int]:
-    """The flat tensor in the widest type that a cell holds whole, and how many a cell holds."""
+    """The flat tensor in the widest dtype that divides a cell, and how many of them a cell has."""
     dtype = widest(cell * flat.element_size(), flat)
     return flat.view(torch.uint8).view(dtype), cell * flat.element_size() // dtype.itemsize
 
 
 def _through_staging(blocks: Tensor, order: tuple[int, ...]) -> None:
-    """blocks: (batch, *sizes, inner)."""
+    """Permute the `sizes` of each block of (batch, *sizes, inner) in place."""
     nbytes = blocks[0].numel() * blocks.element_size()
     group = max(1, min(blocks.shape[0], _CHUNK // nbytes))
     moved = (0, *(axis + 1 for axis in order), blocks.dim() - 1)
-    if turn_in_place(blocks, moved, STAGING):
+    if permute_blocks(blocks, moved, STAGING):
         return
     shape = (group, *(blocks.shape[axis] for axis in moved[1:]))
     staging = torch.empty(shape, dtype=blocks.dtype, device=blocks.device)
@@ -74,7 +79,7 @@ def _through_staging(blocks: Tensor, order: tuple[int, ...]) -> None:
 def _by_transposes(
     cells: Tensor, batch: int, sizes: tuple[int, ...], order: tuple[int, ...], inner: int
 ) -> None:
-    """Bring the axes into order one after another, each by a transpose behind those in place."""
+    """Bring the axes to their places one after another, each by one transpose."""
     current = list(range(len(sizes)))
     for place, axis in enumerate(order):
         found = current.index(axis)
@@ -88,7 +93,7 @@ def _by_transposes(
 
 
 def _transpose(cells: Tensor, batch: int, rows: int, columns: int, inner: int) -> None:
-    """Each of `batch` grids of (rows, columns) cells of `inner` elements becomes its transpose."""
+    """Transpose each of `batch` grids of (rows, columns) cells of `inner` elements."""
     width = cells.element_size()
     if rows * columns * inner * width <= STAGING:
         _through_staging(cells.view(batch, rows, columns, inner), (1, 0))
@@ -103,7 +108,7 @@ def _transpose(cells: Tensor, batch: int, rows: int, columns: int, inner: int) -
 
 
 def _follow_cycles(grid: Tensor, rows: int, columns: int) -> None:
-    """grid: (rows * columns, inner). Move whole cells along the cycles of the transpose."""
+    """Transpose the grid (rows * columns, inner) by moving whole cells along its cycles."""
     held = torch.empty_like(grid[0])
     done = bytearray(rows * columns)
     for start in range(rows * columns):
@@ -122,10 +127,10 @@ def _follow_cycles(grid: Tensor, rows: int, columns: int) -> None:
 
 
 def _rotate_and_shuffle(grid: Tensor, rows: int, columns: int, inner: int) -> None:
-    """The transpose as three passes, each of which permutes within columns or within rows.
+    """Transpose in three passes, each of which permutes within columns or within rows.
 
-    With c = gcd(rows, columns): rotate column j by j // (columns / c), shuffle row i so that no
-    two elements share a target column, shuffle the columns.
+    With c = gcd(rows, columns): rotate column j by j // (columns / c); shuffle each row so that no
+    two of its elements have the same target column; shuffle each column.
     """
     common = gcd(rows, columns)
     a, b = rows // common, columns // common
@@ -147,7 +152,7 @@ def _rotate_and_shuffle(grid: Tensor, rows: int, columns: int, inner: int) -> No
 
 
 def _bytes_a_cell(inner: int, width: int) -> int:
-    """What a pass takes for a cell: itself, and its index, which is 8 bytes and made in steps."""
+    """Bytes that a pass needs per cell: its copy, and its index of 8 bytes in several stages."""
     return inner * width + 48
 
 

@@ -1,161 +1,204 @@
-"""Check all of a checkpoint against all of a model, before a byte of the model changes.
+"""The planner: what it takes to bring stored tensors into a model, before a byte of it changes.
 
-`make_plan` gives what is to be copied, what goes to loaders of parameters' own, and a report. All
-faults of the data are found and listed together. Nothing is written.
+`make_plan` checks all of a checkpoint against all of a model. It knows mappings, tensor
+parallelism, shards, ties, layouts, packs and parameters with loaders of their own. All faults of
+the data are found and listed together. Nothing is written.
 """
 
+import math
+from collections.abc import Mapping as Named
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from fixpass.runtime.errors import CheckpointError
+from fixpass.runtime.weights.box import Box, Shape
 from fixpass.runtime.weights.destination import Destination, destination
-from fixpass.runtime.weights.local import is_freed
 from fixpass.runtime.weights.mapping import Mapping
+from fixpass.runtime.weights.options import Options
 from fixpass.runtime.weights.own_loaders import OwnLoads, own_loader
-from fixpass.runtime.weights.place import Placed, check_dtype, missing_parts, place
+from fixpass.runtime.weights.placement import (
+    Placed,
+    Routed,
+    check_dtype,
+    missing_parts,
+    place,
+    route,
+)
 from fixpass.runtime.weights.read import Copy, copies
-from fixpass.runtime.weights.report import Initialised, LoadReport, Missing, Skipped
-from fixpass.runtime.weights.route import Routed, route
-from fixpass.runtime.weights.stored import Checkpoint, MemoryPiece, describe
-from fixpass.runtime.weights.targets import Target
-
-Missed = Literal["error", "ones", "zeros"]
+from fixpass.runtime.weights.relayout import record_of
+from fixpass.runtime.weights.report import Initialised, LoadReport, Missing, Skipped, some
+from fixpass.runtime.weights.stored import Checkpoint, MemoryPiece, Stored, describe
+from fixpass.runtime.weights.targets import PLAIN, Target
 
 MOST_FAULTS = 10
 NOTHING_STORED = "nothing is stored for it"
 
+Parts = Named[str, Sequence[tuple[Stored, Shape]]]
+"""Tensors for parts of parameters by the parameter's name, each with the part's start."""
+
 
 @dataclass
 class Plan:
-    """What a load will do. `fills` are the parameters that are filled with one value."""
+    """All that a load will do."""
 
+    written: list[int] = field(default_factory=list)
+    """Which of the model's tensors change, as indices of the walk."""
+    tensors: list[Tensor] = field(default_factory=list)
+    """The local values of those tensors, detached: views of the memory to write."""
     copies: list[Copy] = field(default_factory=list)
     own: list[OwnLoads] = field(default_factory=list)
-    fills: list[tuple[Destination, float]] = field(default_factory=list)
+    covered: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Bytes written and all bytes of each parameter that is not written whole."""
     loaded: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     missing: list[Missing] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     initialised: list[Initialised] = field(default_factory=list)
     scales: list[str] = field(default_factory=list)
+    """Scales that the model has and the checkpoint does not."""
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that this rank moves."""
-        read = sum(copy.source.numel * copy.stored.dtype.itemsize for copy in self.copies)
-        return read + sum(item.stored.num_bytes for own in self.own for item in own.routed)
-
-    def report(self, seconds: float = 0.0) -> LoadReport:
-        """The plan as the report of a load that did it."""
+    def report(self) -> LoadReport:
+        """The plan as the report of the load that does it."""
+        moved = sum(copy.source.numel * copy.stored.dtype.itemsize for copy in self.copies)
+        moved += sum(item.stored.num_bytes for own in self.own for item in own.routed)
         return LoadReport(
             tuple(self.loaded),
             tuple(self.skipped),
             tuple(self.missing),
             tuple(self.unexpected),
             tuple(self.initialised),
-            self.num_bytes,
-            seconds,
+            moved,
         )
+
+    def position(self, index: int, tensor: Tensor) -> int:
+        """Note that a tensor of the model is written; its place among those that are."""
+        self.written.append(index)
+        self.tensors.append(tensor)
+        return len(self.tensors) - 1
 
 
 def make_plan(
-    checkpoint: Checkpoint,
-    mapping: Mapping,
-    targets: dict[str, Target],
-    *,
-    missing: Missed = "error",
-    cast: bool = False,
+    checkpoint: Checkpoint, parts: Parts, model: Sequence[Target], options: Options
 ) -> Plan:
-    """What it takes to load `checkpoint`; raises CheckpointError that lists all that does not fit.
+    """Plan to load `checkpoint`, and tensors for parts of parameters, into a model.
 
-    missing: what becomes of a parameter that nothing is stored for; an attribute
-    missing_param_init on the parameter says it for that one.
+    Args:
+        checkpoint: stored tensors by name.
+        parts: tensors for parts of parameters.
+        model: the tensors of the model, as a walk finds them.
+        options: the mapping, and whether to cast, to fill and to raise for what is missing.
+
+    Raises:
+        CheckpointError: with a list of all tensors that do not fit.
+
     """
-    routes = route(checkpoint, mapping, targets)
+    mapping, cast = options.mapping, options.cast
+    places = {target.name: index for index, target in enumerate(model)}
+    routes = route(checkpoint, mapping, {target.name: target for target in model})
     plan = Plan(skipped=routes.skipped, unexpected=routes.unexpected)
     faults: list[str] = []
     for name, routed in routes.taken.items():
+        index = places[name]
         try:
-            _add(plan, targets[name], routed, mapping, cast)
+            _add(plan, index, model[index], routed, mapping, cast)
         except CheckpointError as error:
-            faults.append(str(error))
+            faults.append(_with_layout(str(error), model[index]))
     if faults:
         more = len(faults) - MOST_FAULTS
         faults[MOST_FAULTS:] = [f"and {more:,} more"] if more > 0 else []
         raise CheckpointError("\n".join(faults))
-    for name in targets:
-        if routes.owner[name] == name and name not in routes.taken:
-            _add_missing(plan, targets[name], missing)
+    for index, target in enumerate(model):
+        name = target.name
+        if routes.owner[name] == name and name not in routes.taken and name not in parts:
+            _add_missing(plan, index, target, options)
+    for name, given in parts.items():
+        if name not in places:
+            plan.unexpected.append(name)
+        else:
+            _add_parts(plan, places[name], model[places[name]], given, cast)
     lacking = [item.name for item in plan.missing] + [item.name for item in plan.initialised]
     plan.scales = [name for name in lacking if mapping.is_scale(name)]
+    _check_faults(plan, options)
     return plan
 
 
+def _with_layout(fault: str, target: Target) -> str:
+    found = record_of(target.tensor)
+    return fault if found is None else f"{fault} (its layout is {found.plan.layout})"
+
+
 def _add(
-    plan: Plan, target: Target, routed: Sequence[Routed], mapping: Mapping, cast: bool
+    plan: Plan, index: int, target: Target, routed: Sequence[Routed], mapping: Mapping, cast: bool
 ) -> None:
     loader = own_loader(target)
     for item in routed:
-        # A loader of its own may round, but no loader knows a scale that it is not given.
-        check_dtype(item.stored, target.name, target.tensor.dtype, cast=cast or loader is not None)
+        if item.stored.dtype != target.tensor.dtype:
+            # A loader of its own may round, but no loader knows a scale that it is not given.
+            rounds = cast or loader is not None
+            check_dtype(item.stored, target.name, target.tensor.dtype, cast=rounds)
     if loader is not None:
-        plan.own.append(OwnLoads(target, loader, list(routed)))
+        where = destination(target.tensor, repr(target.name))
+        position = plan.position(index, where.memory)
+        plan.own.append(OwnLoads(target, loader, list(routed), where, position))
         lacks = missing_parts(routed)
+    elif _add_plain(plan, index, target.tensor, routed, mapping):
+        lacks = ""
     else:
-        lacks = _add_copies(plan, target, routed, mapping)
+        lacks = _add_placed(plan, index, target, routed, mapping)
     if lacks:
         plan.missing.append(Missing(target.name, lacks))
     else:
         plan.loaded.append(target.name)
 
 
-def _add_copies(plan: Plan, target: Target, routed: Sequence[Routed], mapping: Mapping) -> str:
-    if (plain := _plain_copy(target, routed, mapping)) is not None:
-        plan.copies.append(plain)
-        return ""
+def _add_plain(
+    plan: Plan, index: int, tensor: Tensor, routed: Sequence[Routed], mapping: Mapping
+) -> bool:
+    """Add the copy of a tensor that is all of a plain parameter, the most common case.
+
+    Whether it is that. `_add_placed` finds the same copy in three times as long.
+    """
+    (stored, candidate), *more = routed
+    if more or candidate.branch != "default" or mapping.tensor_parallel is not None:
+        return False
+    if type(tensor) not in PLAIN or len(stored.pieces) != 1 or record_of(tensor) is not None:
+        return False
+    (piece,) = stored.pieces
+    if tensor.shape != stored.shape or piece.box.shape != stored.shape:
+        return False
+    if tensor.layout is not torch.strided or not tensor.is_contiguous() or not tensor.data_ptr():
+        return False
+    data = tensor.detach()
+    plan.copies.append(Copy(stored, piece, piece.box, data, plan.position(index, data)))
+    return True
+
+
+def _add_placed(
+    plan: Plan, index: int, target: Target, routed: Sequence[Routed], mapping: Mapping
+) -> str:
     where = destination(target.tensor, repr(target.name))
     placement = place(target.name, where.whole, routed, mapping.tensor_parallel)
     for item in placement.unplaced:
         why = "its place depends on a part that is not there"
         candidate = item.candidate
         plan.skipped.append(Skipped(item.stored.name, target.name, candidate.branch, why))
+    position = plan.position(index, where.memory)
     for placed in placement.placed:
-        plan.copies.extend(placed_copies(placed, where, target.name))
+        plan.copies.extend(_placed_copies(placed, where, target.name, position))
     return placement.missing
 
 
-def _plain_copy(target: Target, routed: Sequence[Routed], mapping: Mapping) -> Copy | None:
-    """The copy of a tensor that is all of a parameter; None where there is more to it.
-
-    What is found below for this, the most common case, takes three times as long.
-    """
-    tensor, item = target.tensor, routed[0]
-    if len(routed) > 1 or item.candidate.branch != "default" or mapping.tensor_parallel:
-        return None
-    if isinstance(tensor, DTensor) or tensor.is_meta or tensor.layout != torch.strided:
-        return None
-    if is_freed(tensor):
-        return None
-    shape, pieces = item.stored.shape, item.stored.pieces
-    if tuple(tensor.shape) != shape or not tensor.is_contiguous() or not tensor.numel():
-        return None
-    if len(pieces) != 1 or pieces[0].box.shape != shape:
-        return None
-    return Copy(item.stored, pieces[0], pieces[0].box, tensor.detach())
-
-
-def placed_copies(placed: Placed, where: Destination, name: str) -> list[Copy]:
-    """What it takes to bring a placed tensor into the part of the parameter that is here."""
+def _placed_copies(placed: Placed, where: Destination, name: str, position: int) -> list[Copy]:
+    """The copies that bring a placed tensor into the part of the parameter that is here."""
     part = placed.box.intersection(where.box)
     if part is None:
         return []
     source = part.relative(placed.box.start).moved(placed.source.start)
-    view = part.relative(where.box.start).of(where.tensor)
-    found = list(copies(placed.stored, source, view))
+    inside = part.relative(where.box.start).of(where.tensor)
+    found = list(copies(placed.stored, source, inside, position, where.view))
     if sum(copy.source.numel for copy in found) != source.numel:
         # Only a state dict of DTensors holds less than all of a tensor.
         assert all(isinstance(piece, MemoryPiece) for piece in placed.stored.pieces)
@@ -166,24 +209,91 @@ def placed_copies(placed: Placed, where: Destination, name: str) -> list[Copy]:
     return found
 
 
-def _add_missing(plan: Plan, target: Target, missing: Missed) -> None:
-    wish = getattr(target.tensor, "missing_param_init", missing)
-    match wish:
-        case "error":
-            plan.missing.append(Missing(target.name, NOTHING_STORED))
-        case "ones" | "zeros":
-            where = destination(target.tensor, repr(target.name))
-            plan.fills.append((where, 1.0 if wish == "ones" else 0.0))
-            plan.initialised.append(Initialised(target.name, wish))
-        case _:
+def _add_missing(plan: Plan, index: int, target: Target, options: Options) -> None:
+    wish = getattr(target.tensor, "missing_param_init", options.missing)
+    if wish == "error":
+        plan.missing.append(Missing(target.name, NOTHING_STORED))
+        return
+    if wish not in ("ones", "zeros"):
+        raise CheckpointError(
+            f"{target.name!r}: missing parameters become 'error', 'ones' or 'zeros', not {wish!r}"
+        )
+    where = destination(target.tensor, repr(target.name))
+    value = torch.full((), float(wish == "ones"), dtype=where.tensor.dtype, device="cpu")
+    shape, box = tuple(where.tensor.shape), Box.whole(tuple(where.tensor.shape))
+    stored = Stored(target.name, value.dtype, shape, (MemoryPiece(value.expand(shape), box),), wish)
+    position = plan.position(index, where.memory)
+    plan.copies.extend(copies(stored, box, where.tensor, position, where.view))
+    plan.initialised.append(Initialised(target.name, wish))
+
+
+def _add_parts(
+    plan: Plan, index: int, target: Target, parts: Sequence[tuple[Stored, Shape]], cast: bool
+) -> None:
+    name, dtype = target.name, target.tensor.dtype
+    where = destination(target.tensor, repr(name))
+    placed = []
+    for stored, start in parts:
+        check_dtype(stored, name, dtype, cast=cast)
+        placed.append(_placed_part(stored, start, where.whole, name))
+    _check_apart(placed, name)
+    position = plan.position(index, where.memory)
+    for item in placed:
+        plan.copies.extend(_placed_copies(item, where, name, position))
+    done = sum(item.box.numel for item in placed) * dtype.itemsize
+    total = math.prod(where.whole) * dtype.itemsize
+    if done == total:
+        plan.loaded.append(name)
+    else:
+        plan.covered[name] = done, total
+
+
+def _placed_part(stored: Stored, start: Shape, whole: Shape, name: str) -> Placed:
+    rank = len(whole)
+    shape = (1,) * (rank - len(stored.shape)) + stored.shape
+    start = (*start, *(0,) * (rank - len(start)))
+    box = Box(start, shape)
+    if len(shape) != rank or len(start) != rank or not box.within(whole):
+        raise CheckpointError(
+            f"{stored} at {list(start)} is not within {name!r}, {describe(stored.dtype, whole)}"
+        )
+    pieces = [MemoryPiece(values.reshape(shape), Box.whole(shape)) for values in stored.values]
+    return Placed(stored._replace(shape=shape, pieces=tuple(pieces)), Box.whole(shape), box)
+
+
+def _check_apart(placed: list[Placed], name: str) -> None:
+    ordered = sorted(placed, key=lambda item: item.box.start)
+    for index, item in enumerate(ordered):
+        for other in ordered[index + 1 :]:
+            if other.box.start and other.box.start[0] >= item.box.stop[0]:
+                break
+            if item.box.intersection(other.box):
+                raise CheckpointError(
+                    f"two parts of {name!r} overlap: from {list(item.box.start)} and from "
+                    f"{list(other.box.start)} on"
+                )
+
+
+def _check_faults(plan: Plan, options: Options) -> None:
+    """Raise for what is missing or left over, at the level of `strict`, or else of `scope`."""
+    if options.strict is not None:
+        if faults := plan.report().faults(options.strict):
             raise CheckpointError(
-                f"{target.name!r}: missing parameters become 'error', 'ones' or 'zeros', "
-                f"not {wish!r}"
+                "\n".join([*faults, f"strict={options.strict!r} raises for these"])
             )
-
-
-def fill(plan: Plan) -> None:
-    """Fill what is missing and was asked to be filled."""
-    with torch.no_grad():
-        for where, value in plan.fills:
-            where.tensor.fill_(value)
+        return
+    scope = options.scope
+    partial = [missing for missing in plan.missing if missing.why != NOTHING_STORED]
+    faults = plan.report().faults("complete" if scope == "model" else "none")
+    if scope != "model":
+        # A parameter that this update does not touch is not missing.
+        plan.missing = partial
+        if plan.unexpected:
+            faults.append(f"unexpected: {some(plan.unexpected)}")
+    if scope == "parameters" and partial:
+        faults.append(f"missing: {some(tuple(partial))}")
+    if scope != "parts" and plan.covered:
+        texts = [f"{name} ({a:,} of {b:,} bytes)" for name, (a, b) in plan.covered.items()]
+        faults.append(f"not covered: {some(texts)}")
+    if faults:
+        raise CheckpointError("\n".join([*faults, f"scope={scope!r} raises for these"]))

@@ -1,9 +1,9 @@
-"""The op `fixpass::prepacked_linear`: a linear layer over a weight that oneDNN laid out for itself.
+"""The op `fixpass::prepacked_linear`: a linear layer whose weight oneDNN has packed into blocks.
 
-oneDNN computes on blocks of a weight. A plain one of a 16-bit type it brings into blocks in each
-call; for a plain one of float32 torch calls MKL, which many processors run slower. What oneDNN has
-packed is a tensor that no graph takes as an input. So a graph takes a handle: one number, under
-which the packed weight is kept for as long as the handle lives. On CPU, without a gradient.
+oneDNN packs a plain weight of 16 bits per element again in each call. For a plain float32 weight
+torch calls MKL, which is slower on many processors. A packed weight is an opaque tensor, which no
+graph takes as an input. So the graph takes a handle: a number, under which the packed weight is
+kept as long as the handle lives. CPU only; the op has no gradient.
 """
 
 import itertools
@@ -24,7 +24,7 @@ _PACKED: dict[int, Tensor] = {}
 
 
 def packable_dtypes() -> tuple[torch.dtype, ...]:
-    """The types of weights that oneDNN packs on this CPU; x86 only, where that was measured."""
+    """The dtypes of weights that oneDNN packs on this CPU. Empty but on x86, where we measured."""
     mkldnn = torch.backends.mkldnn
     is_known = platform.machine().lower() in ("x86_64", "amd64")
     if not (is_known and mkldnn.is_available() and torch._C._get_mkldnn_enabled()):
@@ -39,15 +39,13 @@ def packable_dtypes() -> tuple[torch.dtype, ...]:
 
 @dataclass(frozen=True)
 class Prepacked:
-    """A form of values: packed, in place of the value.
-
-    weight_of: the weight (out_features, in_features) of a linear layer, made of a value.
-    """
+    """A `Packer`: packs a cached value for oneDNN and gives its handle."""
 
     weight_of: Callable[[Tensor], Tensor]
+    """Makes the weight (out_features, in_features) of a linear layer from the value."""
 
     def __call__(self, value: Tensor) -> Tensor:
-        """A new handle, an int64 tensor of one element."""
+        """Pack a value; returns a new handle, an int64 tensor of one element."""
         packed = torch.ops.mkldnn._reorder_linear_weight(self.weight_of(value).contiguous())
         number = next(_NUMBERS)
         handle = torch.tensor([number], device="cpu")
@@ -73,7 +71,7 @@ def _run(x: Tensor, handle: Tensor, bias: Tensor | None, out_features: int) -> T
             'options={"disable": ["prepack-linears"]}'
         )
     if bias is not None:
-        # oneDNN takes it for dense.
+        # oneDNN reads it as if it were contiguous.
         bias = bias.contiguous()
     result: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
     return result

@@ -1,135 +1,215 @@
-"""Move bytes of a checkpoint to where they belong: straight from the file where that can be.
+"""Move bytes of a checkpoint to where they belong: straight from the file where that is possible.
 
-A destination that is dense, in this machine's memory and of the stored dtype is read into with no
-step between. Anything else (strides, a column slice, another dtype or device) goes through a
-staging buffer of STAGING bytes a thread. What belongs where is decided before; here nothing is
-checked against a model.
+A copy whose source and target are dense, on the CPU and of one dtype becomes a part of a `Batch`:
+one call of `preadv`, or one memmove for each part. Any other copy (strides, a column slice, another
+dtype, device or layout) goes through a staging buffer of STAGING bytes in each thread. Nothing is
+checked against a model here.
 """
 
-import os
-import sys
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fixpass.runtime.weights import vectored
+from fixpass.runtime.weights.batches import Advance, Batch, Source, Task, batches, run
 from fixpass.runtime.weights.box import Box, dense_strides, span
+from fixpass.runtime.weights.destination import LogicalView
+from fixpass.runtime.weights.files import OpenFile, in_turn
 from fixpass.runtime.weights.stored import FilePiece, MemoryPiece, Stored
-from fixpass.runtime.weights.vectored import Range
+from fixpass.runtime.weights.targets import PLAIN
 
 STAGING = 8 << 20
-
-Task = Callable[[], int]
-Advance = Callable[[int], object]
-Put = Callable[[Tensor, Tensor], None]
+_SMALL = 1 << 20
+"""Bytes below which more threads cost more than they save."""
 
 # Bits are moved, not values: some dtypes have no copy kernel of their own.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """`source`, a box of `piece` in the piece's own coordinates, goes to all of `target`.
-
-    `target` is a view of the memory to write, of the shape of `source` and of any strides, dtype
-    and device; values are cast where its dtype is not the stored one. `put` writes the values
-    (first) into the target (second) where that is more than a copy, as into a folded weight.
-    """
+class Copy(NamedTuple):
+    """The box `source` of `piece`, in the piece's own coordinates, goes to all of `target`."""
 
     stored: Stored
     piece: FilePiece | MemoryPiece
     source: Box
     target: Tensor
-    put: Put | None = None
+    """A view of the memory to write, of any strides, dtype and device."""
+    position: int = 0
+    """The tensor, among those that are written, that `target` is a view of."""
+    view: LogicalView | None = None
+    """Brings values to their places where the strides of `target` only name them."""
 
 
-def default_threads() -> int:
-    """Threads that read where the caller does not say: the processors this process may use."""
-    count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return min(4, count)
+@dataclass(frozen=True)
+class Work:
+    """All that is to be moved: batches from `given` sources to `tensors`, and other copies."""
+
+    given: Sequence[Source]
+    tensors: Sequence[Tensor]
+    """The written tensors; batches name them by position. They own all memory that is written."""
+    batches: Sequence[Batch]
+    copies: Sequence[Copy]
+
+    @staticmethod
+    def of(
+        copies: Iterable[Copy],
+        tensors: Sequence[Tensor],
+        sources: Iterable[Source] = (),
+        *,
+        batched: bool = True,
+    ) -> "Work":
+        """The work of some copies. `sources` come first among `given`, in their order.
+
+        With batched=False each copy stays by itself.
+        """
+        runs, rest, given = [], [], _Sources(sources)
+        for copy in copies:
+            found = _run_of(copy, tensors[copy.position]) if batched else None
+            if found is None:
+                rest.append(copy)
+                continue
+            source, start, inner, size = found
+            runs.append((given.index(source), start, copy.position, inner, size))
+        return Work(given.found, tensors, list(batches(runs, given.found)), rest)
+
+    @property
+    def num_bytes(self) -> int:
+        rest = sum(copy.source.numel * copy.stored.dtype.itemsize for copy in self.copies)
+        return sum(batch.num_bytes for batch in self.batches) + rest
+
+    def run(self, threads: int = 0, advance: Advance = lambda count: None) -> None:
+        """Move everything with `threads` threads (0: one a processor, at most 4).
+
+        `advance` is called with the bytes of each finished task. Raises CheckpointError where a
+        file can't be read to its end; bytes that were moved until then stay.
+        """
+        run(self.tasks(), threads if self.num_bytes > _SMALL else 1, advance)
+        # The bytes were written behind torch's back: saved values of autograd must know.
+        torch.autograd.graph.increment_version([*self.tensors, *(c.target for c in self.copies)])
+
+    def tasks(self) -> Iterator[Task]:
+        """Calls that may run in any order, each of which returns the bytes that it moved."""
+        for batch in self.batches:
+            yield partial(batch.run, self.given, self.tensors)
+        for copy in self.copies:
+            if isinstance(copy.piece, MemoryPiece):
+                yield partial(_copy_memory, copy)
+            else:
+                yield from (partial(_stage, part, copy.piece) for part in _parts(copy, copy.piece))
+
+    def staged(self, threads: int = 0) -> "Work":
+        """Read everything that is in files into memory; the same work from there."""
+        given, batches = list(self.given), []
+        tasks: list[Task] = []
+        for batch in self.batches:
+            file = self.given[batch.sources[0]]
+            if isinstance(file, OpenFile):
+                # In pieces that malloc uses again: fresh pages would take longer than all the rest.
+                memory = torch.empty(batch.num_bytes, dtype=torch.uint8, device="cpu")
+                tasks.append(partial(batch.stage, file, memory))
+                first = batch.starts[0]
+                batch = batch._replace(
+                    sources=(len(given),) * len(batch.sizes),
+                    starts=tuple(start - first for start in batch.starts),
+                )
+                given.append(memory)
+            batches.append(batch)
+        copies = []
+        for copy in self.copies:
+            if isinstance(copy.piece, FilePiece):
+                dtype, shape = copy.stored.dtype, copy.source.shape
+                values = torch.empty(shape, dtype=dtype, device="cpu")
+                staging = Work.of((copy._replace(target=values, position=0, view=None),), (values,))
+                tasks.extend(staging.tasks())
+                box = Box.whole(shape)
+                copy = copy._replace(piece=MemoryPiece(values, box), source=box)
+            copies.append(copy)
+        run(tasks, threads if self.num_bytes > _SMALL else 1, lambda count: None)
+        return replace(self, given=given, batches=batches, copies=copies)
+
+    def elsewhere(self, place: Callable[[Tensor], Tensor]) -> "Work":
+        """The same work into other memory; `place` gives a view of it for a view of this one."""
+        moved = [
+            copy._replace(
+                target=place(copy.target),
+                view=copy.view and copy.view._replace(memory=place(copy.view.memory)),
+            )
+            for copy in self.copies
+        ]
+        return replace(self, tensors=list(map(place, self.tensors)), copies=moved)
 
 
-def copies(stored: Stored, source: Box, target: Tensor) -> Iterator[Copy]:
-    """What it takes to fill `target` with the box `source` of a stored tensor."""
-    if not source.numel:
+def copies(
+    stored: Stored,
+    source: Box,
+    target: Tensor,
+    position: int = 0,
+    view: LogicalView | None = None,
+) -> Iterator[Copy]:
+    """The copies that fill `target` with the box `source` of a stored tensor."""
+    if 0 in source.shape:
         return
     for piece in stored.pieces:
         if piece.box == source:
-            yield Copy(stored, piece, Box.whole(source.shape), target)
+            yield Copy(stored, piece, Box.whole(source.shape), target, position, view)
         elif part := piece.box.intersection(source):
-            view = part.relative(source.start).of(target)
-            yield Copy(stored, piece, part.relative(piece.box.start), view)
+            inside = part.relative(source.start).of(target)
+            yield Copy(stored, piece, part.relative(piece.box.start), inside, position, view)
 
 
-def read(work: Sequence[Copy], *, threads: int = 0, advance: Advance = lambda count: None) -> None:
-    """Do all copies with `threads` threads (0: one a processor, at most 4).
-
-    `advance` is called with the bytes of each finished part. Raises CheckpointError where a file
-    cannot be read to its end; what was copied until then stays.
-    """
-    targets = [copy.target for copy in work]
-    run(tasks(work), threads, advance)
-    # The kernel wrote behind torch's back: saved values of autograd must know.
-    torch.autograd.graph.increment_version(targets)
+def read(stored: Stored, target: Tensor, source: Box | None = None, *, threads: int = 1) -> Tensor:
+    """Fill `target` with a stored tensor, or with a box of it."""
+    work = copies(stored, source or Box.whole(stored.shape), target)
+    Work.of(work, (target,)).run(threads)
+    return target
 
 
-def run(work: Iterable[Task], threads: int, advance: Advance) -> None:
-    """Run tasks with this many threads; the first exception is raised and ends it."""
-    threads = threads or default_threads()
-    if threads == 1:
-        for task in work:
-            advance(task())
-        return
-    with ThreadPoolExecutor(threads, thread_name_prefix="fixpass-read") as pool:
-        futures: list[Future[int]] = []
-        try:
-            futures.extend(pool.submit(task) for task in work)
-            for future in futures:
-                advance(future.result())
-        finally:
-            pool.shutdown(cancel_futures=True)
+def in_memory(stored: Stored, threads: int = 1) -> Tensor:
+    """A stored tensor in memory of its own."""
+    empty = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
+    return read(stored, empty, threads=threads)
 
 
-def tasks(work: Iterable[Copy]) -> Iterator[Task]:
-    """The copies as calls that may run in any order, each returning the bytes it moved."""
-    whole: defaultdict[Path, list[Range]] = defaultdict(list)
-    for copy in work:
-        if isinstance(copy.piece, MemoryPiece):
-            yield partial(_copy_memory, copy)
-        elif (found := direct(copy, copy.piece)) is not None:
-            whole[copy.piece.path].append(found)
-        else:
-            yield from (partial(_stage, part, copy.piece) for part in _parts(copy, copy.piece))
-    for path, ranges in whole.items():
-        for batch in vectored.batches(path, ranges):
-            yield partial(_read_batch, batch)
+class _Sources:
+    """Sources, each once, in the order in which they were first asked for."""
+
+    def __init__(self, first: Iterable[Source]) -> None:
+        self.found: list[Source] = list(first)
+        self._index = {id(source): index for index, source in enumerate(self.found)}
+
+    def index(self, source: Source) -> int:
+        index = self._index.setdefault(id(source), len(self.found))
+        if index == len(self.found):
+            self.found.append(source)
+        return index
 
 
-def direct(copy: Copy, piece: FilePiece) -> Range | None:
-    """The copy from a piece as one range of a file and of memory; None where it is not one."""
-    target, item = copy.target, copy.stored.dtype.itemsize
-    if target.dtype != copy.stored.dtype or target.device.type != "cpu":
+def _run_of(copy: Copy, base: Tensor) -> tuple[Source, int, int, int] | None:
+    """A copy as one run of bytes: source, start, byte of `base`, size; None where it is not one."""
+    stored, piece, source, target, _, view = copy
+    itemsize = stored.dtype.itemsize
+    if target.dtype != stored.dtype or view is not None or not target.is_cpu:
         return None
-    if copy.put is not None or not target.is_contiguous():
+    if not target.is_contiguous() or type(target) not in PLAIN or not (at := target.data_ptr()):
         return None
-    if copy.source.shape == piece.box.shape:
-        return Range(piece.offset, target.data_ptr(), copy.source.numel * item)
-    first, length = span(copy.source, piece.box.shape)
-    if length != copy.source.numel:
+    first, length = 0, source.numel
+    if source.shape != piece.box.shape:
+        first, length = span(source, piece.box.shape)
+        if length != source.numel:
+            return None
+    inner, size = at - base.data_ptr(), length * itemsize
+    if isinstance(piece, FilePiece):
+        return piece.file, piece.offset + first * itemsize, inner, size
+    tensor = piece.tensor
+    if not tensor.is_cpu or not tensor.is_contiguous() or type(tensor) not in PLAIN:
         return None
-    return Range(piece.offset + first * item, target.data_ptr(), length * item)
-
-
-def _read_batch(batch: vectored.Batch) -> int:
-    vectored.read(batch)
-    return batch.num_bytes
+    if tensor.is_conj() or tensor.is_neg() or not tensor.data_ptr():
+        return None
+    return tensor, first * itemsize, inner, size
 
 
 def _parts(copy: Copy, piece: FilePiece) -> Iterator[Copy]:
@@ -139,8 +219,8 @@ def _parts(copy: Copy, piece: FilePiece) -> Iterator[Copy]:
         yield copy
         return
     for half in copy.source.halves():
-        view = half.relative(copy.source.start).of(copy.target)
-        yield from _parts(Copy(copy.stored, piece, half, view, copy.put), piece)
+        inside = half.relative(copy.source.start).of(copy.target)
+        yield from _parts(copy._replace(source=half, target=inside), piece)
 
 
 class _Buffers(threading.local):
@@ -153,35 +233,32 @@ class _Buffers(threading.local):
 _buffers = _Buffers()
 
 
-def _buffer() -> Tensor:
+def _stage(copy: Copy, piece: FilePiece) -> int:
     if not _buffers.buffer.numel():
         _buffers.buffer = torch.empty(STAGING, dtype=torch.uint8, device="cpu")
-    return _buffers.buffer
-
-
-def _stage(copy: Copy, piece: FilePiece) -> int:
     dtype = copy.stored.dtype
     first, length = span(copy.source, piece.box.shape)
-    buffer = _buffer()[: length * dtype.itemsize]
-    source = Range(piece.offset + first * dtype.itemsize, buffer.data_ptr(), buffer.numel())
-    for batch in vectored.batches(piece.path, [source]):
-        vectored.read(batch)
+    buffer = _buffers.buffer[: length * dtype.itemsize]
+    numbers = in_turn((buffer.data_ptr(),), (buffer.numel(),))
+    piece.file.read(piece.offset + first * dtype.itemsize, buffer.numel(), numbers)
     strides = dense_strides(piece.box.shape)
-    (copy.put or _copy)(buffer.view(dtype).as_strided(copy.source.shape, strides), copy.target)
+    _put(buffer.view(dtype).as_strided(copy.source.shape, strides), copy)
     return copy.source.numel * dtype.itemsize
 
 
 def _copy_memory(copy: Copy) -> int:
-    piece = copy.piece
-    assert isinstance(piece, MemoryPiece)
-    (copy.put or _copy)(copy.source.of(piece.tensor), copy.target)
+    assert isinstance(copy.piece, MemoryPiece)
+    _put(copy.source.of(copy.piece.tensor), copy)
     return copy.source.numel * copy.stored.dtype.itemsize
 
 
-def _copy(source: Tensor, target: Tensor) -> None:
+def _put(values: Tensor, copy: Copy) -> None:
+    if copy.view is not None:
+        copy.view.put(values, copy.target)
+        return
     with torch.no_grad():
-        if source.dtype == target.dtype:
-            bits = _BITS[source.dtype.itemsize]
-            target.view(bits).copy_(source.resolve_conj().resolve_neg().view(bits))
+        if values.dtype == copy.target.dtype:
+            bits = _BITS[values.dtype.itemsize]
+            copy.target.view(bits).copy_(values.resolve_conj().resolve_neg().view(bits))
         else:
-            target.copy_(source)
+            copy.target.copy_(values)

@@ -1,8 +1,8 @@
-"""`copy_or_rebind`: put a new value, of any layout, into a Parameter that stays what it is.
+"""`copy_or_rebind`: put a new value of any shape and strides into the same Parameter object.
 
-The memory stays wherever the new bytes have room in it; the strides become those of the new value,
-because a kernel asked for them. Attributes of the new value are merged in. Whether the pointer
-moved is said: a captured graph would go on with the old one.
+The memory stays where the new bytes fit into it. The strides become those of the new value, because
+a kernel asked for them. The report says whether the address changed: a captured CUDA graph goes on
+reading the old one.
 """
 
 from dataclasses import dataclass
@@ -11,33 +11,42 @@ import torch
 from torch import Tensor, nn
 
 from fixpass.runtime.errors import WeightError
-from fixpass.runtime.weights.alias import packed
-from fixpass.runtime.weights.cells import copy_cells
-from fixpass.runtime.weights.table import record_of
+from fixpass.runtime.weights.relayout import owned_bytes, packed, record_of
+from fixpass.runtime.weights.tile_copy import wide_copy
 
 
 @dataclass(frozen=True)
 class Rebound:
-    """What became of a parameter. staged: the new value lay over the old one and was copied."""
+    """A report of `copy_or_rebind`."""
 
     moved: bool
+    """The address changed."""
     reshaped: bool
+    """Shape or strides changed."""
     staged: bool
+    """The new value shared memory with the parameter, and was cloned first."""
     merged: tuple[str, ...]
+    """Names of the attributes that were taken over from the new value."""
 
 
 def copy_or_rebind(param: Tensor, new: Tensor, name: str = "the parameter") -> Rebound:
     """Give `param` the values, shape, strides, dtype and attributes of `new`.
 
-    Object, class, requires_grad and its own attributes stay; so does its memory, if `new` is on
-    the same device, leaves no gaps and has no more bytes than the memory holds. `new` may lie
-    over it, as a transpose does.
+    The object, its class, requires_grad and its own attributes stay. So does its memory, if `new`
+    is on the same device, has no gaps and has no more bytes than the memory. `new` may share that
+    memory, as a transpose of `param` does.
+
+    Raises:
+        WeightError: one of the two has a layout, no memory or a class of its own, or `param` has a
+            gradient that would not fit.
+
     """
     _check(param, new, name)
     value = new.detach()
-    room = param.untyped_storage().nbytes() - param.storage_offset() * param.element_size()
     extra = dict(vars(new)) if new is not param else {}
-    fits = value.device == param.device and value.nbytes <= room and _has_no_gaps(value)
+    fits = (
+        value.device == param.device and value.nbytes <= owned_bytes(param) and _has_no_gaps(value)
+    )
     if fits and not param.storage_offset() * param.element_size() % value.element_size():
         staged = _shares(param, value)
         reshaped = (value.shape, value.stride()) != (param.shape, param.stride())
@@ -49,7 +58,7 @@ def copy_or_rebind(param: Tensor, new: Tensor, name: str = "the parameter") -> R
         staged, reshaped, moved = False, True, True
         param.data = value.clone(memory_format=torch.preserve_format)
     torch.autograd.graph.increment_version(param)
-    # Behind the data: a tag that says what the data is must never be true too early.
+    # After the data: an attribute that describes the data must not be true too early.
     merged = tuple(sorted(extra))
     for key, item in extra.items():
         param.__dict__[key] = item
@@ -57,7 +66,7 @@ def copy_or_rebind(param: Tensor, new: Tensor, name: str = "the parameter") -> R
 
 
 def _write(param: Tensor, value: Tensor) -> None:
-    """Show the memory of `param` as `value` lies, and copy it there."""
+    """Give `param` the shape and strides of `value` over its own memory, and copy the value."""
     start = param.storage_offset() * param.element_size()
     memory = param.detach().untyped_storage()
     data = torch.empty(0, dtype=value.dtype, device=value.device)
@@ -66,7 +75,7 @@ def _write(param: Tensor, value: Tensor) -> None:
         if data.data_ptr() != value.data_ptr():
             strides = value.stride()
             order = sorted(range(value.dim()), key=lambda dim: -strides[dim])
-            copy_cells(data.permute(order), value.permute(order))
+            wide_copy(data.permute(order), value.permute(order))
         if (data.shape, data.stride(), data.dtype) != (param.shape, param.stride(), param.dtype):
             param.data = data
 
@@ -74,7 +83,10 @@ def _write(param: Tensor, value: Tensor) -> None:
 def _check(param: Tensor, new: Tensor, name: str) -> None:
     what = f"{name}, {param.dtype} {tuple(param.shape)}: "
     if record_of(param) is not None or packed(param) is not None:
-        raise WeightError(what + "it is folded; fixpass.weights.unfold it first")
+        raise WeightError(
+            what
+            + "it has a layout or is part of a pack: call fixpass.weights.reset_layout, or unpack"
+        )
     for tensor in (param, new):
         if type(tensor.detach()) not in (Tensor, nn.Parameter):
             raise WeightError(

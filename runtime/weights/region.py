@@ -1,69 +1,73 @@
-"""Read and write any strided part of the logical view of a folded weight.
+"""Read and write any strided part of a weight that has a layout, in the checkpoint's order.
 
-A part that lies along the axes of the plan is one permuted view of the memory, and one copy. Any
-other is moved by computed places, in pieces of a few thousand elements: slower, and as right. What
-a loader does between narrowing and copying is its own affair.
+A part that follows the axes of the plan is a permuted view of the memory: one copy. Any other part
+is gathered or scattered by computed positions, 32,768 elements at a time, which is slower.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
-from fixpass.runtime.weights.cells import copy_cells, raw
-from fixpass.runtime.weights.layout_plan import Plan, dense
+from fixpass.runtime.weights.box import dense_strides
+from fixpass.runtime.weights.layout_plan import LayoutPlan
+from fixpass.runtime.weights.tile_copy import raw_dtype, wide_copy
 
-_PIECE = 32768  # elements; their places take 8 bytes each, some times over
+_PIECE = 32768
+"""Elements. Their positions take 8 bytes each, and several copies of them exist at a time."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """A strided part of the logical index: what as_strided takes."""
+    """A strided part of the logical index; the fields are the arguments of `as_strided`."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     offset: int = 0
 
     @staticmethod
-    def of(plan: Plan) -> "Region":
+    def of(plan: LayoutPlan) -> "Region":
         """The whole logical tensor, without its padding."""
-        return Region(plan.logical, plan.steps)
+        return Region(plan.logical, plan.index_strides)
 
 
-def write(memory: Tensor, plan: Plan, region: Region, values: Tensor) -> None:
-    """Write `values`, which have the region's shape, into the folded memory (flat)."""
+def write(memory: Tensor, plan: LayoutPlan, region: Region, values: Tensor) -> None:
+    """Write `values`, which have the region's shape, into `memory` (flat), as `plan` orders it."""
     if 0 in region.shape:
         return
     parts = _along_axes(plan, region)
     if parts is None:
-        _write_by_place(memory, plan, region, values)
+        _scatter(memory, plan, region, values)
         return
-    copy_cells(_part_of(memory, parts), _split(values, parts))
+    wide_copy(_part_of(memory, parts), _split(values, parts))
 
 
-def read(memory: Tensor, plan: Plan, region: Region) -> Tensor:
-    """A dense tensor of the region's shape with its values."""
+def read(memory: Tensor, plan: LayoutPlan, region: Region) -> Tensor:
+    """The values of the region of `memory` (flat), as a contiguous tensor of its shape."""
     out = torch.empty(region.shape, dtype=memory.dtype, device=memory.device)
     if 0 in region.shape:
         return out
     parts = _along_axes(plan, region)
     if parts is None:
-        _read_by_place(memory, plan, region, out)
+        _gather(memory, plan, region, out)
     else:
-        copy_cells(_split(out, parts), _part_of(memory, parts))
+        wide_copy(_split(out, parts), _part_of(memory, parts))
     return out
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """For each dimension of a region the (size, stride in memory) it falls into; the offset."""
+    """A region as a view of the memory."""
 
     dims: tuple[tuple[tuple[int, int], ...], ...]
+    """For each dimension of the region (size, stride in memory) of the axes that it covers."""
     offset: int
 
 
-def _along_axes(plan: Plan, region: Region) -> _Parts | None:
+def _along_axes(plan: LayoutPlan, region: Region) -> _Parts | None:
+    """The region as a view of the memory, or None where it does not follow the axes of the plan."""
     digits = [region.offset // axis.step % axis.size for axis in plan.axes]
     extents = list(digits)
     dims = []
@@ -79,9 +83,9 @@ def _along_axes(plan: Plan, region: Region) -> _Parts | None:
 
 
 def _dimension(
-    plan: Plan, digits: list[int], extents: list[int], size: int, stride: int
+    plan: LayoutPlan, digits: list[int], extents: list[int], size: int, stride: int
 ) -> tuple[tuple[int, int], ...] | None:
-    """How one dimension falls into axes, or None; `extents` grows by what it covers."""
+    """The axes that one dimension covers, or None; `extents` grows by its last position."""
     if size == 1 or stride == 0:
         return ((size, 0),)
     parts: list[tuple[int, int]] = []
@@ -111,55 +115,48 @@ def _part_of(memory: Tensor, parts: _Parts) -> Tensor:
 
 
 def _split(values: Tensor, parts: _Parts) -> Tensor:
-    """The values with each dimension split as the region's is: always a view."""
+    """A view of the values with each dimension split as that of the region is."""
     return values.view([size for dim in parts.dims for size, _ in dim])
 
 
-def _write_by_place(memory: Tensor, plan: Plan, region: Region, values: Tensor) -> None:
+def _scatter(memory: Tensor, plan: LayoutPlan, region: Region, values: Tensor) -> None:
     if values.dtype != memory.dtype:
         values = values.to(memory.dtype)
-    kind = raw(memory.dtype)
-    for piece, places in _pieces(plan, region, memory.device):
-        memory.view(kind).index_copy_(0, places, _take(values, piece).view(kind))
+    kind = raw_dtype(memory.dtype)
+    for piece, positions in _pieces(plan, region, memory.device):
+        memory.view(kind).index_copy_(0, positions, _take(values.view(kind), piece))
 
 
-def _read_by_place(memory: Tensor, plan: Plan, region: Region, out: Tensor) -> None:
-    kind = raw(memory.dtype)
-    for piece, places in _pieces(plan, region, memory.device):
-        out.view(-1)[piece].view(kind).copy_(memory.view(kind).index_select(0, places))
+def _gather(memory: Tensor, plan: LayoutPlan, region: Region, out: Tensor) -> None:
+    kind = raw_dtype(memory.dtype)
+    for piece, positions in _pieces(plan, region, memory.device):
+        out.view(-1)[piece].view(kind).copy_(memory.view(kind).index_select(0, positions))
 
 
 def _take(values: Tensor, piece: slice) -> Tensor:
-    """Elements of the values in their order, without a copy of all of them."""
+    """Elements `piece` of the values in row-major order, without a copy of all of them."""
     if values.is_contiguous():
         return values.view(-1)[piece]
-    index = torch.arange(piece.start, piece.stop)
-    return values.as_strided(
-        (_span(values.shape, values.stride()),), (1,), values.storage_offset()
-    ).index_select(0, _places(index, values.shape, values.stride()))
+    index = torch.arange(piece.start, piece.stop, device=values.device)
+    return values[torch.unravel_index(index, values.shape)]
 
 
-def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
-    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-
-
-def _pieces(plan: Plan, region: Region, device: torch.device):  # type: ignore[no-untyped-def]  # noqa: ANN202
-    """Slices of the region's elements in order, and where in memory each of them lies."""
-    total = 1
-    for size in region.shape:
-        total *= size
-    sizes = [axis.size for axis in plan.axes]
+def _pieces(
+    plan: LayoutPlan, region: Region, device: torch.device
+) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the region's elements in row-major order, and their positions in memory."""
+    total = prod(region.shape)
     apart = [axis.apart for axis in plan.axes]
     for start in range(0, total, _PIECE):
         piece = slice(start, min(total, start + _PIECE))
         index = torch.arange(piece.start, piece.stop, device=device)
-        index = _places(index, region.shape, region.strides) + region.offset
-        yield piece, _places(index, sizes, apart)
+        index = _positions(index, region.shape, region.strides) + region.offset
+        yield piece, _positions(index, plan.sizes, apart)
 
 
-def _places(index: Tensor, sizes: Sequence[int], strides: Sequence[int]) -> Tensor:
-    """Sum of digit times stride, the digits of the index taken by `sizes`, outermost first."""
-    places = torch.zeros_like(index)
-    for size, step, stride in zip(sizes, dense(sizes), strides, strict=True):
-        places += index // step % size * stride
-    return places
+def _positions(index: Tensor, sizes: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """The positions of elements, which row-major `index` counts, of a view of these strides."""
+    positions = torch.zeros_like(index)
+    for size, step, stride in zip(sizes, dense_strides(sizes), strides, strict=True):
+        positions += index // step % size * stride
+    return positions

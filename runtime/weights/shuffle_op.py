@@ -1,9 +1,8 @@
-"""The op `fixpass::shuffle_weight(weight, layout)`: a weight as the kernels of a layout read it.
+"""The op `fixpass::shuffle_weight(weight, layout)`: a copy of a weight in a kernel's layout.
 
-A function of its argument: it gives a tensor of its own. A weight that `fold` has brought into the
-layout already gives its bytes as they are, so a model may call it before and after folding. In a
-compiled graph `fold-weights` takes it out of every call. Only layouts that keep the shape; it has
-no gradient.
+A weight that has the layout already, by `set_layout`, is copied as it is: so a model may call the
+op before and after. In a compiled graph the pass fold-weights removes the op from every call. The
+layout must keep the shape. The op has no gradient.
 """
 
 import torch
@@ -11,24 +10,27 @@ from torch import Tensor
 
 from fixpass.runtime import ops
 from fixpass.runtime.errors import LayoutError
-from fixpass.runtime.weights.layout_plan import Plan, dense, resolve
+from fixpass.runtime.weights.box import dense_strides
+from fixpass.runtime.weights.layout_plan import LayoutPlan, resolve
 from fixpass.runtime.weights.layouts import named
 from fixpass.runtime.weights.region import Region, write
 from fixpass.runtime.weights.relayout import layout_of
 
 
 def shuffle_weight(weight: Tensor, layout: str) -> Tensor:
-    """The values of `weight`, row-major, in the order of `layout`; same shape and dtype.
+    """A contiguous copy of `weight` in the order of `layout`, of the same shape and dtype.
 
-    Raises LayoutError for an unknown layout, one that does not fit or changes the shape, and for a
-    weight that is folded into another one.
+    Raises:
+        LayoutError: the layout is unknown, does not fit or changes the shape, or the weight has
+            another layout.
+
     """
     result: Tensor = torch.ops.fixpass.shuffle_weight(weight, layout)
     return result
 
 
-def is_folded(weight: Tensor, layout: str) -> bool:
-    """Whether `weight` lies in `layout` already."""
+def has_layout(weight: Tensor, layout: str) -> bool:
+    """Whether `set_layout` gave `weight` this layout."""
     return layout_of(weight) == named(layout)
 
 
@@ -36,8 +38,8 @@ def _run(weight: Tensor, layout: str) -> Tensor:
     found = layout_of(weight)
     if found is not None and found != named(layout):
         raise LayoutError(
-            f"a weight {tuple(weight.shape)} folded into {found} was to be shuffled into {layout}: "
-            "unfold it first"
+            f"a weight {tuple(weight.shape)} has layout {found} and cannot be shuffled into "
+            f"{layout}: call fixpass.weights.reset_layout first"
         )
     if found is not None:
         return weight.clone(memory_format=torch.contiguous_format)
@@ -52,13 +54,13 @@ def _fake(weight: Tensor, layout: str) -> Tensor:
     return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
 
 
-def _plan(weight: Tensor, layout: str) -> Plan:
+def _plan(weight: Tensor, layout: str) -> LayoutPlan:
     shape = tuple(int(size) for size in weight.shape)
     plan = resolve(named(layout), shape, weight.element_size())
-    if (plan.shown, plan.strides, plan.padded) != (shape, dense(shape), shape):
+    if (plan.shown, plan.strides, plan.padded) != (shape, dense_strides(shape), shape):
         raise LayoutError(
-            f"layout {layout} makes {plan.shown} of {shape}: fixpass.weights.fold can do that, and "
-            "fixpass::shuffle_weight keeps shapes"
+            f"layout {layout} makes {plan.shown} of {shape}, and fixpass::shuffle_weight keeps "
+            "shapes: use fixpass.weights.set_layout"
         )
     return plan
 

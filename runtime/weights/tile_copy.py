@@ -1,13 +1,13 @@
-"""Copies of 16-byte cells between two orders of dimensions, in C++, for layouts of tiled rows.
+"""Copy between two orders of the same elements, bit for bit, in the widest cells that both allow.
 
-torch copies such cells one by one, at half the speed of memory. Without a C++ compiler torch
-copies.
+A cell of 16 bytes is copied as one complex128. torch copies such cells one by one, at half the
+speed of memory, so C++ does it on CPU from 1 MiB on. Without a C++ compiler torch copies.
 """
 
 import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -15,44 +15,79 @@ import torch
 from torch import Tensor
 
 from fixpass.runtime import extension
-from fixpass.runtime.weights.local import PLAIN
+from fixpass.runtime.weights.targets import PLAIN
 
-LEAST = 1 << 20
-"""Bytes from which on a copy is worth the trouble."""
+STAGING = 4 << 20
+"""The most bytes of staging that a layout takes."""
+CELLS = (torch.complex128, torch.int64, torch.int32, torch.int16)
+"""The dtypes of a cell, widest first."""
+MIN_BYTES = 1 << 20
+"""The C++ copies at least so many bytes: below, torch is as fast."""
 
-_MOST_OUTER = 8
+_MAX_OUTER = 8
 _CELL = 16
 
 
-def turn_cells(out: Tensor, source: Tensor) -> bool:
+def wide_copy(out: Tensor, source: Tensor) -> None:
+    """`out.copy_(source)` of equal shapes, bit for bit where the dtypes are the same."""
+    if out.dtype == source.dtype:
+        for dtype in CELLS:
+            if dtype.itemsize < out.element_size():
+                break
+            if _divides(out, dtype) and _divides(source, dtype):
+                wide, given = out.view(dtype), source.view(dtype)
+                if not copy_tiles(wide, given):
+                    wide.copy_(given)
+                return
+        out, source = out.view(raw_dtype(out.dtype)), source.view(raw_dtype(source.dtype))
+    out.copy_(source)
+
+
+def raw_dtype(dtype: torch.dtype) -> torch.dtype:
+    """An integer dtype of the same size, which every operation supports."""
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(
+        dtype.itemsize, dtype
+    )
+
+
+def widest(nbytes: int, *tensors: Tensor) -> torch.dtype:
+    """The widest dtype whose size divides `nbytes` and the offset in bytes of each flat tensor."""
+    for dtype in CELLS:
+        offsets = (t.storage_offset() * t.element_size() % dtype.itemsize for t in tensors)
+        if nbytes % dtype.itemsize == 0 and not any(offsets):
+            return dtype
+    return torch.uint8
+
+
+def copy_tiles(out: Tensor, source: Tensor) -> bool:
     """`out.copy_(source)` of complex128 on CPU, where they differ in the order of two dimensions.
 
-    Whether it was done: not for few bytes or other layouts, nor where there is no compiler. They
-    may not overlap.
+    The two may not overlap. Returns False, and copies nothing, for fewer bytes than MIN_BYTES, for
+    other layouts, and without a C++ compiler.
     """
-    if out.nbytes < LEAST or not _is_plain(out) or not _is_plain(source):
+    if out.nbytes < MIN_BYTES or not _is_plain(out) or not _is_plain(source):
         return False
     if out.shape != source.shape or out.requires_grad:
         return False
-    plan, library = _Plan.of(out, source), _library()
+    plan, library = _TilePlan.of(out, source), _library()
     if plan is None or library is None:
         return False
     parts = plan.parts(torch.get_num_threads())
-    _call(library.turn, [(p.out, p.source, *p.numbers()) for p in parts])
-    _written(out)
+    _call(library.copy_tiles, [(p.out, p.source, *p.numbers()) for p in parts])
+    _count_write(out)
     return True
 
 
-def turn_in_place(blocks: Tensor, moved: tuple[int, ...], staging: int) -> bool:
-    """Let each of some dense blocks (count, *sizes) become its `.permute(moved)`.
+def permute_blocks(blocks: Tensor, moved: tuple[int, ...], staging: int) -> bool:
+    """Permute each of the dense blocks (count, *sizes) in place into its `.permute(moved)`.
 
-    Whether it was done: see `turn_cells`. staging: how many bytes may be taken for it.
+    It takes at most `staging` bytes besides. Returns False where `copy_tiles` would.
     """
-    if blocks.nbytes < LEAST or not _is_plain(blocks) or not blocks.is_contiguous():
+    if blocks.nbytes < MIN_BYTES or not _is_plain(blocks) or not blocks.is_contiguous():
         return False
     stage = torch.empty_like(blocks[:1])
-    turned = stage.permute(moved)
-    plan, library = _Plan.of(blocks[:1].view(turned.shape), turned), _library()
+    permuted = stage.permute(moved)
+    plan, library = _TilePlan.of(blocks[:1].view(permuted.shape), permuted), _library()
     if plan is None or library is None:
         return False
     threads = max(1, min(torch.get_num_threads(), staging // stage.nbytes))
@@ -62,9 +97,18 @@ def turn_in_place(blocks: Tensor, moved: tuple[int, ...], staging: int) -> bool:
         (part.data_ptr(), own.data_ptr(), len(part), stage.numel(), *plan.numbers())
         for part, own in parts
     ]
-    _call(library.turn_in_place, calls)
-    _written(blocks)
+    _call(library.permute_blocks, calls)
+    _count_write(blocks)
     return True
+
+
+def _divides(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the tensor can be viewed as `dtype`: whole cells in its last dimension."""
+    if tensor.dim() == 0 or tensor.stride(-1) != 1:
+        return False
+    count = dtype.itemsize // tensor.element_size()
+    numbers = (tensor.shape[-1], tensor.storage_offset(), *tensor.stride()[:-1])
+    return all(number % count == 0 for number in numbers)
 
 
 def _call(function: Callable[..., None], calls: Sequence[tuple[object, ...]]) -> None:
@@ -75,30 +119,36 @@ def _call(function: Callable[..., None], calls: Sequence[tuple[object, ...]]) ->
         list(pool.map(lambda call: function(*call), calls))
 
 
-def _written(tensor: Tensor) -> None:
+def _count_write(tensor: Tensor) -> None:
     if not tensor.is_inference():
         torch.autograd.graph.increment_version(tensor)
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """Addresses, and sizes and strides in cells: of rows, columns, and the dimensions outside."""
+class _TilePlan:
+    """A copy as the C++ takes it; sizes and strides are in cells."""
 
     out: int
     source: int
+    """Addresses."""
     rows: int
+    """Size of the dimension that lies together in `out`."""
     columns: int
+    """Size of the dimension that lies together in `source`."""
     row: int
+    """Stride of the rows in `source`."""
     column: int
+    """Stride of the columns in `out`."""
     outer: tuple[tuple[int, int, int], ...]
+    """Size, stride in `out` and stride in `source` of the other dimensions."""
 
     @staticmethod
-    def of(out: Tensor, source: Tensor) -> "_Plan | None":
+    def of(out: Tensor, source: Tensor) -> "_TilePlan | None":
         triples = list(zip(out.shape, out.stride(), source.stride(), strict=True))
         dims = [triple for triple in triples if triple[0] != 1]
         rows = next((dim for dim in dims if dim[1] == 1), None)
         columns = next((dim for dim in dims if dim[2] == 1), None)
-        if rows is None or columns is None or rows is columns or len(dims) > _MOST_OUTER + 2:
+        if rows is None or columns is None or rows is columns or len(dims) > _MAX_OUTER + 2:
             return None
         if any(step == 0 for _, step, _ in dims):
             return None
@@ -106,33 +156,25 @@ class _Plan:
         out_at, source_at = out.data_ptr(), source.data_ptr()
         if not out_at or not source_at or out_at % _CELL:
             return None
-        return _Plan(out_at, source_at, rows[0], columns[0], rows[2], columns[1], outer)
+        return _TilePlan(out_at, source_at, rows[0], columns[0], rows[2], columns[1], outer)
 
-    def parts(self, count: int) -> list["_Plan"]:
-        """The work in about so many parts: by the longest outer dimension, or by columns."""
+    def parts(self, count: int) -> list["_TilePlan"]:
+        """The copy in about `count` parts: by the longest outer dimension, or by columns."""
         dims = [*self.outer, (self.columns, self.column, 1)]
         index = max(range(len(dims)), key=lambda i: dims[i][0])
         size, out_step, source_step = dims[index]
         step = -(-size // count)
         found = []
         for start in range(0, size, step):
-            length = min(step, size - start)
-            dims[index] = length, out_step, source_step
-            found.append(
-                _Plan(
-                    self.out + start * out_step * _CELL,
-                    self.source + start * source_step * _CELL,
-                    self.rows,
-                    dims[-1][0],
-                    self.row,
-                    self.column,
-                    tuple(dims[:-1]),
-                )
-            )
+            dims[index] = min(step, size - start), out_step, source_step
+            out = self.out + start * out_step * _CELL
+            source = self.source + start * source_step * _CELL
+            columns, outer = dims[-1][0], tuple(dims[:-1])
+            found.append(replace(self, out=out, source=source, columns=columns, outer=outer))
         return found
 
     def numbers(self) -> tuple[object, ...]:
-        """All but the addresses, as the C++ takes it."""
+        """The arguments of the C++ but for the addresses."""
         columns = list(zip(*self.outer, strict=True)) or [(), (), ()]
         outer = [(ctypes.c_int64 * len(self.outer))(*column) for column in columns]
         return self.rows, self.columns, self.row, self.column, len(self.outer), *outer
@@ -152,7 +194,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     integer, address = ctypes.c_int64, ctypes.c_void_p
     numbers: list[Any] = [*[integer] * 5, address, address, address]
-    library.turn.argtypes = [address, address, *numbers]
-    library.turn_in_place.argtypes = [address, address, integer, integer, *numbers]
-    library.turn.restype = library.turn_in_place.restype = None
+    library.copy_tiles.argtypes = [address, address, *numbers]
+    library.permute_blocks.argtypes = [address, address, integer, integer, *numbers]
+    library.copy_tiles.restype = library.permute_blocks.restype = None
     return library

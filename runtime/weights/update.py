@@ -3,56 +3,59 @@
     with update(model) as tx:
         tx.load("layers.0.weight", tensor)
 
-What is loaded is collected and checked; at the end of the context the gate closes, the bytes are
-written, and the version rises. An exception before that leaves every byte of the model alone. How
-the bytes are written, and what undoes them, is in commit.
+Tensors are collected and planned; at the end of the context the lock closes, the bytes are written,
+and the version rises. An exception before that leaves every byte of the model alone. Modes, and the
+way back from a failure in each of them, are in commit. `load` and `reload` are updates too.
 """
 
-import tempfile
+import gc
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as Named
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fixpass.runtime.errors import PoisonedError, UpdateError, VersionError
-from fixpass.runtime.weights.alias import bring_back, moved_away
-from fixpass.runtime.weights.collected import Collected, Prepared, in_staging, values_of
+from fixpass.runtime.errors import CheckpointError, PoisonedError, UpdateError, VersionError
 from fixpass.runtime.weights.commit import Commit
 from fixpass.runtime.weights.digest import digest
-from fixpass.runtime.weights.formats import memory
-from fixpass.runtime.weights.kept import Keeping
-from fixpass.runtime.weights.lock import WeightsLock, closed, lock_of, over, tensors_of
-from fixpass.runtime.weights.manifest import Manifest
-from fixpass.runtime.weights.mapping import Mapping
+from fixpass.runtime.weights.formats.safetensors import Files
+from fixpass.runtime.weights.lock import WeightsLock, closed, lock_of, over
+from fixpass.runtime.weights.mapping import SAME_NAMES, Mapping
 from fixpass.runtime.weights.module_hooks import protect
-from fixpass.runtime.weights.occupied import Occupied
-from fixpass.runtime.weights.options import SAME_NAMES, Mode, Options, Scope
-from fixpass.runtime.weights.places import Places, places
+from fixpass.runtime.weights.options import Mode, Options, Scope, mode_named
+from fixpass.runtime.weights.own_loaders import run_own_loaders
+from fixpass.runtime.weights.packed_parameters import has_left_pack, return_to_pack
+from fixpass.runtime.weights.pending_update import PendingUpdate
+from fixpass.runtime.weights.plan import make_plan
+from fixpass.runtime.weights.plan_cache import (
+    ModelSignature,
+    cached_plan,
+    keep_plan,
+)
+from fixpass.runtime.weights.read import Work
 from fixpass.runtime.weights.report import LoadReport
 from fixpass.runtime.weights.state_file import resume
-from fixpass.runtime.weights.stored import Checkpoint, Stored
-from fixpass.runtime.weights.targets import reshard, targets
-from fixpass.runtime.weights.writes import committed
+from fixpass.runtime.weights.stored import Stored
+from fixpass.runtime.weights.targets import reshard, tensors_of, walk
+from fixpass.runtime.weights.tensor_metadata import Manifest
 
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """What an update did: the load, the version that it made, how long calls were held back.
-
-    closed: seconds. covered: bytes written of each parameter that was not written whole, and all
-    of its bytes.
-    """
+    """The result of an update."""
 
     load: LoadReport
     version: int
+    """The version that the update made."""
     mode: Mode
     closed: float
+    """Seconds for which calls were held back."""
     covered: Named[str, tuple[int, int]]
+    """Bytes written and all bytes of each parameter that was not written whole."""
 
     def __str__(self) -> str:
         parts = [f"{name}: {a:,} of {b:,} bytes" for name, (a, b) in self.covered.items()]
@@ -65,91 +68,125 @@ class UpdateReport:
         )
 
 
+class _Prepared(NamedTuple):
+    """An update that only has to be written."""
+
+    work: Work
+    written: Sequence[int]
+    """Which of the model's tensors are written, as indices of the walk."""
+    report: LoadReport
+    covered: Named[str, tuple[int, int]]
+    scales: list[str]
+    is_whole: bool
+    """Whether each written tensor is written whole, byte for byte."""
+
+
 class Update:
-    """An update that is open. All that is loaded is written when its context ends, or nothing."""
+    """An update that is open. When its context ends, everything given to it is written."""
 
-    def __init__(self, model: nn.Module, options: Options, stack: ExitStack) -> None:
+    def __init__(self, model: nn.Module, base: int, options: Options) -> None:
         self.report: UpdateReport | None = None
-        """What was done; None until it is."""
-        self.keeping: Keeping | None = None
-        """Takes the plan of what was written, where the next update may be like it."""
+        """The result; None until the update is done."""
+        self.scales: list[str] = []
+        """Scales of the model that nothing was given for."""
+        self.num_bytes = 0
+        """Bytes that the commit moves."""
         self._model = model
+        self._base = base
         self._options = options
-        self._stack = stack
-        self._collected = Collected()
-
-    @cached_property
-    def _memory(self) -> Occupied:
-        return Occupied.by(tensors_of(self._model))
+        self._given = PendingUpdate(model, copies=options.mode == "buffered")
+        self._live = walk(model)[0]
+        self._manifest = Manifest.of({target.name: target.tensor for target in self._live})
 
     def load(self, name: str, tensor: Tensor, *, start: Sequence[int] | None = None) -> None:
         """Take a tensor by its name in the checkpoint; with `start`, a part of a parameter.
 
-        start: where in the parameter `name` the part begins, in elements for each dimension, the
-        last ones 0 where they are left out: (3,) is expert 3. In mode "staged" the values are
-        copied now; in the other modes the tensor must not change before the update ends.
-        """
-        stored = memory.from_state_dict({name: tensor})[name]
-        if self._options.mode == "buffered" or self._is_live(stored):
-            (stored,) = in_staging([stored], self._options.threads)
-        if start is None:
-            self._collected.add(stored)
-        else:
-            self._collected.add_part(stored, start)
+        Args:
+            name: in the checkpoint; with `start`, of the parameter.
+            tensor: in mode "buffered" its values are copied now; in the other modes the tensor must
+                not change before the update ends.
+            start: the first element of the part in each dimension. Trailing zeros may be left out:
+                (3,) is expert 3.
 
-    def _is_live(self, stored: Stored) -> bool:
-        """Whether the values lie in memory of the model, which the commit writes over."""
-        return self._memory.holds_any(values_of(stored))
+        """
+        self._given.add(name, tensor, start)
 
     def load_state_dict(self, tensors: Named[str, Tensor]) -> None:
         """Take all tensors of a state dict."""
         for name, tensor in tensors.items():
-            self.load(name, tensor)
+            self._given.add(name, tensor, None)
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Take tensors from an iterator that may use their memory again at once.
 
-        In modes other than "staged" they go to a temporary file.
+        In modes other than "buffered" the tensors go to a temporary file.
         """
-        if self._options.mode == "buffered":
-            for name, tensor in tensors:
-                self.load(name, tensor)
-            return
-        folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="fixpass-"))
-        for stored in memory.from_iterator(tensors, Path(folder) / "tensors").values():
-            self._collected.add(stored)
+        self._given.add_iterator(tensors)
 
-    def load_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Take the tensors of a checkpoint; in mode "staged" their bytes are read now."""
-        found: Iterable[Stored] = checkpoint.values()
-        if self._options.mode == "buffered":
-            found = in_staging(found, self._options.threads)
-        for stored in found:
-            self._collected.add(stored)
+    def load_stored(self, tensors: Iterable[Stored] | Files) -> None:
+        """Take tensors that are in files, which must not change before the update ends."""
+        if isinstance(tensors, Files):
+            self._given.add_files(tensors)
+        else:
+            self._given.add_stored(tensors)
 
     def validate(self) -> LoadReport:
-        """Check all that was loaded so far as at the end; what the load would be."""
-        return self._prepare(places(targets(self._model))).report
+        """Check everything that was given so far, as at the end; the report of that load."""
+        given = self._given
+        return make_plan(given.checkpoint(), given.parts, self._live, self._options).report()
 
-    def _prepare(self, where: Places) -> Prepared:
-        options = self._options
-        return self._collected.prepare(where, options.mapping, options.scope, options.cast)
-
-    def _commit(self, work: Commit) -> None:
-        prepared, seconds = work.run()
-        if self.keeping is not None:
-            self.keeping.keep(prepared, self._options)
-        committed(self._model)
-        self.report = UpdateReport(
-            replace(prepared.report, seconds=time.perf_counter() - self._options.began),
-            lock_of(self._model).version,
-            self._options.mode,
-            seconds,
-            prepared.covered,
+    def commit(self) -> None:
+        """Write the update. Called once, when the context ends without an exception."""
+        options, given = self._options, self._given
+        with _gc_paused():
+            found = self._cached() or self._planned()
+        self.num_bytes, self.scales = found.report.num_bytes, found.scales
+        covers_all = options.strict is not None or options.scope == "model"
+        commit = Commit(
+            self._model,
+            options,
+            self._base,
+            self._manifest,
+            [self._live[index] for index in found.written],
+            found.work,
+            given.opened,
+            covers_all=covers_all and not found.report.missing and not found.covered,
+            is_whole=found.is_whole,
         )
+        try:
+            seconds = commit.run()
+        except CheckpointError as error:
+            given.note_cut_off(error)
+            raise
+        report = replace(found.report, seconds=time.perf_counter() - options.began)
+        number = lock_of(self._model).version
+        self.report = UpdateReport(report, number, options.mode, seconds, found.covered)
+
+    def _cached(self) -> _Prepared | None:
+        """The update by the plan of the last one, where it is like that."""
+        source, model = self._given.signature, ModelSignature.of(self._manifest)
+        found = cached_plan(self._model, source, model, self._options)
+        if found is None:
+            return None
+        work = found.work(self._given.sources, self._live)
+        return _Prepared(work, found.written, found.report, {}, found.scales, is_whole=True)
+
+    def _planned(self) -> _Prepared:
+        options, given = self._options, self._given
+        plan = make_plan(given.checkpoint(), given.parts, self._live, options)
+        in_file = options.mode in ("direct", "undo_log")
+        own = run_own_loaders(plan.own, options.threads, in_file=in_file)
+        copies, sources = [*plan.copies, *own], given.sources
+        work = Work.of(copies, plan.tensors, sources, batched=not options.finite)
+        # A source that the signature does not know is none that the next update can have.
+        source = given.signature if len(work.given) == len(sources) else None
+        keep_plan(self._model, source, ModelSignature.of(self._manifest), options, plan, work)
+        is_whole = not (plan.own or plan.covered or plan.missing)
+        is_whole = is_whole and all(copy.view is None for copy in work.copies)
+        report = plan.report()
+        return _Prepared(work, plan.written, report, plan.covered, plan.scales, is_whole)
 
 
-@contextmanager
 def update(
     model: nn.Module,
     mode: Mode = "buffered",
@@ -163,73 +200,90 @@ def update(
     timeout: float | None = None,
     threads: int = 0,
     state_file: str | Path | None = None,
-) -> Iterator[Update]:
-    """An update of the weights of `model`, written when the context ends without an exception.
+) -> AbstractContextManager[Update]:
+    """Open an update of a model's weights, written when the context ends without an exception.
 
-    mode: "staged", "journal" or "double": what an update costs and what undoes it, see commit.
-    version: what the model has afterwards, above the present one; one more by default. base: the
-    version, or the digest, of the weights that this update changes. scope: "model" must give every
-    parameter, "parameters" those that it touches whole, "parts" any bytes. mapping: from names of
-    the checkpoint to those of the model. cast: round between float dtypes. finite: refuse NaN and
-    infinities. timeout: seconds to wait for calls under way. threads: 0 for one a processor, at
-    most 4. state_file: for a model in a file or in shared memory, see saved_state.
+    Args:
+        model: its parameters and persistent buffers are updated, in any layout.
+        mode: "buffered", "undo_log", "double_buffer" or "direct", see commit.
+        version: the version afterwards, above the present one; one more by default.
+        base: the version, or the digest, of the weights that this update changes.
+        scope: "model" must give every parameter, "parameters" all of those that it touches, "parts"
+            any bytes.
+        mapping: from names of the checkpoint to those of the model.
+        cast: round between float dtypes.
+        finite: refuse NaN and infinities.
+        timeout: seconds to wait for calls under way.
+        threads: 0 for one a processor, at most 4.
+        state_file: for a model in a file or in shared memory, see state_file.
 
-    Raises CheckpointError for what does not fit, VersionError for another base, UpdateError
-    otherwise; then the weights are those of before. Calls in the gate of the model raise
-    PoisonedError where they are not, which only a failing machine brings about.
+    Raises:
+        CheckpointError: a tensor does not fit; the weights are those of before.
+        VersionError: the weights are not those of `base`, or became others meanwhile.
+        UpdateError: the update is refused or undone; the weights are those of before.
+
+    Calls in the lock of the model raise PoisonedError where the weights could not be made whole.
+
     """
     path = None if state_file is None else Path(state_file)
-    options = Options(mode, version, base, scope, mapping, cast, finite, timeout, threads, path)
-    with open_update(model, options) as tx:
-        yield tx
+    return open_update(
+        model,
+        Options(
+            mode_named(mode), version, base, scope, mapping, cast, finite, timeout, threads, path
+        ),
+    )
 
 
 @contextmanager
 def open_update(model: nn.Module, options: Options) -> Iterator[Update]:
     """As `update`, with the options in one."""
-    with alone(model, options) as base, ExitStack() as stack:
+    lock = lock_of(model)
+    if lock.updating:
+        raise UpdateError("another update of this model is open")
+    lock.updating = True
+    try:
+        _check_base(model, lock, options)
+        base = lock.version
         reshard(model)
         protect(model)
         _bring_back_packed(model, options)
-        live = targets(model)
-        manifest = Manifest.of({name: target.tensor for name, target in live.items()})
-        tx = Update(model, options, stack)
+        tx = Update(model, base, options)
         yield tx
-        tx._commit(Commit(model, live, manifest, base, tx._prepare, options))
-
-
-@contextmanager
-def alone(model: nn.Module, options: Options) -> Iterator[int]:
-    """A context for the one update of a model; its value is the version that it changes."""
-    gate = lock_of(model)
-    if gate.updating:
-        raise UpdateError("another update of this model is open")
-    gate.updating = True
-    try:
-        _check_base(model, gate, options)
-        yield gate.version
+        tx.commit()
     finally:
-        gate.updating = False
+        lock.updating = False
 
 
-def _check_base(model: nn.Module, gate: WeightsLock, options: Options) -> None:
+def _check_base(model: nn.Module, lock: WeightsLock, options: Options) -> None:
     if options.state_file is not None:
         resume(model, options.state_file)
-    if gate.poisoned and options.scope != "model":
-        raise PoisonedError(f"{gate.poisoned}; scope={options.scope!r} does not make them whole")
-    if options.version is not None and options.version <= gate.version:
-        raise VersionError(f"version {options.version} does not follow version {gate.version}")
+    if lock.poisoned and options.scope != "model":
+        raise PoisonedError(f"{lock.poisoned}; scope={options.scope!r} does not make them whole")
+    if options.version is not None and options.version <= lock.version:
+        raise VersionError(f"version {options.version} does not follow version {lock.version}")
     if options.base is None:
         return
-    found = digest(model) if isinstance(options.base, str) else gate.version
+    found = digest(model) if isinstance(options.base, str) else lock.version
     if found != options.base:
         raise VersionError(f"the update changes {options.base}, and the weights are {found}")
 
 
 def _bring_back_packed(model: nn.Module, options: Options) -> None:
-    """Parameters of a pack that were given other memory go back to it: it is what kernels read."""
-    away = [tensor for tensor in tensors_of(model) if moved_away(tensor)]
+    """Parameters of a pack that were given other memory go back to it: kernels read the pack."""
+    away = [tensor for tensor in tensors_of(model) if has_left_pack(tensor)]
     if away:
         with closed(over(away), options.timeout):
             for tensor in away:
-                bring_back(tensor)
+                return_to_pack(tensor)
+
+
+@contextmanager
+def _gc_paused() -> Iterator[None]:
+    """Pause the garbage collector: it would look at each of thousands of tuples, in vain."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from fixpass.runtime.errors import WeightError
-from fixpass.runtime.weights.weight_version import Source, can_be_watched
+from fixpass.runtime.weights.weight_version import WeightVersion, can_be_watched
 
 Compute = Callable[..., Tensor]
 
 
-class Form(Protocol):
+class Packer(Protocol):
     """Makes of a value what calls are given in its place: another object each time."""
 
     def __call__(self, value: Tensor) -> Tensor: ...
@@ -32,7 +32,7 @@ class Form(Protocol):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class WeightFunction:
     """How a value is computed from weights.
 
     compute: gives a tensor that shares no memory with its arguments, of which it is a function.
@@ -48,25 +48,25 @@ class Recipe:
     is_value: Callable[[Tensor], bool] | None = None
     like: Tensor | None = None
     signature: str = ""
-    form: Form | None = None
+    form: Packer | None = None
 
 
 @dataclass(frozen=True)
-class Entry:
+class CacheEntry:
     """A value, and the weights that it was derived from as they were then."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[WeightVersion, ...]
     value: Tensor | None
     """None where the weight itself is the value."""
 
 
-class Store:
+class WeightCache:
     """The values of one recipe, by the addresses of the weights."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: WeightFunction) -> None:
         self.recipe = recipe
         self.refreshed = 0
-        self.entries: dict[int | tuple[int, ...], Entry] = {}
+        self.entries: dict[int | tuple[int, ...], CacheEntry] = {}
         self._lock = threading.Lock()
         _ALL.add(self)
 
@@ -82,14 +82,14 @@ class Store:
             if entry is not None and all(source.is_same(weight) for source, weight in pairs):
                 return weights[0].detach() if entry.value is None else entry.value
             # Looked at before they are read: what is written meanwhile is seen at the next call.
-            sources = tuple(Source(weight) for weight in weights)
+            sources = tuple(WeightVersion(weight) for weight in weights)
             own = not self._is_itself(weights)
             value = self._compute(weights) if own else weights[0].detach()
             old = entry.value if entry is not None and self.recipe.form is None else None
             if own and old is not None and all(s.has_memory_of(weight) for s, weight in pairs):
                 with torch.no_grad(), torch.inference_mode(False):
                     value = old.copy_(value)
-            self.entries[key] = Entry(sources, value if own else None)
+            self.entries[key] = CacheEntry(sources, value if own else None)
             self.refreshed += 1
             drop_dead()
             return value
@@ -116,17 +116,17 @@ class Store:
             return value if self.recipe.form is None else self.recipe.form(value)
 
 
-class Derived:
+class CachedWeight:
     """What a recipe gives for some arguments of one compiled graph.
 
     positions: where in the graph's arguments those of the recipe are.
     """
 
-    def __init__(self, recipe: Recipe, positions: Sequence[int]) -> None:
+    def __init__(self, recipe: WeightFunction, positions: Sequence[int]) -> None:
         self.positions = tuple(positions)
         drop_dead()
         store = _SHARED.get(recipe.signature) if recipe.signature else None
-        self.store = Store(recipe) if store is None else store
+        self.store = WeightCache(recipe) if store is None else store
         if recipe.signature:
             _SHARED[recipe.signature] = self.store
         self._entries = self.store.entries
@@ -160,7 +160,7 @@ class Derived:
         return sum(value.nbytes if form is None else form.nbytes(value) for value in kept)
 
 
-def _as_compiled(value: Tensor, recipe: Recipe) -> Tensor:
+def _as_compiled(value: Tensor, recipe: WeightFunction) -> Tensor:
     """The value with the strides that graphs were compiled for."""
     like = recipe.like
     assert like is not None
@@ -176,8 +176,8 @@ def _as_compiled(value: Tensor, recipe: Recipe) -> Tensor:
     return strided.copy_(value)
 
 
-_ALL: WeakSet[Store] = WeakSet()
-_SHARED: WeakValueDictionary[str, Store] = WeakValueDictionary()
+_ALL: WeakSet[WeightCache] = WeakSet()
+_SHARED: WeakValueDictionary[str, WeightCache] = WeakValueDictionary()
 
 
 def drop_dead() -> None:

@@ -1,44 +1,67 @@
-"""Whether a weight is still what it was when something was derived from it: half a microsecond.
+"""Whether a weight has changed: `WeightVersion` of one weight, `watch` of all weights of a model.
 
-Seen are another object in its place, a write that torch counts, and other memory. On CPU a few
-words spread over the weight are compared as well: a write through `.data` or numpy, which torch
-does not count, changes them unless it is small. Nothing is held of a weight, not even a weak
-reference, with which `swap_tensors` would refuse it: an object that was destroyed is told from one
-made at its address over its memory by the count of writes and by those words alone.
+Two things are compared. `write_key` is torch's count of writes and the address: it misses writes
+through `.data`, numpy or a storage, which torch does not count. A sample of words spread over the
+memory finds those, unless they change few values.
 """
 
 import ctypes
+import functools
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+from fixpass.runtime.modules import unwrapped
+from fixpass.runtime.weights.targets import local_box, local_part, targets
 
 WORDS = 16
-"""How many words of 8 bytes are compared."""
+"""Words of at most 8 bytes that `WeightVersion` compares on CPU."""
+SAMPLES = 256
+"""Words of at most 8 bytes that `watch` compares on any device."""
+
+WriteKey = tuple[int, int]
+"""Count of writes, address."""
+
+_WORD_TYPES: dict[int, tuple[Any, torch.dtype]] = {
+    8: (ctypes.c_uint64, torch.int64),
+    4: (ctypes.c_uint32, torch.int32),
+    2: (ctypes.c_uint16, torch.int16),
+    1: (ctypes.c_uint8, torch.uint8),
+}
 
 
-class Source:
-    """One weight as it was. `is_same(tensor)` is asked at every call."""
+class WeightVersion:
+    """One weight as it was: `is_same(tensor)` takes about 0.5 us and is asked at every call.
 
-    __slots__ = ("_cdata", "_impl", "_pointer", "_sampled", "_storage", "_version", "_words")
+    It holds no reference to the weight, not even a weak one: `torch.utils.swap_tensors` refuses
+    tensors with weak references. It holds the storage weakly: so no other storage gets the address
+    of this one's own object, and memory that was freed and allocated again is told apart.
+    """
+
+    __slots__ = ("_cdata", "_count", "_impl", "_pointer", "_sampled", "_storage", "_words")
 
     def __init__(self, tensor: Tensor) -> None:
         self._impl = tensor._cdata
-        self._version = tensor._version
-        self._pointer = tensor.data_ptr()
-        # While it is held, even weakly, no other storage has this one's own address: memory that
-        # was freed and taken again at the same place is told apart.
+        self._count, self._pointer = write_key(tensor)
         self._storage = StorageWeakRef(tensor.untyped_storage())
         self._cdata = tensor.untyped_storage()._cdata
-        self._words = _words_of(tensor)
+        self._words = _words_of(tensor, WORDS) if tensor.device.type == "cpu" else None
         self._sampled = b"" if self._words is None else self._words.tobytes()
 
     def is_same(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is that weight and nothing was seen to change it."""
+        """Whether `tensor` is that weight, and nothing that was compared has changed."""
         return (
             tensor._cdata == self._impl
-            and tensor._version == self._version
+            and tensor._version == self._count
             and tensor.data_ptr() == self._pointer
             and tensor.untyped_storage()._cdata == self._cdata
             # Last: the words lie in this memory.
@@ -46,6 +69,7 @@ class Source:
         )
 
     def has_memory_of(self, tensor: Tensor) -> bool:
+        """Whether `tensor` lies in the memory of that weight."""
         return tensor.data_ptr() == self._pointer and tensor.untyped_storage()._cdata == self._cdata
 
     @property
@@ -55,22 +79,211 @@ class Source:
 
 
 def can_be_watched(tensor: object) -> bool:
-    """Whether changes of a tensor can be seen at all."""
+    """Whether `WeightVersion` can see changes of `tensor`."""
     if not isinstance(tensor, Tensor) or isinstance(tensor, FakeTensor):
         return False
     return tensor.layout == torch.strided and not tensor.is_inference()
 
 
-def _words_of(tensor: Tensor) -> "memoryview[int] | None":
+def write_key(param: Tensor) -> WriteKey:
+    """A key that changes when `param` is written as torch counts it, or gets other memory.
+
+    torch does not count the writes of a tensor made in inference mode: its count is -1.
+    """
+    local = local_part(param)
+    count = -1 if local.is_inference() else local._version
+    return count, local.data_ptr() if local.layout == torch.strided else 0
+
+
+def write_keys(params: Iterable[Tensor]) -> tuple[WriteKey, ...]:
+    """The keys of several parameters."""
+    return tuple(write_key(param) for param in params)
+
+
+def fingerprint(tensor: Tensor, samples: int = SAMPLES) -> int:
+    """A number of some words of this rank's part of a tensor; of all with samples=0."""
+    local = local_box(tensor.detach())[0]
+    if _rows(local)[1] > 1:
+        # Its sample would be one word a row.
+        local = local.contiguous()
+    if local.device.type == "cpu":
+        view = _words_of(local, samples)
+        return 0 if view is None else hash(view.tobytes())
+    width, part = _sample(local, samples)
+    offset = local.storage_offset() * local.element_size() // width
+    words = torch.empty(0, dtype=_WORD_TYPES[width][1], device=local.device)
+    words.set_(local.untyped_storage(), offset, (part.stop,), (1,))
+    return hash(tuple(words[part].tolist()))
+
+
+def _words_of(tensor: Tensor, samples: int) -> memoryview | None:
     """Words spread over the memory of a tensor on CPU, as a view that reads them anew each time."""
-    if tensor.device.type != "cpu" or tensor.numel() == 0:
+    if tensor.numel() == 0:
         return None
-    pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    span = (1 + sum((size - 1) * step for size, step in pairs)) * tensor.element_size()
-    skipped = -tensor.data_ptr() % 8
-    count = (span - skipped) // 8
-    if count < 1:
-        return None
-    block = (ctypes.c_char * (count * 8)).from_address(tensor.data_ptr() + skipped)
-    # An odd step: an even one would look into the same few columns of every row.
-    return memoryview(block).cast("B").cast("q")[:: count // WORDS | 1]
+    width, part = _sample(tensor, samples)
+    return memoryview((_WORD_TYPES[width][0] * part.stop).from_address(tensor.data_ptr()))[part]
+
+
+def _sample(tensor: Tensor, samples: int) -> tuple[int, slice]:
+    """Bytes of a word, and about `samples` words of those that the tensor's memory holds."""
+    (run, rows, pitch), itemsize = _rows(tensor), tensor.element_size()
+    numbers = run * itemsize | pitch * itemsize | tensor.data_ptr() | 8
+    width = numbers & -numbers
+    run, pitch = run * itemsize // width, pitch * itemsize // width
+    if rows == 1:
+        # An odd step: an even one would look into the same few columns of every row.
+        step = run // samples | 1 if samples else 1
+        return width, slice(step // 2, run, step)
+    # One word a row, each in another column, so that none is of another tensor.
+    count = min(samples, rows)
+    step = rows // count * pitch + run // count
+    return width, slice(0, (count - 1) * step + 1, step)
+
+
+def _rows(tensor: Tensor) -> tuple[int, int, int]:
+    """Elements that lie together, how many such rows there are, elements from row to row."""
+    run, rows, pitch = 1, 1, 0
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if step == run and rows == 1:
+            run *= size
+        elif size > rows:
+            rows, pitch = size, step
+    return run, rows, pitch
+
+
+class UnseenWriteWarning(UserWarning):
+    """Weights were written in a way that torch does not signal."""
+
+
+@dataclass(frozen=True)
+class Writes:
+    """Names of parameters: written as torch counts it, other objects now, written unseen."""
+
+    seen: tuple[str, ...]
+    replaced: tuple[str, ...]
+    unseen: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.seen or self.replaced or self.unseen)
+
+
+@dataclass(frozen=True)
+class _Note:
+    tensor: Tensor
+    key: WriteKey
+    fingerprint: int
+
+
+class Watch:
+    """The parameters and persistent buffers of a model, as they were when last looked at.
+
+    samples: values of each tensor in its fingerprint; 0 for all of them. It keeps the tensors.
+    """
+
+    def __init__(self, model: nn.Module, samples: int = SAMPLES) -> None:
+        self._samples = samples
+        self._notes: dict[str, _Note] = {}
+        self.refresh(model)
+
+    def refresh(self, model: nn.Module) -> None:
+        """Take the present weights as known."""
+        self._notes = {
+            name: _Note(t.tensor, write_key(t.tensor), fingerprint(t.tensor, self._samples))
+            for name, t in targets(model).items()
+        }
+
+    def check(self, model: nn.Module) -> Writes:
+        """What was written since; it is known from now on. Warns of what torch did not signal."""
+        seen, replaced, unseen = [], [], []
+        for name, target in targets(model).items():
+            noted = self._notes.get(name)
+            if noted is None or noted.tensor is not target.tensor:
+                replaced.append(name)
+            elif noted.key != write_key(target.tensor):
+                seen.append(name)
+            elif noted.fingerprint != fingerprint(target.tensor, self._samples):
+                unseen.append(name)
+        self.refresh(model)
+        if unseen:
+            warnings.warn(
+                f"{len(unseen)} weights were written in a way that torch does not signal, among "
+                f"them {unseen[0]}: what was derived from them may be stale. Write them in "
+                "fixpass.weights.update, or call fixpass.weights.announce_loads once",
+                UnseenWriteWarning,
+                stacklevel=2,
+            )
+        return Writes(tuple(seen), tuple(replaced), tuple(unseen))
+
+
+_WATCHES: WeakKeyDictionary[nn.Module, Watch] = WeakKeyDictionary()
+
+
+def watch(model: nn.Module, samples: int = SAMPLES) -> None:
+    """Begin to watch a model; every update that is committed is known to the watch."""
+    inside = unwrapped(model)
+    announce_steps()
+    _WATCHES[inside] = Watch(inside, samples)
+
+
+def writes(model: nn.Module) -> Writes:
+    """What was written to a watched model, outside of updates, since this was last asked."""
+    inside = unwrapped(model)
+    found = _WATCHES.get(inside)
+    if found is None:
+        watch(inside)
+        return Writes((), (), ())
+    return found.check(inside)
+
+
+def committed(model: nn.Module) -> None:
+    """An update was committed: a watch of the model, if there is one, takes it as known."""
+    inside = unwrapped(model)
+    if (found := _WATCHES.get(inside)) is not None:
+        found.refresh(inside)
+
+
+def announce_loads(model: nn.Module) -> tuple[str, ...]:
+    """Let each `weight_loader` set on a parameter tell torch of its write; the names of those.
+
+    Loaders write through `.data`, of which torch tells nobody. The attribute becomes a function
+    that calls the former one, which stays under `__wrapped__`. Those of a class are left alone.
+    """
+    done = []
+    for name, target in targets(model).items():
+        loader = vars(target.tensor).get("weight_loader")
+        if callable(loader) and not isinstance(loader, _Announcing):
+            target.tensor.__dict__["weight_loader"] = _Announcing(loader)
+            done.append(name)
+    return tuple(done)
+
+
+_STEPS: list[RemovableHandle] = []
+
+
+def announce_steps() -> None:
+    """Let each step of any optimizer tell torch of its writes, once a process.
+
+    Those with fused=True write without raising the version of a parameter (torch 2.13).
+    """
+    if not _STEPS:
+        _STEPS.append(register_optimizer_step_post_hook(_announce_step))
+
+
+def _announce_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if optimizer.defaults.get("fused"):
+        for group in optimizer.param_groups:
+            torch.autograd.graph.increment_version(group["params"])
+
+
+class _Announcing:
+    """A loader that tells torch that it wrote to its first argument."""
+
+    def __init__(self, loader: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, loader)
+        self._loader = loader
+
+    def __call__(self, param: Tensor, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._loader(param, *args, **kwargs)
+        finally:
+            torch.autograd.graph.increment_version(param)

@@ -45,8 +45,8 @@ def fixpass_on(monkeypatch):
     """What SGLang's `load_plugins` does with our entry point, undone afterwards."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    from fixpass.integrations import sglang as integration
-    from fixpass.integrations.sglang_hooks import resolved
+    from fixpass.integrations.sglang import serving as integration
+    from fixpass.integrations.sglang.hooks import resolved
 
     held = []
     for hook in integration.serving_hooks():

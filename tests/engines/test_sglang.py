@@ -9,8 +9,8 @@ import sglang
 import torch
 from sglang.srt.layers import layernorm
 
-from fixpass.integrations import sglang as integration
-from fixpass.integrations.sglang_hooks import is_in_place
+from fixpass.integrations.sglang import serving as integration
+from fixpass.integrations.sglang.hooks import is_in_place
 from helpers.standins import LayoutFault, aiter_add, aiter_layer_norm, aiter_rms_norm
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("default")]

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import sglang_workers
 
-from fixpass.integrations import sglang_diffusion as integration
+from fixpass.integrations.sglang import diffusion as integration
 from helpers.ranks import Ranks
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("default")]

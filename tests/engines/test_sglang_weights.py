@@ -11,7 +11,7 @@ import tiny
 import torch
 from sglang.srt.model_loader import loader
 
-from fixpass.integrations import sglang as integration
+from fixpass.integrations.sglang import serving as integration
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("default")]
 HERE = Path(__file__).resolve().parent

@@ -7,8 +7,8 @@ from torch import fx
 from vllm.config import VllmConfig
 
 from fixpass import Pipeline
-from fixpass.integrations import vllm as plugin
-from fixpass.integrations.vllm_ir import FunctionalizeVllmIr, LowerVllmIr
+from fixpass.integrations.vllm import engine_config as plugin
+from fixpass.integrations.vllm.ir import FunctionalizeVllmIr, LowerVllmIr
 from fixpass.lowering.target import CPU
 from fixpass.passes import default_passes
 from fixpass.testing import assert_same, f32, text, trace

@@ -76,6 +76,6 @@ def test_a_second_start_folds_and_hits_the_caches(engines):
 
 
 def test_folds_that_are_switched_off_stay_in_the_graph(engines):
-    ours = engines.run("qwen3", fixpass=True, environ=(TILES, ("FIXPASS_FOLD", "off")))
+    ours = engines.run("qwen3", fixpass=True, environ=(TILES, ("FIXPASS_FOLD_WEIGHTS", "off")))
     assert applied(ours, "fold-weights") == [[]]
     assert ours["tokens"] == fresh(engines)

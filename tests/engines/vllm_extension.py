@@ -13,8 +13,8 @@ from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicat
 from vllm.model_executor.layers.layernorm import RMSNorm
 
 from fixpass.backend import last_reports
-from fixpass.integrations import vllm_reload
-from fixpass.integrations.vllm_worker import Reports
+from fixpass.integrations.vllm import live_reload
+from fixpass.integrations.vllm.worker import Reports
 from fixpass.weights import layout_of
 
 if os.environ.get("FIXPASS_TEST_GLOO") == "1":
@@ -22,7 +22,7 @@ if os.environ.get("FIXPASS_TEST_GLOO") == "1":
 if os.environ.get("FIXPASS_TEST_TILES") == "1":
     vllm_tiles.install()
 if os.environ.get("FIXPASS_TEST_RAW") == "1":
-    vllm_reload.HOOKS = ()
+    live_reload.HOOKS = ()
 
 
 class Extension(Reports):

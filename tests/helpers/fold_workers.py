@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 import fixpass
 from fixpass import weights
 
-OPTIONS = {"fold": "derived", "lower": "eager", "strict": True}
+OPTIONS = {"fold_weights": "cache", "lower": "eager", "strict": True}
 
 
 class Joined(nn.Module):

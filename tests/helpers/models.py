@@ -196,7 +196,7 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> Model:
         _randomise(module)
         ids = torch.randint(3, VOCABULARY, (BATCH, 16))
     if name == "qwen3-packed":
-        from fixpass.packed import pack_qkv
+        from examples.packed_qkv import pack_qkv
 
         pack_qkv(module)
     return Model(name, module.to(dtype), spec.norms, spec.has_cache, spec.why_not_fullgraph, ids)

@@ -1,6 +1,6 @@
-"""Measure the models of `tests/helpers/models.py` through Inductor and write `docs/models.md` and its table in the README.
+"""Compile the models of `tests/helpers/models.py` with Inductor and write `docs/models.md`.
 
-    cd tests && python -m helpers.models_page
+    make models-page
 
 It compiles each model four times, which takes half an hour on one core, and prints a row as soon
 as it has it. The tests do not run it; they hold what it found: counts and tolerances.
@@ -15,11 +15,9 @@ import torch
 from fixpass import explain
 from helpers.models import NAMES, TOLERANCE, Model, Norms, build, norms_on, outputs
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE, README = ROOT / "docs/models.md", ROOT / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs/models.md"
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 BACKENDS = ("inductor", "fixpass")
-START, END = "<!-- models -->", "<!-- end of models -->"
 HEAD = """\
 # Models
 
@@ -41,7 +39,7 @@ What a result may differ from eager by is twice the worst error of Inductor itse
 Prefill and a token behind a cache, static and dynamic lengths, float32 and bfloat16 are tested
 for every model in `tests/test_models.py`.
 
-`cd tests && python -m helpers.models_page` measures again and writes this page.
+`make models-page` measures again and writes this page.
 """
 
 Errors = dict[tuple[str, torch.dtype], float]
@@ -57,15 +55,6 @@ def main() -> None:
         relative.append(errors)
     foot = FOOT.format(worst="\n".join(_worst(relative, dtype) for dtype in DTYPES))
     PAGE.write_text(HEAD + "\n".join(lines) + "\n" + foot)
-    publish(PAGE.read_text())
-
-
-def publish(page: str) -> None:
-    """Put the page's table and what stands around it into the README, between its marks."""
-    before, _, rest = README.read_text().partition(START)
-    _, _, after = rest.partition(END)
-    body = page.partition("\n")[2].strip()
-    README.write_text(f"{before}{START}\n{body}\n{END}{after}")
 
 
 def measure(name: str) -> tuple[str, Errors]:

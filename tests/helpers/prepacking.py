@@ -4,10 +4,6 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-import fixpass  # noqa: F401  # registers the backend
-
-OPTIONS = {"verify": True, "strict": True, "lower": "eager"}
-
 
 class Joined(nn.Module):
     """A layer over two concatenated weights, in a type of one's own, and what else reads them."""
@@ -21,11 +17,6 @@ class Joined(nn.Module):
 
     def forward(self, x):
         return self.use(x, torch.cat([self.gate, self.up]), self.bias)
-
-
-def compiled(module, **options):
-    torch._dynamo.reset()
-    return torch.compile(module, backend="fixpass", options=OPTIONS | options, fullgraph=True)
 
 
 @torch.no_grad()

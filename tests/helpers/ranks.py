@@ -31,17 +31,19 @@ class Ranks:
         self.size, self.seconds = size, seconds
 
     def __enter__(self):
-        context = mp.get_context("spawn")
         port = free_port()
-        self.pipes, self.processes = [], []
+        self.pipes, self.processes = [None] * self.size, [None] * self.size
         for rank in range(self.size):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, self.size, port))
-            process.start()
-            there.close()
-            self.pipes.append(here)
-            self.processes.append(process)
+            self.spawn(rank, port)
         return self
+
+    def spawn(self, rank, port):
+        """A new process for a rank, in place of the one that it had."""
+        context = mp.get_context("spawn")
+        self.pipes[rank], there = context.Pipe()
+        self.processes[rank] = context.Process(target=_serve, args=(there, rank, self.size, port))
+        self.processes[rank].start()
+        there.close()
 
     def __exit__(self, *error):
         for pipe, process in zip(self.pipes, self.processes, strict=True):

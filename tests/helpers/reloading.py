@@ -4,9 +4,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from fixpass.runtime.weights.load import reload
 from fixpass.runtime.weights.mapping import Mapping, Stacked
 from fixpass.runtime.weights.relayout import logical
-from fixpass.runtime.weights.reload import reload
 
 MODES = ("buffered", "double_buffer", "undo_log")
 

@@ -1,6 +1,6 @@
 """Write the table of classes, rules and units in `docs/checkpoints.md`.
 
-    cd tests && python -m helpers.sharding_page
+    make sharding-page
 
 `tests/runtime/test_sharding.py` fails where the page says something else than the models do.
 """

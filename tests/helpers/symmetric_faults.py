@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 import fixpass.symmetric_memory as symmetric
 from fixpass.runtime import extension
-from fixpass.runtime.symmetric_memory import groups
+from fixpass.runtime.symmetric_memory import segment
+from helpers.ranks import join_group
 
 
 def dies_or_waits(victim, numel):
@@ -58,20 +59,15 @@ def leaves(leaver):
     return "no error"
 
 
-def official_ops():
-    """PyTorch's own schemas on CPU."""
-    symmetric.context()
-    rank = dist.get_rank()
-    ops, x = torch.ops.symm_mem, torch.tensor([1.0 + rank, 2.0])
-    fresh = ops.one_shot_all_reduce(x, "sum", "0")
-    out = torch.empty(2)
-    ops.one_shot_all_reduce_out(x, "sum", "0", out)
-    ops.two_shot_all_reduce_(x, "sum", "0")
-    return fresh.tolist(), out.tolist(), x.tolist()
+def rejoin(rank, size, port):
+    """Destroy the process group and make it again with the ranks that are there now."""
+    dist.destroy_process_group()
+    join_group(rank, size, port)
 
 
-def without_compiler(reason):
-    extension.load = lambda name, **options: extension.Extension(None, reason)
+def without_compiler(rank, reason):
+    if dist.get_rank() == rank:
+        extension.load = lambda name, **options: extension.Extension(None, reason)
 
 
 def no_room():
@@ -81,10 +77,10 @@ def no_room():
         def create(num_bytes):
             raise OSError(28, "No space left on device")
 
-        groups.exchange_hosts.__globals__["segment"].create = create
+        segment.create = create
 
 
 def another_host():
     """The odd ranks claim to be on another host."""
     if dist.get_rank() % 2:
-        groups.exchange_hosts.__globals__["this_host"] = lambda: "another"
+        segment.this_host = lambda: "another"

@@ -224,8 +224,8 @@ def _resident_kib():
     return pages * resource.getpagesize() // 1024
 
 
-def configure_native(native_part):
-    groups.configure(timeout=1.0, native=native_part)
+def wait_one_second():
+    groups.configure(timeout=1.0)
 
 
 def sum_of_ones():

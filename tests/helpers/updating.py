@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from fixpass.runtime.weights.alias import pack
 from fixpass.runtime.weights.module_hooks import set_layouts
+from fixpass.runtime.weights.packed_parameters import pack
 
 MODES = ("buffered", "undo_log", "double_buffer")
 

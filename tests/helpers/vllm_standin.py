@@ -8,6 +8,8 @@ import importlib
 import sys
 from contextlib import contextmanager
 
+from fixpass.integrations import vllm as integration
+
 FILES = {
     "__init__": """
         __version__ = "0.32.0"
@@ -129,5 +131,9 @@ def loaded(folder, monkeypatch):
     importlib.invalidate_caches()
     yield importlib.import_module("vllm")
     for name in list(sys.modules):
-        if name == "vllm" or name.startswith(("vllm.", "fixpass.integrations.vllm_")):
+        if name == "vllm" or name.startswith("vllm."):
             del sys.modules[name]
+    # The modules that import vLLM are forgotten with it.
+    for name in ("inductor_stages", "ir", "shm_all_reduce", "folding_backend", "live_reload"):
+        sys.modules.pop(f"{integration.__name__}.{name}", None)
+        vars(integration).pop(name, None)

@@ -8,9 +8,10 @@ from torch import nn
 from torch.nn.functional import linear
 
 from fixpass.testing import f32
+from helpers import compiling
 
 # Without the pass that hands products to another kernel, which rounds in another order.
-EAGER = {"lower": "eager", "verify": True, "strict": True, "disable": ("prepack-linears",)}
+EAGER = compiling.EAGER | {"disable": ("prepack-linears",)}
 
 
 class Folds(nn.Module):
@@ -44,10 +45,8 @@ class Reads(nn.Module):
         return self.how(self.scale if self.of_buffer else self.weight) * x.mean()
 
 
-def compiled(module, *, dynamic=None, **options):
-    return torch.compile(
-        module, backend="fixpass", options=EAGER | options, fullgraph=True, dynamic=dynamic
-    )
+def compiled(module, **options):
+    return compiling.compiled(module, **(EAGER | options))
 
 
 @torch.no_grad()

@@ -11,10 +11,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from fixpass.runtime.weights import collected, read
-from fixpass.runtime.weights.reload import reload
+from fixpass.runtime.weights import batches
+from fixpass.runtime.weights import update as updating
+from fixpass.runtime.weights.load import reload
+from fixpass.runtime.weights.lock import version
 from fixpass.runtime.weights.update import update
-from fixpass.runtime.weights.versions import version
 
 
 def file_model(path):
@@ -35,17 +36,18 @@ def full(value):
 def die_in_mid_commit(weights, state, mode):
     """Update to version 1, begin to write version 2, and be killed after half of the layers."""
     model = file_model(weights)
+    batches.MOST_PARTS = 1
     with update(model, mode, state_file=state) as tx:
         tx.load_state_dict(full(1))
-    done, copy = [], read._copy
+    done, move = [], batches.move
 
-    def dying(source, target):
+    def dying(*args):
         if len(done) == 4:
             os.kill(os.getpid(), signal.SIGKILL)
-        done.append(target)
-        copy(source, target)
+        done.append(args)
+        move(*args)
 
-    read._copy = dying
+    batches.move = dying
     with update(model, mode, state_file=state, threads=1) as tx:
         tx.load_state_dict(full(2))
 
@@ -112,8 +114,8 @@ class Whole(nn.Sequential):
 
 def reload_sharded(folder):
     """Reload a sharded model from files, each time after a forward; how often that was planned."""
-    model, wrong, plans, make = sharded(Whole), [], [], collected.make_plan
-    collected.make_plan = lambda *args, **kwargs: plans.append(1) or make(*args, **kwargs)
+    model, wrong, plans, make = sharded(Whole), [], [], updating.make_plan
+    updating.make_plan = lambda *args, **kwargs: plans.append(1) or make(*args, **kwargs)
     for number in (1, 2, 3):
         before = model(torch.ones(2, 16)).detach()
         reload(model, f"{folder}/{number}", progress=False)
@@ -129,7 +131,7 @@ def reload_sharded(folder):
             if torch.equal(now, before) or not torch.equal(now, plain(torch.ones(2, 16)))
             else []
         )
-    collected.make_plan = make
+    updating.make_plan = make
     return wrong, len(plans), version(model)
 
 

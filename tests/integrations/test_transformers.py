@@ -148,6 +148,28 @@ def test_what_is_no_transformers_model_is_refused_with_the_way_out():
         compile(torch.nn.Linear(2, 2))
 
 
+class Adapter(torch.nn.Module):
+    """A model around a transformers model, as PEFT builds it."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.base_model = torch.nn.ModuleDict({"model": module})
+
+    def generate(self, *args, **kwargs):
+        return self.base_model["model"].generate(*args, **kwargs)
+
+
+def test_a_wrapper_is_refused_with_the_model_inside_it_which_then_compiles():
+    wrapper = Adapter(build("llama").module)
+    want, before = generate(wrapper, "dynamic"), last_reports()
+    with pytest.raises(ConfigError, match=r"with compile\(model\.(.*)\), and call") as caught:
+        compile(wrapper)
+    path = caught.value.args[0].split("compile(model.")[1].split(")")[0]
+    compile(wrapper.get_submodule(path), **EAGER)
+    assert torch.equal(generate(wrapper, "dynamic"), want)
+    assert norms_rewritten(last_reports()[len(before) :])
+
+
 def test_an_unknown_option_is_refused_before_anything_changes():
     module = build("llama").module
     with pytest.raises(ConfigError, match="unknown option 'fast'"):

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from fixpass.runtime.kernels.add_rms_norm import add_rms_norm
-from fixpass.runtime.kernels.layer_norm import layer_norm
 from fixpass.runtime.kernels.qk_norm import qk_norm
-from fixpass.runtime.kernels.rms_norm import rms_norm
+from fixpass.runtime.kernels.rms_norm import layer_norm, rms_norm
 from fixpass.runtime.kernels.shuffle import shuffle, unshuffle
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from benchmarks.machine_code import gpu_target
 from fixpass.runtime import norms
 from fixpass.testing.kernel_memory import trace_memory
-from fixpass.testing.kernel_memory.accuracy import excess, ulps
+from helpers.accuracy import excess, ulps
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fixpass.runtime.kernels.launch import VECTOR, choose, parts
-from fixpass.testing.kernel_memory.layouts import five_leading_dimensions, four_leading_dimensions
+from helpers.row_layouts import five_leading_dimensions, four_leading_dimensions
 
 SIZES = (1, 17, 64, 80, 128, 256, 512, 1024, 1500, 2048, 4096, 5000, 8192, 16384, 32768)
 

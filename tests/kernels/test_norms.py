@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from fixpass.runtime import norms
 from fixpass.runtime.kernels.add_rms_norm import add_rms_norm
-from fixpass.runtime.kernels.layout import overlaps_itself
 from fixpass.runtime.kernels.qk_norm import qk_norm
 from fixpass.runtime.kernels.rms_norm import rms_norm
+from fixpass.runtime.kernels.row_geometry import overlaps_itself
 from fixpass.testing.kernel_memory import trace_memory
-from fixpass.testing.kernel_memory.accuracy import ulps
-from fixpass.testing.kernel_memory.layouts import OTHER_STRIDE
-from fixpass.testing.kernel_memory.probe import Case, cases, run
+from helpers.accuracy import ulps
+from helpers.kernel_probe import Case, cases, run
+from helpers.row_layouts import OTHER_STRIDE
 
 EVERY_CASE = list(cases())
 SHORT = EVERY_CASE[::61]

@@ -64,7 +64,7 @@ def row_parallel(x, w):
     return reduce(torch.mm(x, w))
 
 
-def code_of(fn, *shapes, dynamic=False):
+def code_of(fn, *shapes, dynamic=False, dtype=torch.bfloat16):
     """The code that Inductor writes for CUDA after the pass, and the pass's remarks."""
     shape_env = ShapeEnv()
     mode = FakeTensorMode(shape_env=shape_env)
@@ -73,7 +73,7 @@ def code_of(fn, *shapes, dynamic=False):
         rows = shape_env.create_symintnode(symbol, hint=shapes[0][0])
         shapes = ((rows, *shapes[0][1:]), *shapes[1:])
     with mode:
-        inputs = [torch.empty(shape, device="cuda:0", dtype=torch.bfloat16) for shape in shapes]
+        inputs = [torch.empty(shape, device="cuda:0", dtype=dtype) for shape in shapes]
     gm = make_fx(fn, tracing_mode="symbolic")(*inputs)
     describe = lambda name, device_type: GroupFacts(name, 2)  # noqa: E731
     step = PlaceSymmetricMemory(target_named("cuda:sm_90"), Policy(), "", describe)
@@ -99,16 +99,27 @@ def test_the_output_of_a_matmul_is_allocated_in_the_memory_of_its_group():
     assert "outside of CUDA-graph capture" in report
 
 
+def identities(fn, *shapes, dtype=torch.bfloat16):
+    code, _ = code_of(fn, *shapes, dtype=dtype)
+    lines = [line for line in code.splitlines() if SYMMETRIC in line]
+    return [line.partition("alloc_id=")[2] for line in lines]
+
+
+def test_graphs_of_one_text_with_other_shapes_or_dtypes_have_other_identities():
+    found = [
+        identities(row_parallel, (64, 32), (32, 128)),
+        identities(row_parallel, (64, 64), (64, 128)),
+        identities(row_parallel, (8, 32), (32, 128)),
+        identities(row_parallel, (64, 32), (32, 128), dtype=torch.float32),
+    ]
+    assert len({each for (each,) in found}) == 4
+
+
 def test_two_buffers_have_two_identities_and_one_graph_gives_one_code():
     def twice(x, w):
         return reduce(x @ w), reduce(w @ x)
 
-    def identities():
-        code, _ = code_of(twice, (8, 16), (16, 8))
-        lines = [line for line in code.splitlines() if SYMMETRIC in line]
-        return [line.partition("alloc_id=")[2] for line in lines]
-
-    first, second = identities(), identities()
+    first, second = (identities(twice, (8, 16), (16, 8)) for _ in range(2))
     assert len(set(first)) == 2
     assert all(first)
     assert first == second

@@ -2,14 +2,14 @@
 
 import torch
 
-from fixpass.lowering.contract_table import contract_of
+from fixpass.lowering.contract_table import kernel_of
 from fixpass.lowering.layout import Layout
 from fixpass.lowering.relayout import Relayout, apply_relayout, cheapest_relayout, hint, why_not
 from fixpass.lowering.site import Site
 
 BF16 = torch.bfloat16
-AITER = contract_of("aiter_rms_norm", "rms_norm")
-AITER_ADD = contract_of("aiter_add_rms_norm", "add_rms_norm")
+AITER = kernel_of("aiter_rms_norm", "rms_norm")
+AITER_ADD = kernel_of("aiter_add_rms_norm", "add_rms_norm")
 
 
 def site(op="rms_norm", dtype=BF16, **rows):

@@ -9,6 +9,7 @@ from torch import nn
 from fixpass import Pipeline
 from fixpass.passes.canonicalize_norms import CanonicalizeNorms
 from fixpass.testing import assert_same, bf16, f32, text, trace
+from helpers.compiling import compiled
 from helpers.spellings import cohere, gemma, llama, olmo, t5
 
 PIPELINE = Pipeline((CanonicalizeNorms(),), verify=True, strict=True)
@@ -115,11 +116,6 @@ def test_every_spelling_of_the_root_is_read():
     for spelling in (rsqrt, divided, power, unsqueezed, reciprocal):
         assert "fixpass.rms_norm(x, w, None, 1e-06)" in rewritten_op(spelling, f32(4, 64)), spelling
         assert_same(compiled(spelling), spelling, f32(4, 64))
-
-
-def compiled(fn):
-    options = {"lower": "eager", "verify": True, "strict": True}
-    return torch.compile(fn, backend="fixpass", options=options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

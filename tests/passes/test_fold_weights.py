@@ -6,7 +6,7 @@ from expecttest import assert_expected_inline
 from torch.nn.functional import dropout, linear
 
 from fixpass import Config, FixpassError, Report
-from fixpass.dynamo_stage import enter
+from fixpass.dynamo_stage import run_entry_passes
 from fixpass.testing import f32, text, trace
 from helpers.weight_updates import Folds, Reads, compiled, same
 
@@ -17,7 +17,7 @@ def report(module, x, **options):
 
     def backend(gm, example_inputs):
         config = Config.resolve({"strict": True, **options})
-        found.append(enter(gm, example_inputs, config).report)
+        found.append(run_entry_passes(gm, example_inputs, config).report)
         return gm.forward
 
     torch._dynamo.reset()
@@ -263,6 +263,6 @@ def test_a_frozen_weight_in_training_is_folded():
 
 def test_off_leaves_everything_in_the_graph():
     with torch.no_grad():
-        assert not report(Folds(), f32(3, 64), fold="off").remarks
-    with pytest.raises(FixpassError, match='"inplace", "derived" or "off"'):
-        Config.resolve({"fold": "always"})
+        assert not report(Folds(), f32(3, 64), fold_weights="off").remarks
+    with pytest.raises(FixpassError, match='"cache", "restride" or "off"'):
+        Config.resolve({"fold_weights": "always"})

@@ -43,6 +43,6 @@ def test_weights_on_other_devices_are_folded_where_that_is_asked_for():
     weight = nn.Parameter(torch.empty(4, device="meta"))
     assert_expected_inline(
         FoldWeights(explicit=False)._distrust(weight),
-        """is on meta, where a write through .data is not seen: options={"fold": "derived"} folds it all the same""",
+        """is on meta, where a write through .data is not seen: options={"fold_weights": "cache"} folds it all the same""",
     )
     assert FoldWeights(explicit=True)._distrust(weight) == ""

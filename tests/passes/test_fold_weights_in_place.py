@@ -1,4 +1,4 @@
-"""fold-weights in mode "inplace": weights stored in another order, and what keeps them as they are."""
+"""fold-weights in mode "restride": weights stored in another order, and what keeps them as they are."""
 
 import pytest
 import torch
@@ -9,11 +9,12 @@ from torch.nn.functional import embedding, linear
 
 import fixpass
 from fixpass import Config, Report
-from fixpass.dynamo_stage import enter
+from fixpass.dynamo_stage import run_entry_passes
 from fixpass.testing import f32
+from helpers.compiling import compiled_anew
 from helpers.weight_updates import COUNTED, EAGER, UNCOUNTED, Folds, Reads, same
 
-IN_PLACE = EAGER | {"fold": "inplace"}
+IN_PLACE = EAGER | {"fold_weights": "restride"}
 
 
 def turned(weight):
@@ -21,8 +22,7 @@ def turned(weight):
 
 
 def compiled(module, **options):
-    torch._dynamo.reset()
-    return torch.compile(module, backend="fixpass", options=IN_PLACE | options, fullgraph=True)
+    return compiled_anew(module, **(IN_PLACE | options))
 
 
 @torch.no_grad()
@@ -31,10 +31,12 @@ def reports_of(module, x=None):
     found = []
 
     def backend(gm, example_inputs):
-        entry = enter(gm, example_inputs, Config.resolve({"fold": "inplace"}), touch=True)
+        entry = run_entry_passes(
+            gm, example_inputs, Config.resolve({"fold_weights": "restride"}), may_restride=True
+        )
         found.append(str(Report(entry.report.of_pass("fold-weights"))))
-        entry.restart()
-        return entry.bind(entry.gm)
+        entry.retrace_if_restrided()
+        return entry.bind_inputs(entry.gm)
 
     torch._dynamo.reset()
     torch.compile(module, backend=backend, fullgraph=True)(f32(3, 64) if x is None else x)
@@ -130,7 +132,7 @@ bytes saved: 262,144
 def test_explain_touches_no_weight_and_says_what_could_be():
     module = Reads(turned)
     with torch.no_grad():
-        found = fixpass.explain(module, f32(3, 64), options={"fold": "inplace"})
+        found = fixpass.explain(module, f32(3, 64), options={"fold_weights": "restride"})
     assert_expected_inline(
         str(Report(found.of_pass("fold-weights"))),
         """\
@@ -204,7 +206,9 @@ def test_through_inductor_with_dynamic_sizes():
 
     module = Turned()
     torch._dynamo.reset()
-    run = torch.compile(module, backend="fixpass", options={"fold": "inplace"}, dynamic=True)
+    run = torch.compile(
+        module, backend="fixpass", options={"fold_weights": "restride"}, dynamic=True
+    )
     for rows in (2, 5):
         same(run, module, f32(rows, 64))
     assert module.weight.stride() == (1, 512)

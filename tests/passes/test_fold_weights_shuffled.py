@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 import fixpass
 from fixpass import Report, weights
 from fixpass.testing import f32
+from helpers.compiling import compiled_anew
 from helpers.weight_updates import COUNTED, EAGER, UNCOUNTED, same
 
 
@@ -25,20 +26,19 @@ class Shuffled(nn.Module):
 
 
 def compiled(module, **options):
-    torch._dynamo.reset()
-    return torch.compile(module, backend="fixpass", options=EAGER | options, fullgraph=True)
+    return compiled_anew(module, **(EAGER | options))
 
 
 @torch.no_grad()
 def report_of(module, fold):
     torch._dynamo.reset()
-    found = fixpass.explain(module, f32(3, 64), options={"fold": fold})
+    found = fixpass.explain(module, f32(3, 64), options={"fold_weights": fold})
     return str(Report(found.of_pass("fold-weights")))
 
 
 def test_a_shuffled_weight_is_kept_beside_the_weight():
     assert_expected_inline(
-        report_of(Shuffled(), "derived"),
+        report_of(Shuffled(), "cache"),
         """\
 fold-weights
     applied folded_result: fixpass.shuffle_weight of weight kept as f32[512, 64], 131,072 bytes
@@ -49,7 +49,7 @@ bytes saved: 262,144
 
 def test_in_place_the_report_names_the_call_that_folds_the_weight_itself():
     assert_expected_inline(
-        report_of(Shuffled(), "inplace"),
+        report_of(Shuffled(), "restride"),
         """\
 fold-weights
     applied folded_result: fixpass.shuffle_weight of weight kept as f32[512, 64], 131,072 bytes; not in place: only its module can show logical values: fixpass.weights.set_layouts(model, {'weight': 'aiter_16x16'}) folds it there
@@ -62,7 +62,7 @@ def test_of_a_folded_weight_nothing_is_kept():
     module = Shuffled()
     weights.set_layouts(module, {"weight": "aiter_16x16"})
     assert_expected_inline(
-        report_of(module, "derived"),
+        report_of(module, "cache"),
         """\
 fold-weights
     applied folded_result: weight is folded into aiter_16x16 itself: nothing is kept beside it
@@ -128,7 +128,7 @@ def test_updates_of_a_folded_weight_are_those_of_its_logical_values():
 @torch.no_grad()
 def test_a_call_after_an_update_of_an_unfolded_weight_sees_it(update):
     module, x = Shuffled(), f32(3, 64)
-    run = compiled(module, fold="inplace")
+    run = compiled(module, fold_weights="restride")
     same(run, module, x)
     with torch.enable_grad():
         update(module)

@@ -5,9 +5,11 @@ from expecttest import assert_expected_inline
 
 from fixpass import Pipeline
 from fixpass.passes.canonicalize_norms import CanonicalizeNorms
-from fixpass.passes.canonicalize_norms.opaque import OPAQUE_NORMS, read_opaque
+from fixpass.passes.canonicalize_norms.opaque import read_opaque
+from fixpass.runtime.opaque_norms import OPAQUE_NORMS
 from fixpass.testing import assert_same, bf16, text, trace
 from helpers import standins
+from helpers.compiling import compiled
 
 PIPELINE = Pipeline((CanonicalizeNorms(),), verify=True, strict=True)
 
@@ -18,11 +20,6 @@ def rewritten_op(fn, *args):
     PIPELINE.run(gm.graph)
     lines = [line for line in text(gm.graph).splitlines() if "fixpass." in line]
     return " / ".join(" ".join(line.split()) for line in lines)
-
-
-def compiled(fn):
-    options = {"lower": "eager", "verify": True, "strict": True}
-    return torch.compile(fn, backend="fixpass", options=options)
 
 
 def test_every_foreign_op_becomes_ours():

@@ -8,12 +8,13 @@ from torch.nn.functional import linear
 
 import fixpass
 from fixpass import Config, Report
-from fixpass.dynamo_stage import enter
+from fixpass.dynamo_stage import run_entry_passes
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.runtime.weights.prepack import packable_dtypes
 from fixpass.testing import bf16, f32
-from helpers.prepacking import Joined, compiled, same
+from helpers.compiling import compiled_anew as compiled
+from helpers.prepacking import Joined, same
 
 pytestmark = pytest.mark.skipif(
     not packable_dtypes(), reason="no oneDNN here, which packs the weights, or no x86"
@@ -33,7 +34,7 @@ def graph_of(module, x, dtypes=None):
     found = []
 
     def backend(gm, example_inputs):
-        entry = enter(gm, example_inputs, Config(disable=("prepack-linears",)))
+        entry = run_entry_passes(gm, example_inputs, Config(disable=("prepack-linears",)))
         step = PrepackLinears(packable_dtypes() if dtypes is None else dtypes)
         report = Pipeline((step,), strict=True).run(entry.gm.graph)
         found.append((entry.gm.graph, report))

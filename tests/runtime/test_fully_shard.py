@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from helpers import sharded_models
+from helpers import attribute_workers, sharded_models
 from helpers import sharding_workers as workers
 from helpers.ranks import Ranks
 
@@ -94,6 +94,35 @@ def test_tensor_parallelism_on_another_mesh_dimension(folder):
             assert units == ("blocks.0", "blocks.1")
             assert (lost, wrong) == ([], [])
             assert difference < 1e-6
+
+
+def to_bfloat16(model):
+    model.to(torch.bfloat16)
+
+
+def to_double_and_back(model):
+    model.double().float()
+
+
+@pytest.mark.parametrize("convert", [to_bfloat16, to_double_and_back])
+def test_attributes_stay_through_conversions_of_a_sharded_model(two, convert):
+    dtype = torch.bfloat16 if convert is to_bfloat16 else torch.float32
+    for lost, later, changed, now in two.run(
+        attribute_workers.attributes_through_conversions, convert
+    ):
+        assert lost == ["norm.weight"]  # its mark was changed, and stays changed
+        assert (later, changed) == ("set after sharding", "changed after sharding")
+        assert now == dtype
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_loaders_that_were_set_before_tensor_parallelism_are_called(shards):
+    with Ranks(4) as four:
+        for called, wrong, lost in four.run(
+            attribute_workers.loaders_before_tensor_parallelism, shards
+        ):
+            assert called == ["attribute"] * 2 + ["property"] * 2
+            assert (wrong, lost) == ([], [])
 
 
 @pytest.mark.inductor

@@ -207,7 +207,7 @@ def test_two_thousand_short_lived_functions_find_no_stale_entry():
 
 
 def test_the_cache_keeps_no_function_alive():
-    from fixpass.runtime import accepted_kwargs as module
+    from fixpass.integrations.sglang import step_kwargs as module
 
     gc.collect()
     before = len(module._SIGNATURES)

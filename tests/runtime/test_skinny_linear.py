@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,8 +194,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 @pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="names x86-64 processors to GCC")
 @pytest.mark.parametrize("processor", ["x86-64", "haswell", "skylake-avx512"])
-def test_other_processors_get_a_right_kernel(processor, tmp_path):
-    flags = open("/proc/cpuinfo").read()
+def test_other_processors_get_a_right_kernel(processor):
+    flags = Path("/proc/cpuinfo").read_text()
     wanted = {"x86-64": "sse2", "haswell": "avx2", "skylake-avx512": "avx512vl"}[processor]
     if wanted not in flags:
         pytest.skip(f"this processor has no {wanted}")

@@ -4,7 +4,7 @@ TRITON_INTERPRET decides at import for a whole process; here `@triton.jit` funct
 switched to the interpreter on entry and back on exit, and its arithmetic is corrected:
 float32 becomes bfloat16 by rounding to the nearest, where Triton 3.7 truncates.
 
-It records nothing by itself (see record.py), and calls no kernel.
+It records nothing by itself (see trace.py), and calls no kernel.
 """
 
 import ast
@@ -24,7 +24,7 @@ MISSING = object()
 
 
 class Watcher(Protocol):
-    """What is told of every launch and asked about every access."""
+    """Receives every launch, and decides about every access."""
 
     def launch(self, kernel: str, grid: tuple[int, ...], arguments: dict[str, Any]) -> None: ...
     def start_program(self, program: int) -> None: ...
@@ -33,7 +33,7 @@ class Watcher(Protocol):
 
 @contextmanager
 def interpreted(watcher: Watcher) -> Iterator[None]:
-    """Run every kernel launched inside in the interpreter, under the eyes of `watcher`."""
+    """Run every kernel launched inside in the interpreter, with `watcher` told of each access."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("kernel_memory interprets by itself: unset TRITON_INTERPRET")
     builder = interpreter.interpreter_builder

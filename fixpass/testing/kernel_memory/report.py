@@ -1,4 +1,4 @@
-"""What the recorded accesses mean: traffic per view, and faults.
+"""Turns recorded accesses into traffic per view and faults.
 
 Addresses are compared in units of the smallest item any view or access has, so operands
 of several item sizes may share a storage. Programs of one launch run in no order; two
@@ -72,7 +72,7 @@ class ViewTraffic:
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """All that one launcher call did to memory."""
+    """The traffic and the faults of one launcher call."""
 
     loaded: int
     stored: int

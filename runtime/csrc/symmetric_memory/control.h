@@ -19,7 +19,7 @@
 
 namespace fixpass {
 
-constexpr int kMaxDims = 5;
+constexpr int kMaxDims = 8;
 
 // What a rank brings to a call. Compared on every call: ranks that disagree all see it.
 struct Message {
@@ -29,6 +29,7 @@ struct Message {
   int32_t num_dims;
   int32_t sums;      // 1, or 0 for a maximum and the like
   int64_t sizes[kMaxDims];
+  uint64_t more_sizes;  // a hash of the sizes after those, 0 without
 };
 
 // A rank that gave up in a meeting may have been counted as arrived: those that come later must

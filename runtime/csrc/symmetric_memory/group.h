@@ -278,7 +278,8 @@ class Group {
 
   static bool agree(const Message& a, const Message& b) {
     return a.numel == b.numel && a.dtype == b.dtype && a.sums == b.sums &&
-           a.num_dims == b.num_dims && std::equal(a.sizes, a.sizes + kMaxDims, b.sizes);
+           a.num_dims == b.num_dims && a.more_sizes == b.more_sizes &&
+           std::equal(a.sizes, a.sizes + kMaxDims, b.sizes);
   }
 
   std::string disagreement(uint32_t parity) const {
@@ -296,7 +297,8 @@ class Group {
     for (int i = 0; i < std::min(message.num_dims, kMaxDims); ++i) {
       text += (i ? ", " : "") + std::to_string(message.sizes[i]);
     }
-    return text + (message.num_dims > kMaxDims ? ", ...]" : "]") + (message.sums ? "" : " not to sum");
+    if (message.num_dims > kMaxDims) text += ", ... of " + std::to_string(message.num_dims) + " dims";
+    return text + "]" + (message.sums ? "" : " not to sum");
   }
 
   State state_of(int rank) const {

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.box import Box, Shape, dense_strides
+from fixpass.runtime.weights.files import OpenFile
 from fixpass.runtime.weights.stored import FilePiece, Stored
 
 METADATA = ".metadata"
@@ -56,8 +57,9 @@ def from_dcp(folder: Path, *, weights_only: bool = True) -> dict[str, Stored]:
         for index, info in (metadata.storage_data or {}).items()
         if isinstance(info, _StorageInfo)
     }
+    files: dict[Path, OpenFile] = {}
     return {
-        name: _stored(folder, name, entry, places)
+        name: _stored(folder, name, entry, places, files)
         for name, entry in metadata.state_dict_metadata.items()
         if isinstance(entry, torch_metadata.TensorStorageMetadata)
     }
@@ -87,6 +89,7 @@ def _stored(
     name: str,
     entry: torch_metadata.TensorStorageMetadata,
     places: Mapping[tuple[str, Shape], _StorageInfo],
+    files: dict[Path, OpenFile],
 ) -> Stored:
     dtype, shape = entry.properties.dtype, tuple(entry.size)
     boxes = [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
@@ -103,7 +106,9 @@ def _stored(
             raise CheckpointError(f"{folder}: {name!r} is compressed; load it with torch and save")
         origins.add(str(relative))
         try:
-            pieces.append(_piece(folder / relative, info, dtype, box))
+            path = folder / relative
+            file = files.get(path) or files.setdefault(path, OpenFile(path))
+            pieces.append(_piece(file, info, dtype, box))
         # Broken bytes raise whatever they lead to.
         except Exception as error:
             raise CheckpointError(
@@ -119,16 +124,15 @@ def _check_cover(folder: Path, name: str, shape: Shape, boxes: list[Box]) -> Non
         raise CheckpointError(f"{folder}: the shards of {name!r} do not make up {list(shape)}")
 
 
-def _piece(path: Path, info: _StorageInfo, dtype: torch.dtype, box: Box) -> FilePiece:
-    """Where the bytes of a shard lie; each is a file of torch.save inside a larger one."""
-    with path.open("rb") as file:
-        window = _Window(file, info.offset, info.length)
-        saved = torch.load(cast(BinaryIO, window), map_location="meta", weights_only=True)
-        window.seek(0)
-        with zipfile.ZipFile(window) as archive:
-            (record,) = [i for i in archive.infolist() if i.filename.endswith("/data/0")]
-        window.seek(record.header_offset)
-        local = window.read(30)
+def _piece(file: OpenFile, info: _StorageInfo, dtype: torch.dtype, box: Box) -> FilePiece:
+    """The place of a shard's bytes; each shard is a file of torch.save inside a larger one."""
+    window = _Window(file, info.offset, info.length)
+    saved = torch.load(cast(BinaryIO, window), map_location="meta", weights_only=True)
+    window.seek(0)
+    with zipfile.ZipFile(window) as archive:
+        (record,) = [i for i in archive.infolist() if i.filename.endswith("/data/0")]
+    window.seek(record.header_offset)
+    local = window.read(30)
     expected = (dtype, box.shape, dense_strides(box.shape), 0)
     if (saved.dtype, tuple(saved.shape), saved.stride(), saved.storage_offset()) != expected:
         raise ValueError(f"it is not a dense {dtype} of {list(box.shape)}")
@@ -137,14 +141,14 @@ def _piece(path: Path, info: _StorageInfo, dtype: torch.dtype, box: Box) -> File
     size = box.numel * dtype.itemsize
     if record.compress_type != zipfile.ZIP_STORED or start + size > info.length:
         raise ValueError("its bytes are not in the file as they are")
-    return FilePiece(path, info.offset + start, box)
+    return FilePiece(file, info.offset + start, box)
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as a file; what is not in the file is an error."""
+    """A part of a file as a file of its own; a part that is not in the file is an error."""
 
-    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
-        if offset + length > file.seek(0, io.SEEK_END):
+    def __init__(self, file: OpenFile, offset: int, length: int) -> None:
+        if offset + length > file.size:
             raise ValueError("the file is shorter than the metadata says")
         self.file, self.offset, self.length, self.position = file, offset, length, 0
 
@@ -160,8 +164,8 @@ class _Window(io.RawIOBase):
         return self.position
 
     def readinto(self, buffer: Any) -> int:
-        self.file.seek(self.offset + self.position)
-        data = self.file.read(max(0, min(len(buffer), self.length - self.position)))
+        count = max(0, min(len(buffer), self.length - self.position))
+        data = self.file.bytes_at(self.offset + self.position, count)
         buffer[: len(data)] = data
         self.position += len(data)
         return len(data)

@@ -1,11 +1,11 @@
 """Tensors that are in this process: a state dict, or an iterator of names and tensors.
 
-A state dict is read where it is. An iterator is first written to a file of its own, one tensor at
-a time, because nothing of a model may change before all of a checkpoint is known to fit.
+A state dict is read where it lies. The tensors of an iterator are first written to a temporary
+file, one at a time: nothing of a model may change before all of a checkpoint is known to fit.
 """
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+import os
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -13,32 +13,39 @@ from torch.distributed.tensor import DTensor
 
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.box import Box
-from fixpass.runtime.weights.local import is_freed, local_box, local_part
+from fixpass.runtime.weights.files import OpenFile
 from fixpass.runtime.weights.stored import FilePiece, MemoryPiece, Stored
+from fixpass.runtime.weights.targets import is_freed, local_box, local_part
+
+A_STATE_DICT = "a state dict"
+AN_ITERATOR = "an iterator"
 
 
-def from_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
-    """The tensors of a state dict; of a DTensor, the part that this rank holds."""
-    return {name: _in_memory(name, tensor) for name, tensor in tensors.items()}
+def in_memory(name: str, tensor: Tensor, origin: str = A_STATE_DICT) -> Stored:
+    """A detached tensor of a state dict; of a DTensor, the part that this rank holds."""
+    local, box = local_box(tensor)
+    return Stored(name, tensor.dtype, tuple(tensor.shape), (MemoryPiece(local, box),), origin)
 
 
-def from_iterator(tensors: Iterable[tuple[str, Tensor]], file: Path) -> dict[str, Stored]:
-    """The tensors of an iterator, written to `file`, which must outlive their reading."""
+def from_iterator(tensors: Iterable[tuple[str, Tensor]], file: OpenFile) -> dict[str, Stored]:
+    """The tensors of an iterator, written to an empty temporary file, one behind another."""
     found: dict[str, Stored] = {}
-    origin = "an iterator"
-    with file.open("wb") as output:
+    end = 0
+    with os.fdopen(os.dup(file.descriptor), "wb") as output:
         for name, tensor in tensors:
-            _check(name, tensor, origin)
+            check_values(name, tensor, AN_ITERATOR)
             if name in found:
-                raise CheckpointError(f"{origin} gave {name!r} twice")
+                raise CheckpointError(f"{AN_ITERATOR} gave {name!r} twice")
             if isinstance(tensor, DTensor):
                 raise CheckpointError(
-                    f"{name!r} from {origin} is a DTensor: give its full_tensor(), or a state dict"
+                    f"{name!r} from {AN_ITERATOR} is a DTensor: give its full_tensor(), or a "
+                    "state dict"
                 )
             shape = tuple(tensor.shape)
-            piece = FilePiece(file, output.tell(), Box.whole(shape))
-            found[name] = Stored(name, tensor.dtype, shape, (piece,), origin)
+            piece = FilePiece(file, end, Box.whole(shape))
+            found[name] = Stored(name, tensor.dtype, shape, (piece,), AN_ITERATOR)
             output.write(raw_bytes(tensor))
+            end += found[name].num_bytes
     return found
 
 
@@ -52,20 +59,13 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return data
 
 
-def _in_memory(name: str, tensor: Tensor) -> Stored:
-    origin = "a state dict"
-    _check(name, tensor, origin)
-    shape = tuple(tensor.shape)
-    local, box = local_box(tensor.detach())
-    return Stored(name, tensor.dtype, shape, (MemoryPiece(local, box),), origin)
-
-
-def _check(name: object, tensor: object, origin: str) -> None:
+def check_values(name: object, tensor: object, origin: str = A_STATE_DICT) -> None:
+    """Raise CheckpointError for an entry of a source that is no tensor, or one without values."""
     if not isinstance(name, str) or not isinstance(tensor, Tensor):
         raise CheckpointError(f"{name!r} from {origin} is a {type(tensor).__name__}, not a tensor")
     if tensor.layout != torch.strided:
         raise CheckpointError(f"{name!r} from {origin} is {tensor.layout}: give to_dense()")
-    if tensor.device.type == "meta":
+    if tensor.is_meta:
         raise CheckpointError(f"{name!r} from {origin} is on the meta device: it has no values")
     if is_freed(local_part(tensor)):
         raise CheckpointError(f"{name!r} from {origin} has no memory any more: it was freed")

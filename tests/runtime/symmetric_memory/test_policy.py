@@ -26,7 +26,6 @@ PADDED = Policy(dp_attention=True, dp_max_padding=True)
             False,
             "has no symmetric memory: no room",
         ),
-        (GroupFacts("0", 2, note="in torch operations"), Policy(), True, "on one host, in torch"),
     ],
 )
 def test_the_rule_and_its_reasons(facts, policy, symmetric, reason):

@@ -2,17 +2,17 @@
 
 import pytest
 
-from fixpass.runtime.weights import collected
+from fixpass.runtime.weights import update
 
 
 @pytest.fixture
 def plans(monkeypatch):
     """How many plans were made."""
-    made, make = [], collected.make_plan
+    made, make = [], update.make_plan
 
     def counting(*args, **kwargs):
         made.append(args)
         return make(*args, **kwargs)
 
-    monkeypatch.setattr(collected, "make_plan", counting)
+    monkeypatch.setattr(update, "make_plan", counting)
     return made

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fixpass import FixpassError
-from fixpass.runtime.weights import loader, vectored
-from fixpass.weights import Mapping, TensorParallel, load
+from fixpass.runtime.errors import CheckpointError, PoisonedError
+from fixpass.runtime.weights.files import TEMPORARY, OpenFile
+from fixpass.weights import Mapping, TensorParallel, load, read_lock
 from helpers.checkpoints import assert_refused, model_of, two
 
 
@@ -76,24 +77,33 @@ def test_a_parameter_whose_elements_share_memory_is_refused():
     assert_refused(model, {"a": torch.ones(4, 3), "b": torch.ones(2)}, "is expanded")
 
 
-def test_a_file_that_breaks_while_it_is_read_is_undone_with_a_journal(tmp_path, monkeypatch):
+def test_a_file_that_breaks_while_it_is_read_is_undone_in_all_modes_but_direct(
+    tmp_path, monkeypatch
+):
     save_file({"b": torch.ones(2), "a": torch.ones(4, 3)}, tmp_path / "w.safetensors")
-    real, batches = vectored.read, []
+    real, reads = OpenFile.read, []
 
-    def breaking(batch):
-        if batch.path.name == "w.safetensors":
-            batches.append(batch)
-            real(batch)
-            raise FixpassError("the disk is gone")
-        real(batch)
+    def breaking(file, *args):
+        real(file, *args)
+        if file.path is not TEMPORARY:
+            reads.append(file)
+            raise CheckpointError("the disk is gone")
 
-    monkeypatch.setattr(vectored, "read", breaking)
-    assert_refused(two(), tmp_path, "the disk is gone", journal=True)
-    assert len(batches) == 1
+    monkeypatch.setattr(OpenFile, "read", breaking)
+    for mode in ("undo_log", "buffered", "double_buffer"):
+        assert_refused(two(), tmp_path, "the disk is gone", mode=mode)
+    assert len(reads) == 3
     model = two()
-    with pytest.raises(FixpassError, match="the disk is gone"):
+    with pytest.raises(CheckpointError, match="the disk is gone") as caught:
         load(model, tmp_path)
-    assert model.a.all(), "without a journal nothing is undone, and the docs say so"
+    assert "mode='undo_log' brings the old ones back" in caught.value.__notes__[0]
+    assert model.a.all(), "in mode direct nothing is undone, and calls are refused"
+    with pytest.raises(PoisonedError), read_lock(model):
+        pass
+    monkeypatch.undo()
+    load(model, tmp_path)
+    with read_lock(model):
+        assert model.b.all()
 
 
 class Evil:
@@ -181,7 +191,7 @@ def test_a_load_over_warm_parameters_takes_no_memory_of_its_own(tmp_path, monkey
     model.w = nn.Parameter(torch.zeros(4096, 4096).t(), requires_grad=False)
     save_file({"w": torch.ones(4096, 4096)}, tmp_path / "w.safetensors")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    loader.load(model, tmp_path, threads=2)
+    load(model, tmp_path, threads=2)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert model.w.all()
     assert grown <= 64 << 10

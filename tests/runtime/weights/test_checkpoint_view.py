@@ -13,7 +13,7 @@ from fixpass.runtime.weights.layouts import NAMED, Alias
 from fixpass.runtime.weights.relayout import logical, set_layout
 from helpers.folding import REFERENCES, aiter, equal, parameter
 
-LAYOUTS = [layout.name for layout in NAMED if not isinstance(layout.folds[0], Alias)]
+LAYOUTS = [layout.name for layout in NAMED if not isinstance(layout.steps[0], Alias)]
 
 
 def column_parallel(param, loaded, rank=0, ranks=1):
@@ -194,7 +194,10 @@ def test_data_of_another_shape_put_in_place_is_refused_and_the_values_stay():
     set_layout(param, "aiter_16x16")
     before = param.detach().clone()
     with (
-        pytest.raises(LayoutError, match=r"put \(8, 8\) in the place of a parameter of \(32, 64\)"),
+        pytest.raises(
+            LayoutError,
+            match=r"a parameter of \(32, 64\) with layout aiter_16x16 data of shape \(8, 8\)",
+        ),
         checkpoint_layout([param]),
     ):
         param.data = torch.zeros(8, 8, dtype=torch.bfloat16)
@@ -219,10 +222,10 @@ def test_a_view_of_another_element_size_is_refused():
 
 
 def test_padding_is_not_written_by_a_load():
-    from fixpass.runtime.weights.layouts import Layout, Pad
+    from fixpass.runtime.weights.layouts import Pad, WeightLayout
 
     param, values = nn.Parameter(torch.randn(19, 40)), torch.randn(19, 40)
-    set_layout(param, Layout("padded", (Pad((16, 32), value=2.0), *NAMED[0].folds)))
+    set_layout(param, WeightLayout("padded", (Pad((16, 32), value=2.0), *NAMED[0].steps)))
     with checkpoint_layout([param]):
         param.data.copy_(values)
         param.data.fill_(5.0)

@@ -12,12 +12,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fixpass.runtime.errors import PoisonedError, UpdateError
-from fixpass.runtime.weights import read
-from fixpass.runtime.weights.lock import lock_of
+from fixpass.runtime.weights import batches
+from fixpass.runtime.weights.lock import lock_of, version
 from fixpass.runtime.weights.state_file import read_state, resume
 from fixpass.runtime.weights.undo_log import UndoLog
 from fixpass.runtime.weights.update import update
-from fixpass.runtime.weights.versions import version
 from helpers import weights_workers as workers
 from helpers.ranks import Ranks
 
@@ -35,22 +34,23 @@ def holds(model, value):
 
 
 def failing(monkeypatch, after, error, times=1):
-    """Let the copy with this number fail, that many times."""
-    done, failed, copy = [], [], read._copy
+    """Let the move of the tensor with this number fail, that many times."""
+    done, failed, move = [], [], batches.move
 
-    def failing_copy(source, target):
+    def failing_move(*args):
         if len(done) >= after and len(failed) < times:
-            failed.append(target)
+            failed.append(args)
             raise error
-        done.append(target)
-        copy(source, target)
+        done.append(args)
+        move(*args)
 
-    monkeypatch.setattr(read, "_copy", failing_copy)
+    monkeypatch.setattr(batches, "MOST_PARTS", 1)
+    monkeypatch.setattr(batches, "move", failing_move)
     return done
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("the device is gone")])
-def test_a_journal_brings_the_old_weights_back(monkeypatch, error):
+def test_an_undo_log_brings_the_old_weights_back(monkeypatch, error):
     model = model_of()
     done = failing(monkeypatch, 4, error)
     with pytest.raises(type(error)), update(model, "undo_log", threads=1) as tx:
@@ -62,15 +62,15 @@ def test_a_journal_brings_the_old_weights_back(monkeypatch, error):
         pass
 
 
-def test_a_write_while_the_journal_is_kept_is_not_lost_in_a_rollback(monkeypatch):
-    model, keep = model_of(), UndoLog.keep
+def test_a_write_while_the_old_bytes_are_kept_is_not_lost_in_a_rollback(monkeypatch):
+    model, keep = model_of(), UndoLog.__init__
 
-    def keep_and_write(journal, param):
-        keep(journal, param)
+    def keep_and_write(*args):
+        keep(*args)
         with torch.no_grad():
             model[0].weight.fill_(5.0)
 
-    monkeypatch.setattr(UndoLog, "keep", keep_and_write)
+    monkeypatch.setattr(UndoLog, "__init__", keep_and_write)
     with (
         pytest.raises(UpdateError, match="written while an update was open"),
         update(model, "undo_log") as tx,
@@ -89,7 +89,7 @@ def test_a_second_set_of_memory_is_thrown_away(monkeypatch, error):
     assert version(model) == 0
 
 
-def test_a_staged_commit_that_is_interrupted_is_finished_first(monkeypatch):
+def test_a_buffered_commit_that_is_interrupted_is_finished_first(monkeypatch):
     model = model_of()
     failing(monkeypatch, 4, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt), update(model, "buffered", threads=1) as tx:
@@ -204,7 +204,7 @@ def test_plain_writes_into_a_sharded_model_are_refused_or_lost(two):
 def test_a_sharded_model_refuses_folds_and_a_second_set_of_memory(two):
     for folded, doubled in two.run(workers.refuse_sharded):
         assert (
-            "up, torch.float32 (32, 16), cannot be folded into aiter_16x16: it is a DTensor"
+            "up, torch.float32 (32, 16), cannot be given layout aiter_16x16: it is a DTensor"
             in folded
         )
         assert "is a DTensor, whose memory FSDP2 holds too" in doubled

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from fixpass.runtime.errors import CheckpointError
-from fixpass.runtime.weights.formats.header import DTYPES, raw_header, tensors_in
+from fixpass.runtime.weights.formats.safetensors import DTYPES, raw_header, tensors_in
 
 
 def write(path, header, data=b""):

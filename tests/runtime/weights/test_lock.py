@@ -1,28 +1,38 @@
-"""The gate: calls go together, an update goes alone, and nobody waits for ever."""
+"""The lock: calls go together, an update goes alone, and nobody waits for ever."""
 
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 from fixpass.runtime.errors import PoisonedError, UpdateError, VersionError
-from fixpass.runtime.weights.lock import WeightsLock, closed, lock_of, over, read_lock, write_lock
-from fixpass.runtime.weights.versions import bump, changes, version
+from fixpass.runtime.weights.lock import (
+    WeightsLock,
+    bump,
+    closed,
+    lock_of,
+    over,
+    read_lock,
+    version,
+    write_lock,
+)
+from fixpass.runtime.weights.weight_version import write_key
 from helpers.threads import in_thread
 
 
 class Reader:
     """A call in another thread that stays inside until it is told to end."""
 
-    def __init__(self, gate):
+    def __init__(self, lock):
         self.entered, self.end = threading.Event(), threading.Event()
-        self.gate = gate
+        self.lock = lock
         self.thread = in_thread(self.run)
 
     def run(self):
-        with self.gate.read_lock():
+        with self.lock.read_lock():
             self.entered.set()
             self.end.wait(10)
 
@@ -32,31 +42,31 @@ class Reader:
 
 
 def test_calls_go_through_together():
-    gate = WeightsLock()
-    readers = [Reader(gate), Reader(gate)]
+    lock = WeightsLock()
+    readers = [Reader(lock), Reader(lock)]
     assert all(reader.entered.wait(5) for reader in readers)
     for reader in readers:
         reader.finish()
 
 
 def test_an_update_waits_for_the_calls_under_way_and_holds_back_new_ones():
-    gate, order = WeightsLock(), []
-    first = Reader(gate)
+    lock, order = WeightsLock(), []
+    first = Reader(lock)
     assert first.entered.wait(5)
     closing = threading.Event()
 
     def update():
         closing.set()
-        with gate.write_lock():
+        with lock.write_lock():
             order.append("update")
 
     def call():
-        with gate.read_lock():
+        with lock.read_lock():
             order.append("call")
 
     writer = in_thread(update)
     closing.wait(5)
-    while not gate._waiting:
+    while not lock._waiting:
         time.sleep(0.001)
     late = in_thread(call)
     time.sleep(0.02)
@@ -88,50 +98,121 @@ def test_a_call_inside_a_call_goes_on_while_an_update_waits():
 
 
 def test_the_thread_that_updates_may_call_the_model():
-    gate = WeightsLock()
-    with gate.write_lock(), gate.write_lock(), gate.read_lock() as seen:
+    lock = WeightsLock()
+    with lock.write_lock(), lock.write_lock(), lock.read_lock() as seen:
         assert seen == 0
-    assert not gate._readers
+    assert not lock._readers
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["elsewhere", "inside another call"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_may_take_turns_at_a_generator_that_holds_the_lock(threads, inside):
+    lock, seen = WeightsLock(), []
+
+    def stream():
+        with lock.read_lock():
+            yield from range(threads)
+
+    def step():
+        with lock.read_lock() if inside else nullcontext():
+            seen.append(next(numbers, "end"))
+
+    numbers = stream()
+    for _ in range(threads + 1):
+        in_thread(step).join(5)
+    assert seen == [*range(threads), "end"]
+    assert not lock._readers
+    with lock.write_lock(1.0):
+        pass
+
+
+def test_a_call_that_ends_in_another_thread_is_waited_for_until_then():
+    lock, updated = WeightsLock(), threading.Event()
+
+    def stream():
+        with lock.read_lock():
+            yield
+
+    def update():
+        with lock.write_lock():
+            updated.set()
+
+    calls = stream()
+    in_thread(lambda: next(calls)).join(5)
+    thread = in_thread(update)
+    assert not updated.wait(1.5), "it looks again after a second, and the generator is alive"
+    in_thread(calls.close).join(5)
+    thread.join(5)
+    assert updated.is_set()
+
+
+def interrupted(lock):
+    """A call that an interrupt ended between the entry and the body of its `with` statement."""
+    lock.read_lock().__enter__()
+
+
+def test_a_call_that_an_interrupt_ended_is_waited_for_no_longer():
+    lock = WeightsLock()
+    interrupted(lock)
+    with lock.write_lock(0.1):
+        assert not lock._readers
+
+
+def test_a_call_that_an_interrupt_ends_while_an_update_waits_is_waited_for_no_longer():
+    lock, updated = WeightsLock(), threading.Event()
+
+    def update():
+        with lock.write_lock():
+            updated.set()
+
+    with lock.read_lock():
+        thread = in_thread(update)
+        while not lock._waiting:
+            time.sleep(0.001)
+        interrupted(lock)
+        assert not updated.wait(1.5), "the call that goes on is waited for"
+    thread.join(5)
+    assert updated.is_set()
 
 
 def test_an_update_inside_a_call_is_refused():
-    gate = WeightsLock()
-    with gate.read_lock(), pytest.raises(UpdateError, match="inside a call"), gate.write_lock():
+    lock = WeightsLock()
+    with lock.read_lock(), pytest.raises(UpdateError, match="inside a call"), lock.write_lock():
         pass
 
 
 def test_an_update_gives_up_at_its_timeout_and_lets_calls_through_again():
-    gate = WeightsLock()
-    reader = Reader(gate)
+    lock = WeightsLock()
+    reader = Reader(lock)
     assert reader.entered.wait(5)
     with (
         pytest.raises(UpdateError, match="1 calls of the model did not end"),
-        gate.write_lock(0.01),
+        lock.write_lock(0.01),
     ):
         pass
-    other = Reader(gate)
+    other = Reader(lock)
     assert other.entered.wait(5)
     other.finish()
     reader.finish()
 
 
 def test_no_call_uses_poisoned_weights():
-    gate = WeightsLock()
-    gate.poisoned = "half of an update could not be undone"
-    with pytest.raises(PoisonedError, match="half of an update"), gate.read_lock():
+    lock = WeightsLock()
+    lock.poisoned = "half of an update could not be undone"
+    with pytest.raises(PoisonedError, match="half of an update"), lock.read_lock():
         pass
-    with gate.write_lock(), gate.read_lock():
+    with lock.write_lock(), lock.read_lock():
         pass
 
 
-def test_a_model_has_one_gate_through_its_wrappers():
+def test_a_model_has_one_lock_through_its_wrappers():
     model = nn.Sequential(nn.Linear(2, 2))
     assert lock_of(model) is lock_of(torch.compile(model, backend="eager"))
     assert lock_of(model) is lock_of(nn.DataParallel(model))
     assert lock_of(model) is not lock_of(model[0])
 
 
-def test_an_update_of_a_part_closes_the_gates_of_the_whole_and_none_of_others():
+def test_an_update_of_a_part_closes_the_locks_of_the_whole_and_none_of_others():
     model, other = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2)
     whole, part, beside = lock_of(model), lock_of(model[0]), lock_of(model[1])
     lock_of(other)
@@ -139,7 +220,7 @@ def test_an_update_of_a_part_closes_the_gates_of_the_whole_and_none_of_others():
     assert set(over(model.parameters())) == {whole, part, beside}
 
 
-def test_gates_die_with_their_models():
+def test_locks_die_with_their_models():
     model = nn.Linear(2, 2)
     weight = model.weight
     lock_of(model)
@@ -164,8 +245,8 @@ def test_versions_rise_for_all_that_share_a_parameter():
 @pytest.mark.parametrize("name", ["copy_", "step", "data=", "swap"])
 def test_a_key_changes_with_a_write_that_torch_counts_and_with_other_memory(name):
     param = nn.Parameter(torch.zeros(4))
-    before = changes(param)
-    assert before == changes(param)
+    before = write_key(param)
+    assert before == write_key(param)
     if name == "copy_":
         with torch.no_grad():
             param.copy_(torch.ones(4))
@@ -176,13 +257,13 @@ def test_a_key_changes_with_a_write_that_torch_counts_and_with_other_memory(name
         param.data = torch.ones(4)
     else:
         torch.utils.swap_tensors(param, nn.Parameter(torch.ones(4)))
-    assert changes(param) != before
+    assert write_key(param) != before
 
 
 def test_a_key_of_a_tensor_of_inference_mode_is_of_its_memory():
     with torch.inference_mode():
         tensor = torch.zeros(4)
-    assert changes(tensor) == (-1, tensor.data_ptr())
+    assert write_key(tensor) == (-1, tensor.data_ptr())
 
 
 def test_a_load_that_is_no_update_can_hold_back_calls_of_the_model_and_its_parts():

@@ -21,23 +21,23 @@ def _switching():
 
 @pytest.mark.usefixtures("_switching")
 def test_no_call_is_inside_while_an_update_is():
-    gates, inside, torn, done = (WeightsLock(), WeightsLock()), [], [], threading.Event()
+    locks, inside, torn, done = (WeightsLock(), WeightsLock()), [], [], threading.Event()
     values = [0, 0]
 
     def call():
         while not done.is_set():
-            with gates[0].read_lock() as seen, gates[1].read_lock():
+            with locks[0].read_lock() as seen, locks[1].read_lock():
                 first = values[0]
                 torn.extend(inside)
-                if values[1] != first or gates[0].version != seen:
+                if values[1] != first or locks[0].version != seen:
                     torn.append((first, values[1]))
 
     def update():
         while not done.is_set():
-            with closed(gates):
+            with closed(locks):
                 inside.append(threading.get_ident())
                 values[0] += 1
-                gates[0].version += 1
+                locks[0].version += 1
                 values[1] += 1
                 inside.pop()
 
@@ -49,12 +49,12 @@ def test_no_call_is_inside_while_an_update_is():
         assert not thread.is_alive(), "somebody waits for ever"
     assert not torn
     assert values[0] == values[1] > 20
-    assert not any(gate._readers for gate in gates)
+    assert not any(lock._readers for lock in locks)
 
 
 @pytest.mark.usefixtures("_switching")
 def test_calls_inside_calls_and_updates_never_wait_for_each_other_for_ever():
-    gates, done, counts = (WeightsLock(), WeightsLock()), threading.Event(), [0, 0, 0]
+    locks, done, counts = (WeightsLock(), WeightsLock()), threading.Event(), [0, 0, 0]
 
     def call(first, second, number):
         while not done.is_set():
@@ -63,12 +63,12 @@ def test_calls_inside_calls_and_updates_never_wait_for_each_other_for_ever():
 
     def update():
         while not done.is_set():
-            with gates[0].write_lock(), gates[1].read_lock():
+            with locks[0].write_lock(), locks[1].read_lock():
                 counts[2] += 1
 
     threads = [
-        in_thread(lambda: call(gates[0], gates[1], 0)),
-        in_thread(lambda: call(gates[1], gates[0], 1)),
+        in_thread(lambda: call(locks[0], locks[1], 0)),
+        in_thread(lambda: call(locks[1], locks[0], 1)),
         in_thread(update),
     ]
     time.sleep(1.0)
@@ -80,17 +80,17 @@ def test_calls_inside_calls_and_updates_never_wait_for_each_other_for_ever():
 
 
 class Counted(dict):
-    """Readers of a gate, with something that happens as the first of them is counted."""
+    """Readers of a lock, with something that happens as the first of them is counted."""
 
     def __init__(self, before=None, after=None):
         super().__init__()
         self.before, self.after = before, after
 
-    def __setitem__(self, thread, depth):
+    def __setitem__(self, reader, thread):
         before, self.before = self.before, None
         if before is not None:
             before()
-        super().__setitem__(thread, depth)
+        super().__setitem__(reader, thread)
         after, self.after = self.after, None
         if after is not None:
             after()
@@ -98,10 +98,10 @@ class Counted(dict):
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_of_a_call_and_an_update_that_come_together_one_sees_the_other(moment):
-    gate, order, held, end = WeightsLock(), [], threading.Event(), threading.Event()
+    lock, order, held, end = WeightsLock(), [], threading.Event(), threading.Event()
 
     def update():
-        with gate.write_lock():
+        with lock.write_lock():
             order.append("update begins")
             held.set()
             end.wait(10)
@@ -109,25 +109,25 @@ def test_of_a_call_and_an_update_that_come_together_one_sees_the_other(moment):
 
     def arrives():
         in_thread(update)
-        while not (held.is_set() if moment == "before" else gate._waiting):
+        while not (held.is_set() if moment == "before" else lock._waiting):
             time.sleep(0.001)
 
     def call():
-        with gate.read_lock():
+        with lock.read_lock():
             order.append("call")
 
-    gate._readers = Counted(**{moment: arrives})
+    lock._readers = Counted(**{moment: arrives})
     thread = in_thread(call)
     time.sleep(0.1)
     end.set()
     thread.join(5)
-    with gate.write_lock():
+    with lock.write_lock():
         assert order == ["update begins", "update ends", "call"], "the call steps back"
 
 
 @pytest.mark.usefixtures("_switching")
-def test_gates_that_others_make_meanwhile_are_in_nobodys_way():
-    gate, done, failed = WeightsLock(), threading.Event(), []
+def test_locks_that_others_make_meanwhile_are_in_nobodys_way():
+    lock, done, failed = WeightsLock(), threading.Event(), []
 
     def work(step):
         try:
@@ -137,11 +137,11 @@ def test_gates_that_others_make_meanwhile_are_in_nobodys_way():
             failed.append(error)
 
     def call():
-        with gate.read_lock():
+        with lock.read_lock():
             pass
 
     def update():
-        with gate.write_lock():
+        with lock.write_lock():
             pass
 
     kept = [WeightsLock() for _ in range(20)]
@@ -156,39 +156,39 @@ def test_gates_that_others_make_meanwhile_are_in_nobodys_way():
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_call_that_is_interrupted_as_it_waits_is_not_counted(monkeypatch, late):
-    gate, enter = WeightsLock(), WeightsLock._enter_busy
+    lock, enter = WeightsLock(), WeightsLock._enter_busy
 
-    def interrupted(self, me, depth):
+    def interrupted(self, reader, me):
         if late:
-            enter(self, me, depth)
+            enter(self, reader, me)
         raise KeyboardInterrupt
 
-    gate.poisoned = "" if late else "so that it is busy"
-    gate._busy = True
+    lock.poisoned = "" if late else "so that it is busy"
+    lock._busy = True
     monkeypatch.setattr(WeightsLock, "_enter_busy", interrupted)
-    with pytest.raises(KeyboardInterrupt), gate.read_lock():
+    with pytest.raises(KeyboardInterrupt), lock.read_lock():
         pass
-    assert not gate._readers
-    with gate.write_lock(1.0):
+    assert not lock._readers
+    with lock.write_lock(1.0):
         pass
 
 
 def test_an_update_whose_wake_up_was_lost_looks_again():
-    gate, entered, updated = WeightsLock(), threading.Event(), threading.Event()
+    lock, entered, updated = WeightsLock(), threading.Event(), threading.Event()
 
     def update():
         entered.set()
-        with gate.write_lock():
+        with lock.write_lock():
             updated.set()
 
-    with gate.read_lock():
+    with lock.read_lock():
         thread = in_thread(update)
         entered.wait(5)
-        while not gate._waiting:
+        while not lock._waiting:
             time.sleep(0.001)
         # As if the call had left, and an interrupt had come before it said so.
-        me = threading.get_ident()
-        gate._readers.pop(me)
+        ((reader, me),) = lock._readers.items()
+        lock._readers.clear()
         assert updated.wait(5)
         thread.join(5)
-        gate._readers[me] = 1
+        lock._readers[reader] = me

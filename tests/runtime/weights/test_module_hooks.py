@@ -11,9 +11,9 @@ from torch import nn
 
 from fixpass.runtime.errors import LayoutError
 from fixpass.runtime.weights.checkpoint_view import checkpoint_layout
+from fixpass.runtime.weights.load import reload
 from fixpass.runtime.weights.module_hooks import reset_layouts, set_layouts
 from fixpass.runtime.weights.relayout import layout_of, reset_layout
-from fixpass.runtime.weights.reload import reload
 from helpers.folding import aiter
 
 
@@ -79,7 +79,9 @@ def test_a_state_dict_in_a_window_keeps_its_values_when_the_window_closes(folded
     "work", [copy.deepcopy, pickle.dumps, lambda model: torch.save(model, io.BytesIO())]
 )
 def test_copies_of_the_module_are_refused_until_it_is_unfolded(folded, work):
-    with pytest.raises(LayoutError, match=r"Linear holds folded weights \(weight\).*unfold_model"):
+    with pytest.raises(
+        LayoutError, match=r"Linear has weights with a layout \(weight\).*reset_layouts"
+    ):
         work(folded)
     reset_layouts(folded)
     del folded[0].weight.weight_loader
@@ -110,7 +112,10 @@ def test_strides_alone_need_no_protection():
 @pytest.mark.parametrize(
     ("layouts", "match"),
     [
-        ({"0.weight": "aiter_16x16", "1.weight": "transposed"}, "no parameter '1.weight' to fold"),
+        (
+            {"0.weight": "aiter_16x16", "1.weight": "transposed"},
+            "no parameter '1.weight'; there are",
+        ),
         ({"0.weight": "aiter_16x16", "2.weight": "what"}, "unknown layout 'what'"),
         ({"0.weight": "aiter_16x16", "0.bias": "aiter_16x16"}, "'0.bias'|shape"),
     ],
@@ -143,7 +148,8 @@ def test_a_folded_model_that_was_cast_is_refused_and_not_read_in_another_layout(
         lambda: reload(folded, wanted, progress=False),
     ):
         with pytest.raises(
-            LayoutError, match=r"'0.weight' was folded.* unfold it before it is moved or cast"
+            LayoutError,
+            match=r"'0.weight' was given layout .*reset_layout before a parameter is",
         ):
             work()
 

@@ -6,12 +6,11 @@ from torch import nn
 
 from fixpass.runtime.errors import CheckpointError, VersionError
 from fixpass.runtime.weights.digest import digest
-from fixpass.runtime.weights.mapping import Mapping
+from fixpass.runtime.weights.lock import version
+from fixpass.runtime.weights.mapping import FUSED_EXPERTS, Mapping
 from fixpass.runtime.weights.module_hooks import set_layouts
-from fixpass.runtime.weights.presets import FUSED_EXPERTS
 from fixpass.runtime.weights.relayout import logical
 from fixpass.runtime.weights.update import update
-from fixpass.runtime.weights.versions import version
 from helpers.updating import MODES, holds, model_of, values
 
 

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import save_file
 
 from fixpass.runtime.errors import CheckpointError
+from fixpass.runtime.weights import batches, files
 from fixpass.runtime.weights import read as reading
-from fixpass.runtime.weights import vectored
 from fixpass.runtime.weights.box import Box
-from fixpass.runtime.weights.formats.header import DTYPES
-from fixpass.runtime.weights.formats.safetensors import from_files
-from fixpass.runtime.weights.read import copies, read, tasks
+from fixpass.runtime.weights.files import OpenFile, in_turn
+from fixpass.runtime.weights.formats.safetensors import DTYPES, from_files
+from fixpass.runtime.weights.read import Work, copies, read
 
 
 def saved(tmp_path, **tensors):
@@ -22,45 +22,55 @@ def saved(tmp_path, **tensors):
 
 
 def fill(stored, target, source=None):
-    read(list(copies(stored, source or Box.whole(stored.shape), target)), threads=1)
-    return target
+    return read(stored, target, source)
 
 
 def test_a_thousand_tensors_are_read_by_few_calls(tmp_path):
     made = {f"w{i}": torch.randn(i % 7, 5) for i in range(1200)}
     stored = saved(tmp_path, **made)
     got = {name: torch.empty_like(tensor) for name, tensor in made.items()}
-    work = [c for n, s in stored.items() for c in copies(s, Box.whole(s.shape), got[n])]
-    assert len(list(tasks(work))) == 3
-    read(work)
+    filled = [
+        copy
+        for index, (name, one) in enumerate(stored.items())
+        for copy in copies(one, Box.whole(one.shape), got[name], index)
+    ]
+    work = Work.of(filled, [got[name] for name in stored])
+    assert len(work.batches) == 3
+    work.run()
     assert all(torch.equal(got[name], made[name]) for name in made)
 
 
 def test_a_read_that_stops_early_goes_on_inside_a_range(tmp_path, monkeypatch):
     made = torch.arange(1000)
     stored = saved(tmp_path, a=made[:300].clone(), b=made[300:].clone())
-    real = vectored._preadv
+    real = files._preadv
 
     def short(descriptor, address, count, offset):
         taken = min(count, 1)
-        numbers = (vectored.ctypes.c_uint64 * (2 * taken)).from_address(address)
+        numbers = (files.ctypes.c_uint64 * (2 * taken)).from_address(address)
         wanted, numbers[1] = numbers[1], min(numbers[1], 1000)
         done = real(descriptor, address, taken, offset)
         numbers[1] = wanted
         return done
 
-    monkeypatch.setattr(vectored, "_preadv", short)
+    monkeypatch.setattr(files, "_preadv", short)
     a, b = torch.zeros(300, dtype=torch.int64), torch.zeros(700, dtype=torch.int64)
-    read([*copies(stored["a"], Box.whole((300,)), a), *copies(stored["b"], Box.whole((700,)), b)])
+    both = [
+        *copies(stored["a"], Box.whole((300,)), a, 0),
+        *copies(stored["b"], Box.whole((700,)), b, 1),
+    ]
+    Work.of(both, (a, b)).run()
     assert torch.equal(torch.cat([a, b]), made)
 
 
 def test_a_large_tensor_is_read_in_parts_by_two_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr(vectored, "MOST_BYTES", 1000)
+    monkeypatch.setattr(batches, "MOST_BYTES", 1000)
+    monkeypatch.setattr(reading, "_SMALL", 0)
     made = torch.randn(100, 100)
     stored = saved(tmp_path, w=made)["w"]
     target, moved = torch.empty(100, 100), []
-    read(list(copies(stored, Box.whole((100, 100)), target)), threads=2, advance=moved.append)
+    work = Work.of(copies(stored, Box.whole((100, 100)), target), (target,))
+    work.run(threads=2, advance=moved.append)
     assert torch.equal(target, made)
     assert len(moved) == 40
     assert sum(moved) == 40_000
@@ -112,6 +122,6 @@ def test_a_file_cut_while_it_is_read_is_an_error_and_no_signal(tmp_path):
 
 
 def test_what_cannot_be_read_names_the_file():
-    batch = vectored.Batch(Path("/"), (vectored.Range(0, torch.zeros(1).data_ptr(), 4),))
+    memory = torch.zeros(1)
     with pytest.raises(CheckpointError, match="/: Is a directory at byte 0"):
-        vectored.read(batch)
+        OpenFile(Path("/")).read(0, 4, in_turn((memory.data_ptr(),), (4,)))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fixpass.runtime.errors import WeightError
-from fixpass.runtime.weights.alias import pack
+from fixpass.runtime.weights.packed_parameters import pack
 from fixpass.runtime.weights.rebind import copy_or_rebind
 from fixpass.runtime.weights.relayout import set_layout
 from helpers.folding import equal, parameter
@@ -128,5 +128,5 @@ def test_a_folded_or_packed_parameter_is_unfolded_first():
     set_layout(folded, "aiter_16x16")
     pack([q, k])
     for param in (folded, q):
-        with pytest.raises(WeightError, match="it is folded"):
+        with pytest.raises(WeightError, match="it has a layout or is part of a pack"):
             copy_or_rebind(param, param.detach().clone())

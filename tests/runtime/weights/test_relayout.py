@@ -6,7 +6,7 @@ from torch import nn
 
 from fixpass.runtime.errors import LayoutError
 from fixpass.runtime.weights.layout_plan import resolve
-from fixpass.runtime.weights.layouts import Alias, Bytes, Derived, Layout, Pad, Permute, Stride
+from fixpass.runtime.weights.layouts import Alias, Bytes, Pad, Permute, Stride, WeightLayout
 from fixpass.runtime.weights.relayout import layout_of, logical, reset_layout, set_layout
 from helpers.folding import REFERENCES, Allocations, aiter, bits, equal, parameter
 
@@ -126,23 +126,24 @@ def test_a_fold_beyond_the_staging_buffer_is_exact_and_takes_no_second_copy(shap
 
 
 def test_all_experts_in_one_parameter_turn_each_by_itself():
-    experts = Layout("experts", (Permute(((-1,), (-1,)), (1, 0)),))
+    experts = WeightLayout("experts", (Permute(((-1,), (-1,)), (1, 0)),))
     param = parameter(4, 48, 64)
     values = param.detach().clone()
     set_layout(param, experts)
     assert torch.equal(bits(param).view(4, 64, 48), bits(values).mT)
-    assert resolve(experts, (4, 48, 64), 2).block == 48 * 64
+    plan = resolve(experts, (4, 48, 64), 2)
+    assert (plan.order[0], plan.sizes[0]) == (0, 4)
 
 
-def test_a_block_is_what_the_fold_never_leaves():
-    aiter_plan = resolve(
-        Layout("x", (Permute(((-1, 16), (-1, Bytes(16))), (0, 2, 1, 3)),)), (4096, 14336), 2
+def test_a_band_of_16_rows_keeps_its_place():
+    plan = resolve(
+        WeightLayout("x", (Permute(((-1, 16), (-1, Bytes(16))), (0, 2, 1, 3)),)), (4096, 14336), 2
     )
-    assert aiter_plan.block * 2 == 16 * 14336 * 2
+    assert (plan.order[0], plan.sizes[0]) == (0, 4096 // 16)
 
 
 def test_padding_is_added_and_leaves_again():
-    padded = Layout("padded", (Pad((16, 32), value=2.0), *_aiter_folds()))
+    padded = WeightLayout("padded", (Pad((16, 32), value=2.0), *_aiter_folds()))
     param = nn.Parameter(torch.randn(19, 40))
     before = param.detach().clone()
     set_layout(param, padded)
@@ -202,16 +203,16 @@ def test_an_unknown_name_lists_the_known_ones():
 def test_a_fold_over_another_fold_names_both():
     param = parameter(32, 64)
     set_layout(param, "aiter_16x16")
-    with pytest.raises(LayoutError, match="folded into aiter_16x16 and not column_major: unfold"):
+    with pytest.raises(
+        LayoutError, match=r"has layout aiter_16x16 .* given column_major: call .*reset_layout"
+    ):
         set_layout(param, "column_major")
 
 
 def test_parameters_without_memory_of_their_own_are_refused():
     refused("on the meta device", nn.Parameter(torch.empty(32, 64, device="meta")))
     refused("sparse", nn.Parameter(torch.eye(32).to_sparse()))
-    refused("starts from a dense one", nn.Parameter(torch.randn(64, 32).t()))
-    with pytest.raises(LayoutError, match="loses values"):
-        set_layout(parameter(2, 2), Layout("cast", (Derived(torch.Tensor.half),)))
+    refused("starts from a contiguous one", nn.Parameter(torch.randn(64, 32).t()))
 
 
 def test_a_layout_of_several_parameters_is_no_fold_of_one():
@@ -222,16 +223,16 @@ def test_data_replaced_behind_a_fold_is_noticed_before_bytes_are_turned_back():
     param = parameter(32, 64)
     set_layout(param, "aiter_16x16")
     param.data = torch.zeros(32, 64, dtype=BF16)
-    with pytest.raises(LayoutError, match=r"\.data was replaced since"):
+    with pytest.raises(LayoutError, match=r"was given layout .*, and then other memory"):
         reset_layout(param, "layers.0.weight")
     assert not param.any()
 
 
 def test_layouts_that_cannot_be_resolved_are_refused_when_they_are_declared():
-    for folds in (
+    for steps in (
         (Alias(), Permute(((-1,),), (0,))),
         (Permute(((-1,),), (0,)), Pad((2,))),
         (Stride((1, 0), (0, 1)), Permute(((-1,),), (0,))),
     ):
         with pytest.raises(LayoutError, match="layout mine"):
-            Layout("mine", folds)
+            WeightLayout("mine", steps)

@@ -11,13 +11,12 @@ from torch import nn
 
 import fixpass  # noqa: F401  # registers the backend
 from fixpass.runtime.errors import CheckpointError
-from fixpass.runtime.weights import vectored
-from fixpass.runtime.weights.lock import lock_of
+from fixpass.runtime.weights.files import OpenFile
+from fixpass.runtime.weights.load import reload
+from fixpass.runtime.weights.lock import lock_of, version
 from fixpass.runtime.weights.module_hooks import set_layouts
 from fixpass.runtime.weights.relayout import logical
-from fixpass.runtime.weights.reload import reload
 from fixpass.runtime.weights.update import update
-from fixpass.runtime.weights.versions import version
 from helpers.folding import aiter
 
 MODES = ("buffered", "undo_log", "double_buffer")
@@ -63,7 +62,7 @@ def test_a_report_says_what_was_done():
     report = reload(model, model_of(1).state_dict(), progress=False)
     lines = str(report).splitlines()
     assert lines[0].startswith("loaded 8 tensors, 66,560 bytes in ")
-    assert lines[1].startswith("version 1, staged, calls held back for 0.")
+    assert lines[1].startswith("version 1, buffered, calls held back for 0.")
 
 
 def test_a_progress_bar_counts_the_bytes(tmp_path, capsys):
@@ -79,18 +78,17 @@ def test_a_file_that_is_truncated_while_it_is_read_changes_nothing(tmp_path, mod
     model, state = model_of(), model_of().state_dict()
     state = {name: value.clone() for name, value in state.items()}
     saved(tmp_path, 1)
-    read = vectored.read
+    read = OpenFile.read
 
-    def truncating(batch):
+    def truncating(*args):
         path = tmp_path / "model-1.safetensors"
         os.truncate(path, path.stat().st_size // 2)
-        read(batch)
+        read(*args)
 
-    monkeypatch.setattr(vectored, "read", truncating)
+    monkeypatch.setattr(OpenFile, "read", truncating)
     with pytest.raises(CheckpointError, match=r"model-1\.safetensors: it became shorter") as caught:
         reload(model, tmp_path, mode, progress=False, threads=1)
     assert "'0.bias' (f32[64] in model-1.safetensors)" in caught.value.__notes__[0]
-    assert "the weights are as before" in caught.value.__notes__[0]
     assert holds(model, state)
     assert version(model) == 0
 

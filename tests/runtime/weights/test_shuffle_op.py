@@ -39,7 +39,7 @@ def test_a_weight_folded_into_another_layout_is_refused():
     weights.set_layout(weight, "gate_up_interleaved")
     with (
         torch.no_grad(),
-        pytest.raises(LayoutError, match="folded into gate_up_interleaved was to be shuffled"),
+        pytest.raises(LayoutError, match="has layout gate_up_interleaved and cannot be shuffled"),
     ):
         weights.shuffle_weight(weight, "aiter_16x16")
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from fixpass.runtime.errors import WeightError
-from fixpass.runtime.weights.weight_cache import Derived, Recipe, drop_dead
-from fixpass.runtime.weights.weight_version import Source
+from fixpass.runtime.weights.weight_cache import CachedWeight, WeightFunction, drop_dead
+from fixpass.runtime.weights.weight_version import WeightVersion
 
 
 def turned(weight):
@@ -18,14 +18,14 @@ def parameter(*shape):
 
 
 def test_a_value_is_computed_once():
-    weight, derived = parameter(), Derived(Recipe("turned", turned), (1,))
+    weight, derived = parameter(), CachedWeight(WeightFunction("turned", turned), (1,))
     first = derived.value([None, weight])
     assert derived.value([None, weight]) is first
     assert derived.store.refreshed == 1
 
 
 def test_a_weight_that_was_written_gets_its_value_at_the_same_address():
-    weight, derived = parameter(), Derived(Recipe("turned", turned), (0,))
+    weight, derived = parameter(), CachedWeight(WeightFunction("turned", turned), (0,))
     first = derived.value([weight])
     with torch.no_grad():
         weight.mul_(2)
@@ -34,7 +34,7 @@ def test_a_weight_that_was_written_gets_its_value_at_the_same_address():
 
 
 def test_a_weight_that_was_replaced_gets_a_new_value_and_calls_under_way_keep_the_old_one():
-    weight, derived = parameter(), Derived(Recipe("turned", turned), (0,))
+    weight, derived = parameter(), CachedWeight(WeightFunction("turned", turned), (0,))
     first = derived.value([weight])
     kept = first.clone()
     weight.data = torch.randn(64, 32)
@@ -43,7 +43,7 @@ def test_a_weight_that_was_replaced_gets_a_new_value_and_calls_under_way_keep_th
 
 
 def test_a_value_goes_with_its_weights_and_their_memory_is_not_held():
-    derived = Derived(Recipe("joined", lambda a, b: torch.cat([a, b])), (0, 1))
+    derived = CachedWeight(WeightFunction("joined", lambda a, b: torch.cat([a, b])), (0, 1))
     first, second = parameter(), parameter()
     storage = torch.multiprocessing.reductions.StorageWeakRef(first.untyped_storage())
     derived.value([first, second])
@@ -55,7 +55,7 @@ def test_a_value_goes_with_its_weights_and_their_memory_is_not_held():
 
 
 def test_deriving_anything_gives_back_what_nothing_needs():
-    derived = Derived(Recipe("turned", turned), (0,))
+    derived = CachedWeight(WeightFunction("turned", turned), (0,))
     for _ in range(5):
         derived.value([parameter()])
     weight = parameter()
@@ -64,7 +64,7 @@ def test_deriving_anything_gives_back_what_nothing_needs():
 
 
 def test_wrapping_the_same_memory_again_and_again_holds_one_value():
-    weight, derived = parameter(), Derived(Recipe("turned", turned), (0,))
+    weight, derived = parameter(), CachedWeight(WeightFunction("turned", turned), (0,))
     for _ in range(5):
         weight = nn.Parameter(weight.data)
         derived.value([weight])
@@ -72,7 +72,7 @@ def test_wrapping_the_same_memory_again_and_again_holds_one_value():
 
 
 def test_memory_that_was_given_back_is_not_held():
-    weight, derived = parameter(), Derived(Recipe("turned", turned), (0,))
+    weight, derived = parameter(), CachedWeight(WeightFunction("turned", turned), (0,))
     derived.value([weight])
     storage = torch.multiprocessing.reductions.StorageWeakRef(weight.untyped_storage())
     weight.data = torch.empty(0)
@@ -80,7 +80,7 @@ def test_memory_that_was_given_back_is_not_held():
 
 
 def test_each_set_of_weights_has_a_value():
-    derived = Derived(Recipe("turned", turned), (0,))
+    derived = CachedWeight(WeightFunction("turned", turned), (0,))
     weights = [parameter() for _ in range(3)]
     values = [derived.value([weight]) for weight in weights]
     for weight, value in zip(weights, values, strict=True):
@@ -89,7 +89,7 @@ def test_each_set_of_weights_has_a_value():
 
 
 def test_a_tensor_whose_writes_are_not_counted_is_computed_from_at_every_call():
-    derived = Derived(Recipe("turned", turned), (0,))
+    derived = CachedWeight(WeightFunction("turned", turned), (0,))
     with torch.inference_mode():
         weight = torch.randn(64, 32)
     for _ in range(2):
@@ -100,7 +100,7 @@ def test_a_tensor_whose_writes_are_not_counted_is_computed_from_at_every_call():
 
 
 def test_a_value_made_in_inference_mode_is_a_plain_tensor():
-    derived, weight = Derived(Recipe("turned", turned), (0,)), parameter()
+    derived, weight = CachedWeight(WeightFunction("turned", turned), (0,)), parameter()
     with torch.inference_mode():
         assert not derived.value([weight]).is_inference()
 
@@ -110,14 +110,16 @@ def like(*shape):
 
 
 def test_a_value_of_another_shape_than_was_compiled_is_refused():
-    derived = Derived(Recipe("turned", turned, like=like(32, 64)), (0,))
+    derived = CachedWeight(WeightFunction("turned", turned, like=like(32, 64)), (0,))
     derived.value([parameter()])
     with pytest.raises(WeightError, match="turned is derived from weights and was"):
         derived.value([parameter(8, 8)])
 
 
 def test_a_value_has_the_strides_that_were_compiled_for():
-    derived = Derived(Recipe("turned", lambda weight: weight.t().clone(), like=like(32, 64)), (0,))
+    derived = CachedWeight(
+        WeightFunction("turned", lambda weight: weight.t().clone(), like=like(32, 64)), (0,)
+    )
     weight = parameter()
     value = derived.value([weight])
     assert value.is_contiguous()
@@ -125,8 +127,8 @@ def test_a_value_has_the_strides_that_were_compiled_for():
 
 
 def test_graphs_that_compute_the_same_share_the_values():
-    recipes = [Recipe("turned", turned, signature=name) for name in ("one", "one", "other")]
-    first, second, third = (Derived(recipe, (index,)) for index, recipe in enumerate(recipes))
+    recipes = [WeightFunction("turned", turned, signature=name) for name in ("one", "one", "other")]
+    first, second, third = (CachedWeight(recipe, (index,)) for index, recipe in enumerate(recipes))
     weight = parameter()
     args = [weight, weight, weight]
     assert first.value(args) is second.value(args)
@@ -146,7 +148,7 @@ def test_a_recipe_that_fails_leaves_the_old_value():
             raise RuntimeError(fails[0])
         return weight.t().contiguous()
 
-    derived, weight = Derived(Recipe("turned", recipe), (0,)), parameter()
+    derived, weight = CachedWeight(WeightFunction("turned", recipe), (0,)), parameter()
     derived.value([weight])
     with torch.no_grad():
         weight.mul_(2)
@@ -160,7 +162,7 @@ def test_a_recipe_that_fails_leaves_the_old_value():
 def test_memory_that_was_freed_and_taken_again_is_told_apart():
     """One parameter, one address, one version, the same values in the words that are compared."""
     weight = parameter(4, 4)
-    source = Source(weight)
+    source = WeightVersion(weight)
     assert source.is_same(weight)
     storage = weight.untyped_storage()
     weight.data = torch.empty(0)
@@ -178,7 +180,7 @@ def test_memory_that_was_freed_and_taken_again_is_told_apart():
 @pytest.mark.parametrize("shape", [(1,), (3,), (17, 5), (64, 128), (0, 4)])
 def test_every_shape_can_be_watched(dtype, shape):
     weight = torch.ones(shape).to(dtype)
-    source = Source(weight)
+    source = WeightVersion(weight)
     assert source.is_same(weight)
     if weight.nbytes >= 64:
         weight.data.copy_(torch.full(shape, 2.0).to(dtype))
@@ -188,7 +190,7 @@ def test_every_shape_can_be_watched(dtype, shape):
 def test_a_narrow_view_is_watched_within_its_own_memory():
     whole = torch.randn(64, 64)
     weight = nn.Parameter(whole[:, 7:9])
-    source = Source(weight)
+    source = WeightVersion(weight)
     assert source.is_same(weight)
     weight.data.copy_(torch.randn(64, 2))
     assert not source.is_same(weight)
@@ -196,7 +198,7 @@ def test_a_narrow_view_is_watched_within_its_own_memory():
 
 def test_a_write_that_is_not_counted_and_too_small_to_be_seen_is_announced_by_its_version():
     weight = parameter(1024, 1024)
-    source = Source(weight)
+    source = WeightVersion(weight)
     weight.data[5, 5] += 1
     assert source.is_same(weight)
     torch.autograd.graph.increment_version(weight)

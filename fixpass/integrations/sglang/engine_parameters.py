@@ -1,0 +1,239 @@
+"""Keeps parameters through an engine's processing, so that they can be loaded again.
+
+`keeping(module)` wraps a step in which an engine replaces parameters by transposed, shuffled or
+repacked ones. After the step the module has its own parameters again: their class and attributes,
+with the engine's values. `restore(model)` gives them the checkpoint's layout before the next load.
+The next processing writes into the storage of the last one, so captured graphs stay right. Nothing
+is loaded or processed here.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fixpass.integrations.sglang.undo import Undo, as_bytes, undo_of
+from fixpass.runtime.attributes import Remembered, note
+from fixpass.runtime.errors import CheckpointError
+
+# Random bytes at the start of a parameter whose values are lost: a load writes over them.
+MARK_BYTES = 16
+# Scales and indices are small enough to be remembered where what was done cannot be undone.
+SMALL_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class ProcessedParameter:
+    """A parameter of the checkpoint, and the tensor that an engine made of it."""
+
+    noted: Remembered
+    shape: torch.Size
+    """The shape in the checkpoint, as dtype and device."""
+    dtype: torch.dtype
+    device: torch.device
+    processed: Tensor | None
+    """The tensor that the engine computes with; None where it removed the parameter."""
+    undo: Undo | None = None
+    """From `processed` to the checkpoint's values; None where they are lost."""
+    derived: bool = False
+    """Whether the engine made the parameter, so that no checkpoint has it."""
+    restored: bool = False
+    """Whether the parameter has the checkpoint's layout, and waits for a load."""
+    mark: Tensor | None = None
+    """The random bytes at its start until the load has written over them."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+    def empty(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
+
+_KEPT: WeakKeyDictionary[nn.Module, dict[str, ProcessedParameter]] = WeakKeyDictionary()
+
+
+@contextmanager
+def keeping(module: nn.Module) -> Iterator[None]:
+    """Wrap a step that processes the parameters of `module` itself, not of its children.
+
+    Raises CheckpointError if `restore` asked for values and no load has brought them.
+    """
+    kept = _KEPT.get(module, {})
+    _check_loaded(module, kept)
+    before = {name: (p, p.data) for name, p in module._parameters.items() if p is not None}
+    yield
+    found: dict[str, ProcessedParameter] = {}
+    for name in dict.fromkeys((*before, *module._parameters)):
+        one = _settle(module, name, before.get(name), kept.get(name))
+        if one is not None:
+            found[name] = one
+    if found or kept:
+        _KEPT[module] = found
+
+
+def restore(model: nn.Module) -> int:
+    """Give parameters the layout of the checkpoint for the next load; return how many.
+
+    Where the engine's change can be undone, the parameters have their values again. Where not, the
+    next load has to bring them, and the next `keeping` checks that it did.
+    """
+    count = 0
+    for module in model.modules():
+        kept = _KEPT.get(module, {})
+        for name, one in kept.items():
+            if not one.derived and not one.restored and _is_as_processed(module, name, one):
+                kept[name] = _restored(module, name, one)
+                count += 1
+    return count
+
+
+def _settle(
+    module: nn.Module,
+    name: str,
+    before: tuple[nn.Parameter, Tensor] | None,
+    prior: ProcessedParameter | None,
+) -> ProcessedParameter | None:
+    """Put the old parameter into its place with the new values; None where nothing changed."""
+    new = module._parameters.get(name)
+    if before is None:
+        # Made by the engine: kept from now on, so that its storage stays the same one.
+        is_made = new is not None and not new.is_meta
+        return _kept(new, new.data, new.data, derived=True) if is_made and new is not None else None
+    param, old = before
+    if new is None:
+        return _kept(param, old, None, _remembering(old))
+    if old.is_meta or new.is_meta or (new is param and _same_place(new.data, old)):
+        return prior if prior is not None and not prior.restored else None
+    derived = prior is not None and prior.derived
+    undo = None if derived else undo_of(old, new.data) or _remembering(old)
+    placed = _placed(new.data, prior)
+    param.data = placed
+    if new is not param:
+        param.__dict__.update(new.__dict__)
+        param.requires_grad_(new.requires_grad)
+        _replace(module, new, param)
+    return _kept(param, old, placed, undo, derived)
+
+
+def _kept(
+    param: nn.Parameter,
+    old: Tensor,
+    processed: Tensor | None,
+    undo: Undo | None = None,
+    derived: bool = False,
+) -> ProcessedParameter:
+    return ProcessedParameter(
+        note(param), old.shape, old.dtype, old.device, processed, undo, derived
+    )
+
+
+def _remembering(old: Tensor) -> Undo | None:
+    """The values themselves, where they are few."""
+    if old.is_meta or old.nbytes > SMALL_BYTES:
+        return None
+    values = old.clone(memory_format=torch.contiguous_format)
+    return lambda _: values
+
+
+def _placed(after: Tensor, prior: ProcessedParameter | None) -> Tensor:
+    """The new values in the storage that the engine computed with before, where they fit."""
+    held = None if prior is None else prior.processed
+    if held is None or _same_place(after, held) or not _same_layout(after, held):
+        return after
+    if held.untyped_storage().data_ptr() == after.untyped_storage().data_ptr():
+        after = after.clone()
+    return held.copy_(after)
+
+
+def _replace(module: nn.Module, new: nn.Parameter, param: nn.Parameter) -> None:
+    """Under every name that the module has for the new parameter, the old one."""
+    for held in (module._parameters, module.__dict__):
+        for name, value in list(held.items()):
+            if value is new:
+                held[name] = param
+
+
+def _is_as_processed(module: nn.Module, name: str, one: ProcessedParameter) -> bool:
+    """Whether the engine has not undone its own step by itself."""
+    param = module._parameters.get(name)
+    if one.processed is None or param is None:
+        return one.processed is None and param is None
+    return _same_place(param.data, one.processed)
+
+
+def _restored(module: nn.Module, name: str, one: ProcessedParameter) -> ProcessedParameter:
+    """Give one parameter the checkpoint's layout, with its values or with a mark."""
+    mark = None
+    if one.undo is not None:
+        data = _undone(one, one.undo)
+    else:
+        data = _room(one)
+        mark = _marked(data)
+    param = module._parameters.get(name)
+    if param is None:
+        made: Any = one.noted.like(data)
+        module._parameters[name] = made
+    else:
+        param.data = data
+    return replace(one, restored=True, mark=mark)
+
+
+def _undone(one: ProcessedParameter, undo: Undo) -> Tensor:
+    held = one.empty() if one.processed is None else one.processed
+    values = undo(held)
+    if values.is_contiguous() and values.data_ptr() == held.data_ptr():
+        return values
+    # The values may be a view of the room that they are written to.
+    values = values.clone(memory_format=torch.contiguous_format)
+    return _room(one).copy_(values)
+
+
+def _room(one: ProcessedParameter) -> Tensor:
+    """Dense storage for the checkpoint's layout: the engine's own, where all of it is ours."""
+    held = one.processed
+    if held is None or not held.is_contiguous() or held.dtype != one.dtype:
+        return one.empty()
+    whole = held.untyped_storage().nbytes() == held.nbytes == one.nbytes
+    return held.view(one.shape) if whole else one.empty()
+
+
+def _marked(data: Tensor) -> Tensor:
+    """Random bytes, written at the start of a tensor whose values a load has to bring."""
+    data.zero_()
+    start = as_bytes(data)[:MARK_BYTES]
+    start.copy_(torch.frombuffer(bytearray(os.urandom(len(start))), dtype=torch.uint8))
+    return start.clone()
+
+
+def _check_loaded(module: nn.Module, kept: dict[str, ProcessedParameter]) -> None:
+    missing = []
+    for name, one in kept.items():
+        param = module._parameters.get(name)
+        if one.mark is None or param is None or param.nbytes < len(one.mark):
+            continue
+        if torch.equal(as_bytes(param.data.contiguous())[: len(one.mark)], one.mark):
+            missing.append(f"{name} {tuple(one.shape)}")
+    if missing:
+        raise CheckpointError(
+            f"{type(module).__name__}: the update brought no values for {', '.join(missing)}, and "
+            "what the engine made of the last ones cannot be undone: update all of the layer"
+        )
+
+
+def _same_place(left: Tensor, right: Tensor) -> bool:
+    return left.data_ptr() == right.data_ptr() and _same_layout(left, right)
+
+
+def _same_layout(left: Tensor, right: Tensor) -> bool:
+    return (left.shape, left.stride(), left.dtype, left.device) == (
+        right.shape,
+        right.stride(),
+        right.dtype,
+        right.device,
+    )

@@ -1,0 +1,77 @@
+"""Constraints on dtypes: of operands, of the computation, and of each rounding step."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fixpass.lowering.constraints import Constraint, OperandConstraint
+from fixpass.lowering.layout import Known, dtype_name
+from fixpass.lowering.site import Site
+
+
+@dataclass(frozen=True)
+class DtypeIn(OperandConstraint):
+    """The operand's dtype."""
+
+    dtypes: tuple[torch.dtype, ...]
+
+    def holds(self, site: Site) -> Known:
+        layout = site.layouts.get(self.operand)
+        return layout is None or layout.dtype in self.dtypes
+
+    def __str__(self) -> str:
+        return f"{self.operand}.dtype in ({', '.join(map(dtype_name, self.dtypes))})"
+
+
+@dataclass(frozen=True)
+class SameDtype(OperandConstraint):
+    """The operand, where there is one, has the dtype of x."""
+
+    def holds(self, site: Site) -> Known:
+        layout = site.layouts.get(self.operand)
+        return layout is None or layout.dtype == site.x.dtype
+
+    def __str__(self) -> str:
+        return f"{self.operand}.dtype == x.dtype"
+
+
+@dataclass(frozen=True)
+class ComputesIn(Constraint):
+    """The dtype in which squares are summed and rows are scaled."""
+
+    dtype: torch.dtype
+
+    def holds(self, site: Site) -> Known:
+        return site.compute_dtype == self.dtype
+
+    def __str__(self) -> str:
+        return f"computed in {dtype_name(self.dtype)}"
+
+
+@dataclass(frozen=True)
+class WeightRule(Constraint):
+    """Where the rounding to x's dtype happens, and what is added to the weight."""
+
+    rounds_before: tuple[bool, ...]
+    offsets: tuple[float, ...] = (0.0,)
+
+    def holds(self, site: Site) -> Known:
+        offset, dtype = site.steps.get("weight_offset", 0.0), site.steps.get("weight_dtype")
+        if offset not in self.offsets or dtype not in (None, torch.float32, site.x.dtype):
+            return False
+        weight = site.layouts.get("weight")
+        # Added in 16 bits, the sum is rounded where the kernel does not round.
+        if offset and torch.float32 not in (dtype, weight and weight.dtype):
+            return False
+        if site.steps.get("norm_dtype") not in (None, site.compute_dtype, site.x.dtype):
+            return False
+        if site.x.dtype == site.compute_dtype:
+            return True
+        return site.rounds_before_weight in self.rounds_before
+
+    def __str__(self) -> str:
+        places = " or ".join("before" if before else "after" for before in self.rounds_before)
+        offsets = " or ".join(
+            f"{offset:g} + weight in f32" if offset else "weight" for offset in self.offsets
+        )
+        return f"rounded {places} the multiply by {offsets}"

@@ -1,0 +1,142 @@
+"""The command line, from any folder: models in files, lists, exit statuses, closed pipes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from fixpass.cli import load_function, main
+from fixpass.runtime.errors import ConfigError
+from fixpass.testing import bf16
+from helpers.processes import run_python
+
+FIXPASS = ("-P", "-m", "fixpass")
+MODEL = """
+import torch
+from torch import nn
+from sizes import HEADS
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(32, 192, bias=False, dtype=torch.bfloat16)
+        self.q_norm = nn.RMSNorm(16, eps=1e-6, dtype=torch.bfloat16)
+
+    def forward(self, x):
+        return scaled(self.q_norm(self.qkv(x)[..., :64].view(*x.shape[:-1], HEADS, 16)))
+
+def scaled(x):
+    return x * len(HISTORY)
+
+HISTORY = [1, 2]
+
+def build():
+    return Attention(), (torch.randn(5, 32).to(torch.bfloat16),)
+
+def alone():
+    return Attention()
+"""
+
+
+class Norm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.RMSNorm(16, dtype=torch.bfloat16)
+
+    def forward(self, x, scale):
+        return self.norm(x) * scale
+
+
+def build():
+    return Norm(), (bf16(5, 16),), {"scale": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "folder"),
+    [
+        ("model.py", "{home}/model.py", "elsewhere"),
+        ("my-model.v2.py", "../home/my-model.v2.py", "elsewhere"),
+        ("json.py", "json.py", "home"),
+    ],
+)
+def test_a_model_of_a_file_is_explained_from_any_folder(name, place, folder, tmp_path):
+    """Dynamo looks up the module of a class, and of a function that reads globals, by name."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (home / name).write_text(MODEL)
+    (home / "sizes.py").write_text("HEADS = 4")
+    words = "explain", f"{place.format(home=home)}:build", "--target", "rocm:gfx942"
+    report = run_python(*FIXPASS, *words, cwd=tmp_path / folder)
+    assert "(q_norm): became rms_norm of bf16[5, 4, 16][192, 16, 1]" in report
+
+
+def test_a_function_may_give_keyword_arguments_and_the_report_may_be_json(capsys):
+    assert main(["explain", f"{__file__}:build"]) == 0
+    assert "inductor reads bf16[5, 16]" in capsys.readouterr().out
+    assert main(["explain", f"{__file__}:build", "--json"]) == 0
+    assert '"pass_name": "canonicalize-norms"' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nothing", "say FILE.py:FUNCTION or MODULE:FUNCTION"),
+        ("nowhere.py:build", "there is no file .*nowhere.py"),
+        ("nowhere.inside:build", "there is no module 'nowhere' on sys.path"),
+        ("fixpass.nowhere:build", "there is no module 'fixpass.nowhere' on sys.path"),
+        (f"{__file__}:nothing", "has no function 'nothing'"),
+        (f"{__file__}:MODEL", "has no function 'MODEL'"),
+    ],
+)
+def test_a_model_that_cannot_be_found_is_said_on_one_line(name, message, capsys):
+    with pytest.raises(ConfigError, match=message):
+        load_function(name)
+    assert main(["explain", name]) == 2
+    assert capsys.readouterr().err.startswith("fixpass: ")
+
+
+def test_a_function_that_gives_no_arguments_is_said_on_one_line(tmp_path, capsys):
+    (tmp_path / "sizes.py").write_text("HEADS = 4")
+    (tmp_path / "model.py").write_text(MODEL)
+    assert main(["explain", f"{tmp_path}/model.py:alone"]) == 2
+    assert "model.py:alone has to return (model, args)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("passes", "insert-relayout"),
+        ("kernels", "aiter_rms_norm computes rms_norm"),
+        ("doctor", f"torch {torch.__version__}"),
+    ],
+)
+def test_passes_kernels_and_doctor_list_what_there_is(command, expected, capsys):
+    assert main([command]) == 0
+    assert expected in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="our kernels work on this machine")
+def test_doctor_says_what_works_and_the_way_out_for_the_rest(capsys):
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("works:          inductor")
+    ours = next(i for i, line in enumerate(lines) if "strided_rms_norm" in line)
+    assert lines[ours].startswith("does not work:  strided_rms_norm, strided_layer_norm")
+    assert lines[ours + 1] == "  to use them:  have Triton with a CUDA or ROCm device"
+    assert len(lines) < 12
+
+
+@pytest.mark.parametrize("command", ["kernels", "passes"])
+def test_a_closed_pipe_ends_a_command_without_a_word(command):
+    with subprocess.Popen(
+        [sys.executable, *FIXPASS, command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as run:
+        run.stdout.close()
+        assert run.stderr.read() == ""
+    assert run.returncode == 0

@@ -18,6 +18,8 @@ from fixpass.passes.fold_weights import Mode
 from fixpass.runtime.errors import ConfigError
 from fixpass.runtime.symmetric_memory.policy import Policy
 
+Check = Callable[[str, Any], Any]
+Parse = Callable[[str, str], Any]
 _SWITCH, _PREFIX, _TESTS = "FIXPASS", "FIXPASS_", "FIXPASS_TEST_"
 _FLAGS = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
 # Old names and values of options, for one release: the new name, and new values by old value.
@@ -27,76 +29,62 @@ _RENAMED: dict[str, tuple[str, dict[Any, Any]]] = {
 }
 
 
-def _is_flag(label: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{label} is True or False, not {value!r}")
-    return value
-
-
-def _word_of(*words: str | None) -> Callable[[str, Any], Any]:
+def _value(is_right: Callable[[Any], bool], expected: str) -> Check:
     def check(label: str, value: Any) -> Any:
-        if value not in words:
-            *others, last = [f'"{word}"' for word in words if word is not None]
-            raise ConfigError(f"{label} is {', '.join(others)} or {last}, not {value!r}")
+        if not is_right(value):
+            raise ConfigError(f"{label} is {expected}, not {value!r}")
         return value
 
     return check
 
 
-def _is_count(label: str, value: Any) -> int | None:
-    if value is None or (type(value) is int and value >= 0):
-        return value
-    raise ConfigError(f"{label} is a number of changes or None, not {value!r}")
-
-
-def _is_duration(label: str, value: Any) -> float:
-    if type(value) in (int, float) and value > 0:
-        return float(value)
-    raise ConfigError(f"{label} is a number of seconds above 0, not {value!r}")
-
-
-def _is_policy(label: str, value: Any) -> bool | Policy:
-    if isinstance(value, (bool, Policy)):
-        return value
-    raise ConfigError(f"{label} is True, False or a Policy, not {value!r}")
-
-
-def _instances_of(kind: type) -> Callable[[str, Any], Any]:
+def _sequence_of(kind: type, shown: str) -> Check:
     def check(label: str, value: Any) -> tuple[Any, ...]:
-        for item in _items(label, value):
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise ConfigError(f"{label} is a sequence, not {value!r}")
+        items = tuple(value)
+        for item in items:
             if not isinstance(item, kind):
-                raise ConfigError(f"{label}: {item!r} is no instance of fixpass.{kind.__name__}")
-        return tuple(value)
+                raise ConfigError(f"{label}: {item!r} is no {shown}")
+        return items
 
     return check
 
 
-def _are_kernel_names(label: str, value: Any) -> tuple[str, ...] | None:
-    # `resolve` looks the names up when it knows the option `kernels`.
-    for item in () if value is None else _items(label, value):
-        if not isinstance(item, str):
-            raise ConfigError(f"{label}: {item!r} is no name of a kernel")
-    return None if value is None else tuple(value)
-
-
-def _are_pass_names(label: str, value: Any) -> tuple[str, ...]:
+def _pass_names(label: str, value: Any) -> tuple[str, ...]:
+    names: tuple[str, ...] = _sequence_of(str, "name of a pass")(label, value)
     known = pass_names()
-    for item in _items(label, value):
-        if item not in known:
-            raise ConfigError(f"{label}: unknown {item!r}; known: {', '.join(known)}")
-    return tuple(value)
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{label}: unknown {name!r}; known: {', '.join(known)}")
+    return names
 
 
-def _are_inductors(label: str, value: Any) -> tuple[tuple[str, Any], ...]:
+def _kernel_names(label: str, value: Any) -> tuple[str, ...] | None:
+    """The names; `Config.resolve` looks them up when it knows the option `kernels`."""
+    return None if value is None else _sequence_of(str, "name of a kernel")(label, value)
+
+
+def _items(label: str, value: Any) -> tuple[tuple[str, Any], ...]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{label} is a mapping of names to values, not {value!r}")
     return tuple(sorted(value.items()))
 
 
-def _items(label: str, value: Any) -> tuple[Any, ...]:
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise ConfigError(f"{label} is a sequence, not {value!r}")
-    return tuple(value)
+_IS_FLAG = _value(lambda value: isinstance(value, bool), "True or False")
+_IS_LOWER = _value(lambda value: value in ("inductor", "eager"), '"inductor" or "eager"')
+_IS_LINEAR = _value(lambda value: value in ("auto", "inductor"), '"auto" or "inductor"')
+_IS_MODE = _value(
+    lambda value: value in ("cache", "restride", "off", None), '"cache", "restride" or "off"'
+)
+_IS_COUNT = _value(
+    lambda value: value is None or (type(value) is int and value >= 0),
+    "a number of changes or None",
+)
+_IS_DURATION = _value(
+    lambda value: type(value) in (int, float) and value > 0, "a number of seconds above 0"
+)
+_IS_POLICY = _value(lambda value: isinstance(value, (bool, Policy)), "True, False or a Policy")
 
 
 def _flag(variable: str, text: str) -> bool:
@@ -126,11 +114,7 @@ def _words(_: str, text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _facts(
-    check: Callable[[str, Any], Any],
-    parse: Callable[[str, str], Any] | None = None,
-    variable: str = "",
-) -> dict[str, Any]:
+def _facts(check: Check, parse: Parse | None = None, variable: str = "") -> dict[str, Any]:
     """The metadata of a field of Config.
 
     Args:
@@ -145,54 +129,56 @@ def _facts(
 class Config:
     """The options of `torch.compile(model, backend="fixpass", options={...})`."""
 
-    strict: bool = field(default=False, metadata=_facts(_is_flag, _flag, "FIXPASS_STRICT"))
+    strict: bool = field(default=False, metadata=_facts(_IS_FLAG, _flag, "FIXPASS_STRICT"))
     """Raise where a pass fails, instead of compiling without it and saying so on the report."""
-    verify: bool = field(default=False, metadata=_facts(_is_flag, _flag, "FIXPASS_VERIFY"))
+    verify: bool = field(default=False, metadata=_facts(_IS_FLAG, _flag, "FIXPASS_VERIFY"))
     """Check the graph after every pass on fake tensors, with exact strides."""
-    lower: str = field(
-        default="inductor", metadata=_facts(_word_of("inductor", "eager"), _word, "FIXPASS_LOWER")
-    )
+    lower: str = field(default="inductor", metadata=_facts(_IS_LOWER, _word, "FIXPASS_LOWER"))
     """"inductor" compiles; "eager" runs the rewritten graph op by op, for debugging."""
     norm_kernels: tuple[str, ...] | None = field(
-        default=None, metadata=_facts(_are_kernel_names, _words, "FIXPASS_NORM_KERNELS")
+        default=None, metadata=_facts(_kernel_names, _words, "FIXPASS_NORM_KERNELS")
     )
     """Norm kernels in order of preference, in place of the target's own order."""
     disable: tuple[str, ...] = field(
-        default=(), metadata=_facts(_are_pass_names, _words, "FIXPASS_DISABLE")
+        default=(), metadata=_facts(_pass_names, _words, "FIXPASS_DISABLE")
     )
     """Names of passes to leave out."""
-    fuel: int | None = field(default=None, metadata=_facts(_is_count, _number, "FIXPASS_FUEL"))
+    fuel: int | None = field(default=None, metadata=_facts(_IS_COUNT, _number, "FIXPASS_FUEL"))
     """Stop rewriting after this many changes, to bisect a wrong result."""
-    passes: tuple[Pass, ...] = field(default=(), metadata=_facts(_instances_of(Pass)))
+    passes: tuple[Pass, ...] = field(
+        default=(), metadata=_facts(_sequence_of(Pass, "instance of fixpass.Pass"))
+    )
     """Passes of your own. They run after ours, or where their `after` and `before` say."""
-    kernels: tuple[Kernel, ...] = field(default=(), metadata=_facts(_instances_of(Kernel)))
+    kernels: tuple[Kernel, ...] = field(
+        default=(), metadata=_facts(_sequence_of(Kernel, "instance of fixpass.Kernel"))
+    )
     """Kernels of your own, to be named in `norm_kernels` or in a target."""
-    targets: tuple[Target, ...] = field(default=(), metadata=_facts(_instances_of(Target)))
+    targets: tuple[Target, ...] = field(
+        default=(), metadata=_facts(_sequence_of(Target, "instance of fixpass.Target"))
+    )
     """Targets of your own; they win over ours of the same name."""
     symmetric_memory: bool | Policy = field(
-        default=True, metadata=_facts(_is_policy, _flag, "FIXPASS_SYMMETRIC_MEMORY")
+        default=True, metadata=_facts(_IS_POLICY, _flag, "FIXPASS_SYMMETRIC_MEMORY")
     )
     """All-reduces in symmetric memory: on, off, or on under a policy of your own."""
     symmetric_timeout: float = field(
-        default=30.0, metadata=_facts(_is_duration, _seconds, "FIXPASS_SYMMETRIC_TIMEOUT")
+        default=30.0, metadata=_facts(_IS_DURATION, _seconds, "FIXPASS_SYMMETRIC_TIMEOUT")
     )
     """Seconds that a rank waits for the others in an all-reduce before it raises."""
     eager_kernels: bool = field(
-        default=True, metadata=_facts(_is_flag, _flag, "FIXPASS_EAGER_KERNELS")
+        default=True, metadata=_facts(_IS_FLAG, _flag, "FIXPASS_EAGER_KERNELS")
     )
     """Lay operands out for opaque norm kernels that engines call outside compiled graphs."""
     fold_weights: Mode | None = field(
         default=None,
-        metadata=_facts(_word_of("cache", "restride", "off", None), _word, "FIXPASS_FOLD_WEIGHTS"),
+        metadata=_facts(_IS_MODE, _word, "FIXPASS_FOLD_WEIGHTS"),
     )
     """Weight-only subgraphs: "cache" keeps their values beside the weights. "restride" changes the
     strides of the weights themselves where that is safe. "off" leaves the subgraphs in the graph.
     None is "cache" for weights on CPU, and "off" for others."""
-    linear: str = field(
-        default="auto", metadata=_facts(_word_of("auto", "inductor"), _word, "FIXPASS_LINEAR")
-    )
+    linear: str = field(default="auto", metadata=_facts(_IS_LINEAR, _word, "FIXPASS_LINEAR"))
     """Linear layers on CPU: "auto" calls `skinny_linear` for few rows, "inductor" never does."""
-    inductor: tuple[tuple[str, Any], ...] = field(default=(), metadata=_facts(_are_inductors))
+    inductor: tuple[tuple[str, Any], ...] = field(default=(), metadata=_facts(_items))
     """Options for Inductor itself, as `torch.compile` takes them."""
 
     @staticmethod

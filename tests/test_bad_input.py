@@ -123,6 +123,16 @@ def test_an_old_name_works_and_warns_with_the_new_one(options, environ, new, con
         assert Config.resolve(options, environ) == config
 
 
+def test_a_sequence_may_be_any_iterable():
+    options = {
+        "disable": iter(["lower-norms"]),
+        "norm_kernels": iter(["inductor"]),
+        "passes": iter([]),
+    }
+    expected = Config(disable=("lower-norms",), norm_kernels=("inductor",))
+    assert Config.resolve(options, {}) == expected
+
+
 def test_an_option_wins_over_its_variable():
     assert Config.resolve({"fuel": 2}, {"FIXPASS_FUEL": "1", "FIXPASS_LOWER": "eager"}) == Config(
         fuel=2, lower="eager"

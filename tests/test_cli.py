@@ -18,14 +18,13 @@ import torch
 from torch import nn
 from sizes import HEADS
 
-class Attention(nn.Module):
+class Queries(nn.Module):
     def __init__(self):
         super().__init__()
-        self.qkv = nn.Linear(32, 192, bias=False, dtype=torch.bfloat16)
-        self.q_norm = nn.RMSNorm(16, eps=1e-6, dtype=torch.bfloat16)
+        self.norm = nn.RMSNorm(16, dtype=torch.bfloat16)
 
-    def forward(self, x):
-        return scaled(self.q_norm(self.qkv(x)[..., :64].view(*x.shape[:-1], HEADS, 16)))
+    def forward(self, qkv):
+        return scaled(self.norm(qkv[:, :64].unflatten(-1, (HEADS, 16))))
 
 def scaled(x):
     return x * len(HISTORY)
@@ -33,10 +32,10 @@ def scaled(x):
 HISTORY = [1, 2]
 
 def build():
-    return Attention(), (torch.randn(5, 32).to(torch.bfloat16),)
+    return Queries(), (torch.randn(5, 192).to(torch.bfloat16),)
 
 def alone():
-    return Attention()
+    return Queries()
 """
 
 
@@ -70,7 +69,7 @@ def test_a_model_of_a_file_is_explained_from_any_folder(name, place, folder, tmp
     (home / "sizes.py").write_text("HEADS = 4")
     words = "explain", f"{place.format(home=home)}:build", "--target", "rocm:gfx942"
     report = run_python(*FIXPASS, *words, cwd=tmp_path / folder)
-    assert "(q_norm): became rms_norm of bf16[5, 4, 16][192, 16, 1]" in report
+    assert "(norm): became rms_norm of bf16[5, 4, 16][192, 16, 1]" in report
 
 
 def test_a_function_may_give_keyword_arguments_and_the_report_may_be_json(capsys):

@@ -1,4 +1,4 @@
-"""LayoutRecord models at work: every update is seen at the next call, and nothing compiles again."""
+"""Models with folded weights at work: every update is seen at the next call, and nothing compiles again."""
 
 import gc
 import threading

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 def plain_bytes():
     """Bytes of values that are kept as they are, in all of this process."""
-    stores = [store for store in list(derived._ALL) if store.recipe.form is None]
+    stores = [store for store in list(derived._ALL) if store.function.packer is None]
     values = [entry.value for store in stores for entry in store.entries.values()]
     return sum(value.nbytes for value in values if value is not None)
 

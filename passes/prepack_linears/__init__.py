@@ -25,7 +25,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class PrepackLinears(Pass):
-    """LayoutRecord weights of linear layers, packed for oneDNN."""
+    """Folded weights of linear layers, packed for oneDNN."""
 
     name: ClassVar[str] = "prepack-linears"
 
@@ -48,7 +48,7 @@ class PrepackLinears(Pass):
                 result.missed(node, why)
 
     def _linears(self, folded: fx.Node) -> list[Linear] | Missed:
-        value, recipe = folded.meta[VALUE], folded.meta[DERIVED].store.recipe
+        value, recipe = folded.meta[VALUE], folded.meta[DERIVED].cache.function
         # A layout of a kernel's is for that kernel, and a weight in it is its own value.
         if value.device.type != "cpu" or value.dtype not in _FLOATS or recipe.is_value is not None:
             return Missed("")
@@ -105,6 +105,8 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _packed(plain: CachedWeight, linear: Linear) -> CachedWeight:
-    view, recipe = weight_of(linear), plain.store.recipe
+    view, recipe = weight_of(linear), plain.cache.function
     signature = f"{recipe.signature}\npacked\n{view.code}" if recipe.signature else ""
-    return CachedWeight(replace(recipe, form=Prepacked(view), signature=signature), plain.positions)
+    return CachedWeight(
+        replace(recipe, packer=Prepacked(view), signature=signature), plain.positions
+    )

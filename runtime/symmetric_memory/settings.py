@@ -12,22 +12,19 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Settings:
-    """How a group's memory on CPU is laid out, and how long its ranks wait.
-
-    timeout: seconds that a rank waits for the others in a call before it raises.
-    rendezvous_timeout: seconds that a rank waits for the others to make the group's memory; it
-    includes building the C++ part, once a machine.
-    slot_bytes: messages up to this size are one-shot. Below it, meeting once more costs more than
-    reading every rank's data: with 2 ranks the two ways cross between 128 and 512 KiB.
-    piece_bytes: larger messages go in pieces of this size, which stay in a core's cache.
-    heap_bytes: room for results of matmuls and for tensors of `SymmetricContext.empty`.
-    """
+    """How a group's memory on CPU is laid out, and how long its ranks wait."""
 
     timeout: float = 30.0
+    """Seconds that a rank waits for the others in a call before it raises."""
     rendezvous_timeout: float = 300.0
+    """Seconds that a rank waits for the others in a rendezvous, which includes building the C++."""
     slot_bytes: int = 256 * KIB
+    """Messages up to this size are one-shot: all ranks read all data after one barrier. With 2
+    ranks, one-shot and two-shot take equally long somewhere between 128 and 512 KiB."""
     piece_bytes: int = 1 * MIB
+    """Larger messages go in pieces of this size, which stay in a core's cache."""
     heap_bytes: int = 16 * MIB
+    """Room for results of matmuls and for tensors of `SymmetricContext.empty`."""
 
     @property
     def sizes(self) -> tuple[int, int, int]:

@@ -181,7 +181,7 @@ class _Redirect(TorchDispatchMode):
                 return leaf
             return copies.setdefault(id(leaf), (leaf, self._values(leaf)))[1]
 
-        written = {id(leaf) for leaf in pytree.tree_leaves(_written(func, args, kwargs))}
+        written = {id(leaf) for leaf in pytree.tree_leaves(written_arguments(func, args, kwargs))}
         args, kwargs = pytree.tree_map(copied, (args, kwargs))
         result = func(*args, **kwargs)
         for leaf, copy in copies.values():
@@ -203,7 +203,7 @@ def _as(memory: Tensor, view: Tensor) -> Tensor:
     return memory.view(view.dtype)
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+def written_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
     """The arguments that the schema of an operation marks as written."""
     names = [argument.name for argument in func._schema.arguments]
     given = dict(zip(names, args, strict=False)) | dict(kwargs)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from fixpass.runtime.weights.formats.open import Source, opened
 from fixpass.runtime.weights.mapping import SAME_NAMES, Mapping
 from fixpass.runtime.weights.options import Missed, Mode, Options, Scope, mode_named
-from fixpass.runtime.weights.report import LoadReport, Strict, some
+from fixpass.runtime.weights.report import LoadReport, Strict
 from fixpass.runtime.weights.update import Update, UpdateReport, open_update
 
 
@@ -76,8 +76,6 @@ def load(
     )
     with _loading(model, options, "loading", progress) as tx:
         _give(tx, checkpoint, weights_only)
-    if tx.scales:
-        warnings.warn(f"scales that were not loaded: {some(tx.scales)}", stacklevel=2)
     assert tx.report is not None
     return tx.report.load
 

@@ -14,8 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from threading import get_ident
-from types import TracebackType
 from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
@@ -27,10 +25,18 @@ from fixpass.runtime.weights.targets import tensors_of
 Covers = Callable[[], Iterable[Tensor]]
 
 _mutex = threading.Condition(threading.Lock())
-"""One for all locks: an update takes several in one step, and a call may be in several, one inside
-the other. With a mutex each that would be a deadlock."""
+"""One for all locks: an update takes several in one step. With a mutex each that could deadlock."""
 
 _IS_ORDERED: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.token = object()
+
+
+_thread = _Thread()
+"""Tells threads apart. An ident would not: a new thread may get that of one that has ended."""
 
 _SLICE = 1.0
 """Seconds after which a waiting thread looks again, in case an interrupt swallowed its wake-up."""
@@ -45,10 +51,10 @@ class WeightsLock:
         self.version = 0
         """Of the weights; 0 before any update."""
         self.updating = False
-        """Whether an update is open. Calls are held back only while it commits."""
-        self._readers: dict[_ReadLock, int] = {}
+        """Whether an update is open, which holds calls back only as it commits."""
+        self._readers: dict[_ReadLock, object] = {}
         """The thread that entered each of them."""
-        self._writer: int | None = None
+        self._writer: object | None = None
         self._waiting = 0
         self._poisoned = ""
         self._busy = not _IS_ORDERED
@@ -78,7 +84,7 @@ class WeightsLock:
         needed = self._waiting > 0 or self._writer is not None or bool(self._poisoned)
         self._busy = needed or not _IS_ORDERED
 
-    def _enter_busy(self, reader: "_ReadLock", me: int) -> int:
+    def _enter_busy(self, reader: "_ReadLock", me: object) -> int:
         """Step back, and enter again when no update is in the way."""
         with _mutex:
             del self._readers[reader]
@@ -90,14 +96,14 @@ class WeightsLock:
             self._readers[reader] = me
             return self.version
 
-    def _keeps_out(self, me: int) -> bool:
+    def _keeps_out(self, me: object) -> bool:
         if self._writer is not None:
-            return self._writer != me
+            return self._writer is not me
         # The update waits for a thread that is in any lock already: that thread must not wait too.
         return self._waiting > 0 and not _is_inside(me, _locks())
 
 
-class _ReadLock(AbstractContextManager[int]):
+class _ReadLock:
     """One reader, of one `with` statement."""
 
     __slots__ = ("_lock",)
@@ -107,23 +113,18 @@ class _ReadLock(AbstractContextManager[int]):
 
     # Written out for speed: each call of a compiled graph comes here.
     def __enter__(self) -> int:
-        lock, me = self._lock, get_ident()
-        lock._readers[self] = me
+        lock = self._lock
+        lock._readers[self] = _thread.token
         if not lock._busy:
             return lock.version
         try:
-            return lock._enter_busy(self, me)
+            return lock._enter_busy(self, _thread.token)
         # Also an interrupt: a call that does not enter must not count as a reader.
         except BaseException:
             lock._readers.pop(self, None)
             raise
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         lock = self._lock
         del lock._readers[self]
         if lock._busy:
@@ -155,7 +156,7 @@ def _locks() -> list[WeightsLock]:
     return [lock for weak in _LOCKS.copy() if (lock := weak()) is not None]
 
 
-def _is_inside(me: int, locks: Iterable[WeightsLock]) -> bool:
+def _is_inside(me: object, locks: Iterable[WeightsLock]) -> bool:
     """Whether the thread reads any of these locks."""
     return any(me in list(lock._readers.values()) for lock in locks)
 
@@ -226,7 +227,7 @@ def bump(
 ) -> int:
     """Raise the version of `model` by one, or to `to`; returns it.
 
-    The versions of `others`, by default of all models that share a parameter with it, rise by one.
+    Those of `others`, by default of all models that share a parameter with it, rise by one.
     """
     own = lock_of(model)
     if to is not None and to <= own.version:
@@ -239,19 +240,17 @@ def bump(
 
 
 COMPILED = WeightsLock()
-"""The lock of all compiled graphs that read weights: every update of any model takes it.
-
-A graph gets its weights anew at each call, and holds no weak references to them, with which
-`swap_tensors` would refuse them. So no graph knows which updates concern it.
-"""
+"""The lock of all compiled graphs that read weights: every update of any model takes it. A graph
+cannot know which updates concern it: it must hold no reference to weights between its calls, since
+`swap_tensors` refuses tensors with weak references."""
 
 
 @contextmanager
 def closed(locks: Collection[WeightsLock], timeout: float | None = None) -> Iterator[None]:
     """A context in which no other thread is in these locks; see `write_lock`. It may be nested."""
-    me = get_ident()
+    me = _thread.token
     with _mutex:
-        rest = [lock for lock in {*locks, COMPILED} if lock._writer != me]
+        rest = [lock for lock in {*locks, COMPILED} if lock._writer is not me]
     try:
         _close(rest, me, timeout)
         yield
@@ -262,16 +261,16 @@ def closed(locks: Collection[WeightsLock], timeout: float | None = None) -> Iter
             _open(rest, me)
 
 
-def _open(locks: Sequence[WeightsLock], me: int) -> None:
+def _open(locks: Sequence[WeightsLock], me: object) -> None:
     with _mutex:
         for lock in locks:
-            if lock._writer == me:
+            if lock._writer is me:
                 lock._writer = None
                 lock._update_busy()
         _mutex.notify_all()
 
 
-def _close(locks: Sequence[WeightsLock], me: int, timeout: float | None) -> None:
+def _close(locks: Sequence[WeightsLock], me: object, timeout: float | None) -> None:
     end = None if timeout is None else time.monotonic() + timeout
     with _mutex:
         _drop_lost_readers(locks)

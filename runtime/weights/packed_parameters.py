@@ -17,12 +17,7 @@ from fixpass.runtime.weights.relayout import PackedPart, forget, packed, record,
 def pack(params: Sequence[Tensor], layout: str | WeightLayout = "qkv_pack") -> Tensor:
     """Move parameters into one tensor, of which each becomes a view.
 
-    Args:
-        params: in their order in the pack.
-        layout: a layout of one `Alias`, or its name.
-
-    Returns:
-        The pack. Packing the same parameters again gives the same one.
+    Packing the same parameters in the same order again gives the same tensor.
 
     Raises:
         LayoutError: a parameter has a layout, is part of another pack, or does not fit the others.

@@ -1,12 +1,10 @@
-"""Bring each stored tensor to the parameter that takes it, and to its place in that parameter.
+"""The box of a parameter that each of its stored tensors fills, and whether dtype and shape fit.
 
-`route` asks for every branch of a mapping whether its parameter exists; shapes are not looked at.
-`place` gives the box of the parameter that each stored tensor fills. Experts go by their index and
-parts by their name, never by the order in which they come. Nothing is written.
+Experts go by their index and parts by their name, never by the order in which they come. Nothing is
+written.
 """
 
 import math
-from collections.abc import Mapping as Named
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -15,84 +13,14 @@ import torch
 
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.box import Box, Shape
-from fixpass.runtime.weights.mapping import Candidate, Dropped, Mapping, TensorParallel
-from fixpass.runtime.weights.report import Skipped
-from fixpass.runtime.weights.stored import Checkpoint, FilePiece, MemoryPiece, Stored, describe
-from fixpass.runtime.weights.targets import Target, is_quantised
+from fixpass.runtime.weights.mapping import Candidate, TensorParallel
+from fixpass.runtime.weights.route import Routed
+from fixpass.runtime.weights.stored import FilePiece, MemoryPiece, Stored, describe
+from fixpass.runtime.weights.targets import is_quantised
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Slot = tuple[int | None, int]  # an expert and a part
-
-
-class Routed(NamedTuple):
-    """A stored tensor, and the parameter and part that takes it."""
-
-    stored: Stored
-    candidate: Candidate
-
-
-@dataclass
-class Routes:
-    """The stored tensors of each parameter, by the first of its names, and those without one."""
-
-    owner: dict[str, str]
-    """Each name of a target, and the first name of the same tensor."""
-    taken: dict[str, list[Routed]] = field(default_factory=dict)
-    skipped: list[Skipped] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-
-
-def route(checkpoint: Checkpoint, mapping: Mapping, targets: Named[str, Target]) -> Routes:
-    """The routes of all stored tensors."""
-    routes = Routes(owners(targets))
-    found: dict[str, list[Routed]] = {}
-    for stored in checkpoint.values():
-        candidates = mapping.candidates(stored.name)
-        if isinstance(candidates, Dropped):
-            routes.skipped.append(
-                Skipped(stored.name, candidates.target, candidates.branch, candidates.why)
-            )
-            continue
-        taker = next((found for found in candidates if found.target in targets), None)
-        if taker is not None:
-            found.setdefault(taker.target, []).append(Routed(stored, taker))
-        elif (left := _left_out(stored.name, candidates, mapping)) is not None:
-            routes.skipped.append(left)
-        else:
-            routes.unexpected.append(stored.name)
-    _untie(routes, found)
-    return routes
-
-
-def owners(targets: Named[str, Target]) -> dict[str, str]:
-    """Each name of a target and the first name of the same tensor."""
-    first: dict[int, str] = {}
-    return {name: first.setdefault(id(target.tensor), name) for name, target in targets.items()}
-
-
-def _left_out(name: str, candidates: tuple[Candidate, ...], mapping: Mapping) -> Skipped | None:
-    """The record of a tensor that a rule knows though the model has nothing for it."""
-    best = candidates[0]
-    why = "the model has no such parameter"
-    if best.branch != "default":
-        return Skipped(name, best.target, best.branch, why)
-    return Skipped(name, best.target, "scale", why) if mapping.is_scale(best.target) else None
-
-
-def _untie(routes: Routes, found: dict[str, list[Routed]]) -> None:
-    """Of the names of one tied parameter, let one load it."""
-    owner = routes.owner
-    chosen: dict[str, str] = {}
-    for name in found:
-        if name == owner[name] or owner[name] not in chosen:
-            chosen[owner[name]] = name
-    for name, routed in found.items():
-        if chosen[owner[name]] == name:
-            routes.taken[owner[name]] = routed
-            continue
-        why = f"tied to {chosen[owner[name]]}, which is loaded"
-        routes.skipped.extend(Skipped(item.stored.name, name, "tied", why) for item in routed)
 
 
 class Placed(NamedTuple):
@@ -292,3 +220,31 @@ def _unfit(name: str, whole: Shape, item: Routed) -> CheckpointError:
     as_what = f" as {', '.join(notes)}" if notes else ""
     shape = describe(item.stored.dtype, whole)
     return CheckpointError(f"{item.stored} does not fit{as_what} into {name!r}, {shape}")
+
+
+def place_part(stored: Stored, start: Shape, whole: Shape, name: str) -> Placed:
+    """The place of a tensor that fills a part of parameter `name`, which begins at `start`."""
+    rank = len(whole)
+    shape = (1,) * (rank - len(stored.shape)) + stored.shape
+    start = (*start, *(0,) * (rank - len(start)))
+    box = Box(start, shape)
+    if len(shape) != rank or len(start) != rank or not box.within(whole):
+        raise CheckpointError(
+            f"{stored} at {list(start)} is not within {name!r}, {describe(stored.dtype, whole)}"
+        )
+    pieces = [MemoryPiece(values.reshape(shape), Box.whole(shape)) for values in stored.values]
+    return Placed(stored._replace(shape=shape, pieces=tuple(pieces)), Box.whole(shape), box)
+
+
+def check_apart(placed: list[Placed], name: str) -> None:
+    """Raise CheckpointError where two parts of a parameter overlap."""
+    ordered = sorted(placed, key=lambda item: item.box.start)
+    for index, item in enumerate(ordered):
+        for other in ordered[index + 1 :]:
+            if other.box.start and other.box.start[0] >= item.box.stop[0]:
+                break
+            if item.box.intersection(other.box):
+                raise CheckpointError(
+                    f"two parts of {name!r} overlap: from {list(item.box.start)} and from "
+                    f"{list(other.box.start)} on"
+                )

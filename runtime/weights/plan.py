@@ -21,15 +21,17 @@ from fixpass.runtime.weights.options import Options
 from fixpass.runtime.weights.own_loaders import OwnLoads, own_loader
 from fixpass.runtime.weights.placement import (
     Placed,
-    Routed,
+    check_apart,
     check_dtype,
     missing_parts,
     place,
-    route,
+    place_part,
 )
+from fixpass.runtime.weights.plan_checks import look_alikes, scales_left_out
 from fixpass.runtime.weights.read import Copy, copies
 from fixpass.runtime.weights.relayout import record_of
 from fixpass.runtime.weights.report import Initialised, LoadReport, Missing, Skipped, some
+from fixpass.runtime.weights.route import Routed, route
 from fixpass.runtime.weights.stored import Checkpoint, MemoryPiece, Stored, describe
 from fixpass.runtime.weights.targets import PLAIN, Target
 
@@ -58,7 +60,9 @@ class Plan:
     unexpected: list[str] = field(default_factory=list)
     initialised: list[Initialised] = field(default_factory=list)
     scales: list[str] = field(default_factory=list)
-    """Scales that the model has and the checkpoint does not."""
+    twins: list[tuple[Stored, Stored]] = field(default_factory=list)
+    """Stored tensors for one parameter under two of its names; the first is loaded."""
+    hints: list[str] = field(default_factory=list)
 
     def report(self) -> LoadReport:
         """The plan as the report of the load that does it."""
@@ -72,6 +76,18 @@ class Plan:
             tuple(self.initialised),
             moved,
         )
+
+    def note_covered(self, covered: Named[str, tuple[int, int]], options: Options) -> None:
+        """Note the bytes that loaders of parameters' own wrote; raise where too few are."""
+        for name, (done, total) in covered.items():
+            self.loaded = [loaded for loaded in self.loaded if loaded != name]
+            if options.strict is None:
+                self.covered[name] = done, total
+            elif all(missing.name != name for missing in self.missing):
+                why = f"its weight_loader wrote {done:,} of {total:,} bytes"
+                self.missing.append(Missing(name, why))
+        if covered:
+            check_faults(self, options)
 
     def position(self, index: int, tensor: Tensor) -> int:
         """Note that a tensor of the model is written; its place among those that are."""
@@ -121,7 +137,16 @@ def make_plan(
             _add_parts(plan, places[name], model[places[name]], given, cast)
     lacking = [item.name for item in plan.missing] + [item.name for item in plan.initialised]
     plan.scales = [name for name in lacking if mapping.is_scale(name)]
-    _check_faults(plan, options)
+    if options.strict is None and options.scope != "model":
+        plan.scales = scales_left_out(plan.scales, [model[index] for index in plan.written])
+    plan.twins = routes.twins
+    if missing := [item for item in plan.missing if item.why == NOTHING_STORED]:
+        shapes = {m.name: tuple(model[places[m.name]].tensor.shape) for m in missing}
+        unexpected = {
+            name: checkpoint[name].shape for name in plan.unexpected if name in checkpoint
+        }
+        plan.hints = look_alikes(shapes, unexpected)
+    check_faults(plan, options)
     return plan
 
 
@@ -235,8 +260,8 @@ def _add_parts(
     placed = []
     for stored, start in parts:
         check_dtype(stored, name, dtype, cast=cast)
-        placed.append(_placed_part(stored, start, where.whole, name))
-    _check_apart(placed, name)
+        placed.append(place_part(stored, start, where.whole, name))
+    check_apart(placed, name)
     position = plan.position(index, where.memory)
     for item in placed:
         plan.copies.extend(_placed_copies(item, where, name, position))
@@ -248,38 +273,12 @@ def _add_parts(
         plan.covered[name] = done, total
 
 
-def _placed_part(stored: Stored, start: Shape, whole: Shape, name: str) -> Placed:
-    rank = len(whole)
-    shape = (1,) * (rank - len(stored.shape)) + stored.shape
-    start = (*start, *(0,) * (rank - len(start)))
-    box = Box(start, shape)
-    if len(shape) != rank or len(start) != rank or not box.within(whole):
-        raise CheckpointError(
-            f"{stored} at {list(start)} is not within {name!r}, {describe(stored.dtype, whole)}"
-        )
-    pieces = [MemoryPiece(values.reshape(shape), Box.whole(shape)) for values in stored.values]
-    return Placed(stored._replace(shape=shape, pieces=tuple(pieces)), Box.whole(shape), box)
-
-
-def _check_apart(placed: list[Placed], name: str) -> None:
-    ordered = sorted(placed, key=lambda item: item.box.start)
-    for index, item in enumerate(ordered):
-        for other in ordered[index + 1 :]:
-            if other.box.start and other.box.start[0] >= item.box.stop[0]:
-                break
-            if item.box.intersection(other.box):
-                raise CheckpointError(
-                    f"two parts of {name!r} overlap: from {list(item.box.start)} and from "
-                    f"{list(other.box.start)} on"
-                )
-
-
-def _check_faults(plan: Plan, options: Options) -> None:
+def check_faults(plan: Plan, options: Options) -> None:
     """Raise for what is missing or left over, at the level of `strict`, or else of `scope`."""
     if options.strict is not None:
         if faults := plan.report().faults(options.strict):
             raise CheckpointError(
-                "\n".join([*faults, f"strict={options.strict!r} raises for these"])
+                "\n".join([*faults, *plan.hints, f"strict={options.strict!r} raises for these"])
             )
         return
     scope = options.scope
@@ -296,4 +295,6 @@ def _check_faults(plan: Plan, options: Options) -> None:
         texts = [f"{name} ({a:,} of {b:,} bytes)" for name, (a, b) in plan.covered.items()]
         faults.append(f"not covered: {some(texts)}")
     if faults:
-        raise CheckpointError("\n".join([*faults, f"scope={scope!r} raises for these"]))
+        raise CheckpointError(
+            "\n".join([*faults, *plan.hints, f"scope={scope!r} raises for these"])
+        )

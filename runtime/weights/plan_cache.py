@@ -1,10 +1,8 @@
 """A cache of plans: a load that is like the last one of its model moves the same batches of bytes.
 
-It is like the last one where the source has the same headers, or tensors of the same names, dtypes
-and shapes in the same order, the options ask for the same, and the model has the same names, ties,
-layouts and attributes. A plan is kept only where all bytes go as they are into parameters: not for
-layouts, casts, slices that aren't dense and loaders of parameters' own. What is kept has numbers
-and names alone, no tensor and no address.
+Source, options and model have to be alike: see the signatures. A plan is kept only where all bytes
+go as they are into parameters: not for layouts, casts, slices that aren't dense and loaders of
+parameters' own. It has numbers and names alone, no tensor and no address.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -58,7 +56,7 @@ class ModelSignature:
 
 @dataclass(frozen=True, slots=True)
 class SourceSignature:
-    """All that a plan depends on in a checkpoint, without its bytes."""
+    """All that a plan depends on in a checkpoint: everything but its bytes."""
 
     names: Sequence[Hashable]
     facts: Sequence[Any]
@@ -101,6 +99,8 @@ class CachedPlan:
     batches: Sequence[Batch]
     report: LoadReport
     scales: list[str]
+    twins: list[tuple[str, str]]
+    """Names of tensors whose values have to be equal, as they are for one tied parameter."""
 
     def work(self, given: Sequence[Source], model: Sequence[Target]) -> Work:
         """The same batches from these sources into the tensors of this walk."""
@@ -119,9 +119,7 @@ def cached_plan(
 ) -> CachedPlan | None:
     """The plan of the last load of a model, where this one is like it."""
     found = _CACHE.get(unwrapped(model))
-    if found is None or source is None or signature is None or options.finite:
-        return None
-    if found.asked != _asked(options):
+    if found is None or options.finite or found.asked != _asked(options):
         return None
     return found if found.source == source and found.model == signature else None
 
@@ -142,8 +140,9 @@ def keep_plan(
         return
     if any_layout_set() and any(record_of(target.tensor) is not None for target in walk(model)[0]):
         return
+    asked, twins = _asked(options), [(one.name, other.name) for one, other in plan.twins]
     _CACHE[unwrapped(model)] = CachedPlan(
-        source, signature, _asked(options), plan.written, work.batches, plan.report(), plan.scales
+        source, signature, asked, plan.written, work.batches, plan.report(), plan.scales, twins
     )
 
 

@@ -100,6 +100,11 @@ class LoadReport:
 
 def some(names: tuple[object, ...] | list[str], most: int = MOST_NAMES) -> str:
     """The first names, and how many more there are: a million names make no message."""
-    shown = ", ".join(str(name) for name in names[:most])
+    shown = ", ".join(printable(str(name)) for name in names[:most])
     rest = len(names) - most
     return f"{shown} and {rest:,} more" if rest > 0 else shown
+
+
+def printable(text: str) -> str:
+    """The text with escapes in place of characters that a terminal would obey."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode()

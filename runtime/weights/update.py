@@ -10,6 +10,7 @@ way back from a failure in each of them, are in commit. `load` and `reload` are 
 
 import gc
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as Named
 from contextlib import AbstractContextManager, contextmanager
@@ -36,8 +37,9 @@ from fixpass.runtime.weights.plan_cache import (
     cached_plan,
     keep_plan,
 )
+from fixpass.runtime.weights.plan_checks import check_twins, scales_without_taker
 from fixpass.runtime.weights.read import Work
-from fixpass.runtime.weights.report import LoadReport
+from fixpass.runtime.weights.report import LoadReport, some
 from fixpass.runtime.weights.state_file import resume
 from fixpass.runtime.weights.stored import Stored
 from fixpass.runtime.weights.targets import reshard, tensors_of, walk
@@ -87,8 +89,6 @@ class Update:
     def __init__(self, model: nn.Module, base: int, options: Options) -> None:
         self.report: UpdateReport | None = None
         """The result; None until the update is done."""
-        self.scales: list[str] = []
-        """Scales of the model that nothing was given for."""
         self.num_bytes = 0
         """Bytes that the commit moves."""
         self._model = model
@@ -140,7 +140,7 @@ class Update:
         options, given = self._options, self._given
         with _gc_paused():
             found = self._cached() or self._planned()
-        self.num_bytes, self.scales = found.report.num_bytes, found.scales
+        self.num_bytes = found.report.num_bytes
         covers_all = options.strict is not None or options.scope == "model"
         commit = Commit(
             self._model,
@@ -161,6 +161,14 @@ class Update:
         report = replace(found.report, seconds=time.perf_counter() - options.began)
         number = lock_of(self._model).version
         self.report = UpdateReport(report, number, options.mode, seconds, found.covered)
+        self._warn("scales that were not loaded", found.scales)
+        unused = scales_without_taker(report, options.mapping)
+        self._warn("scales that no parameter takes", unused)
+
+    def _warn(self, what: str, names: Sequence[str]) -> None:
+        if names:
+            # The frames between are those of context managers.
+            warnings.warn(f"{what}: {some(tuple(names), 5)}", stacklevel=6)
 
     def _cached(self) -> _Prepared | None:
         """The update by the plan of the last one, where it is like that."""
@@ -168,6 +176,9 @@ class Update:
         found = cached_plan(self._model, source, model, self._options)
         if found is None:
             return None
+        if found.twins:
+            stored = self._given.checkpoint()
+            check_twins((stored[one], stored[other]) for one, other in found.twins)
         work = found.work(self._given.sources, self._live)
         return _Prepared(work, found.written, found.report, {}, found.scales, is_whole=True)
 
@@ -175,7 +186,9 @@ class Update:
         options, given = self._options, self._given
         plan = make_plan(given.checkpoint(), given.parts, self._live, options)
         in_file = options.mode in ("direct", "undo_log")
-        own = run_own_loaders(plan.own, options.threads, in_file=in_file)
+        check_twins(plan.twins)
+        own, covered = run_own_loaders(plan.own, options.threads, in_file=in_file)
+        plan.note_covered(covered, options)
         copies, sources = [*plan.copies, *own], given.sources
         work = Work.of(copies, plan.tensors, sources, batched=not options.finite)
         # A source that the signature does not know is none that the next update can have.
@@ -222,7 +235,6 @@ def update(
         VersionError: the weights are not those of `base`, or became others meanwhile.
         UpdateError: the update is refused or undone; the weights are those of before.
 
-    Calls in the lock of the model raise PoisonedError where the weights could not be made whole.
 
     """
     path = None if state_file is None else Path(state_file)
@@ -280,10 +292,9 @@ def _bring_back_packed(model: nn.Module, options: Options) -> None:
 @contextmanager
 def _gc_paused() -> Iterator[None]:
     """Pause the garbage collector: it would look at each of thousands of tuples, in vain."""
-    was_enabled = gc.isenabled()
+    resume_gc = gc.enable if gc.isenabled() else gc.disable
     gc.disable()
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        resume_gc()

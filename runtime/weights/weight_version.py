@@ -146,68 +146,65 @@ def _rows(tensor: Tensor) -> tuple[int, int, int]:
     for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if step == run and rows == 1:
             run *= size
-        elif size > rows:
+        # A stride of 0 names the same elements again.
+        elif step and size > rows:
             rows, pitch = size, step
     return run, rows, pitch
 
 
 class UnseenWriteWarning(UserWarning):
-    """Weights were written in a way that torch does not signal."""
+    """Weights were written in a way that torch does not count."""
 
 
 @dataclass(frozen=True)
 class Writes:
-    """Names of parameters: written as torch counts it, other objects now, written unseen."""
+    """Names of weights that were written."""
 
     seen: tuple[str, ...]
+    """By writes that torch counts."""
     replaced: tuple[str, ...]
+    """Another tensor has the name now."""
     unseen: tuple[str, ...]
+    """By writes that torch does not count."""
 
     def __bool__(self) -> bool:
         return bool(self.seen or self.replaced or self.unseen)
 
 
-@dataclass(frozen=True)
-class _Note:
-    tensor: Tensor
-    key: WriteKey
-    fingerprint: int
-
-
 class Watch:
-    """The parameters and persistent buffers of a model, as they were when last looked at.
+    """The parameters and persistent buffers of a model, as they were at the last look.
 
-    samples: values of each tensor in its fingerprint; 0 for all of them. It keeps the tensors.
+    It holds the tensors.
     """
 
     def __init__(self, model: nn.Module, samples: int = SAMPLES) -> None:
         self._samples = samples
-        self._notes: dict[str, _Note] = {}
-        self.refresh(model)
+        self._looks = self._look(model)
+
+    def _look(self, model: nn.Module) -> dict[str, tuple[Tensor, WriteKey, int]]:
+        tensors = {name: target.tensor for name, target in targets(model).items()}
+        return {n: (t, write_key(t), fingerprint(t, self._samples)) for n, t in tensors.items()}
 
     def refresh(self, model: nn.Module) -> None:
         """Take the present weights as known."""
-        self._notes = {
-            name: _Note(t.tensor, write_key(t.tensor), fingerprint(t.tensor, self._samples))
-            for name, t in targets(model).items()
-        }
+        self._looks = self._look(model)
 
     def check(self, model: nn.Module) -> Writes:
-        """What was written since; it is known from now on. Warns of what torch did not signal."""
+        """The writes since the last look, with a warning of those that torch did not count."""
+        looks, self._looks = self._looks, self._look(model)
         seen, replaced, unseen = [], [], []
-        for name, target in targets(model).items():
-            noted = self._notes.get(name)
-            if noted is None or noted.tensor is not target.tensor:
+        for name, (tensor, key, words) in self._looks.items():
+            before = looks.get(name)
+            if before is None or before[0] is not tensor:
                 replaced.append(name)
-            elif noted.key != write_key(target.tensor):
+            elif before[1] != key:
                 seen.append(name)
-            elif noted.fingerprint != fingerprint(target.tensor, self._samples):
+            elif before[2] != words:
                 unseen.append(name)
-        self.refresh(model)
         if unseen:
             warnings.warn(
-                f"{len(unseen)} weights were written in a way that torch does not signal, among "
-                f"them {unseen[0]}: what was derived from them may be stale. Write them in "
+                f"{len(unseen)} weights were written in a way that torch does not count, among "
+                f"them {unseen[0]}: values computed from them may be stale. Write them in "
                 "fixpass.weights.update, or call fixpass.weights.announce_loads once",
                 UnseenWriteWarning,
                 stacklevel=2,
@@ -219,14 +216,20 @@ _WATCHES: WeakKeyDictionary[nn.Module, Watch] = WeakKeyDictionary()
 
 
 def watch(model: nn.Module, samples: int = SAMPLES) -> None:
-    """Begin to watch a model; every update that is committed is known to the watch."""
+    """Watch the weights of a model for writes that are not updates: see `writes`.
+
+    `samples` words of each parameter and persistent buffer are compared; 0 compares all.
+    """
     inside = unwrapped(model)
     announce_steps()
     _WATCHES[inside] = Watch(inside, samples)
 
 
 def writes(model: nn.Module) -> Writes:
-    """What was written to a watched model, outside of updates, since this was last asked."""
+    """The writes to a watched model since the last call, other than updates.
+
+    A model that is not watched is watched from now on.
+    """
     inside = unwrapped(model)
     found = _WATCHES.get(inside)
     if found is None:
@@ -236,17 +239,18 @@ def writes(model: nn.Module) -> Writes:
 
 
 def committed(model: nn.Module) -> None:
-    """An update was committed: a watch of the model, if there is one, takes it as known."""
+    """Take the present weights as known to the watch of a model, after an update of it."""
     inside = unwrapped(model)
     if (found := _WATCHES.get(inside)) is not None:
         found.refresh(inside)
 
 
 def announce_loads(model: nn.Module) -> tuple[str, ...]:
-    """Let each `weight_loader` set on a parameter tell torch of its write; the names of those.
+    """Count the writes of each `weight_loader` that is an attribute of a parameter.
 
-    Loaders write through `.data`, of which torch tells nobody. The attribute becomes a function
-    that calls the former one, which stays under `__wrapped__`. Those of a class are left alone.
+    Loaders write through `.data`, which torch does not count. The attribute becomes a function
+    that calls the former one, which stays under `__wrapped__`. Loaders of a class stay as they are.
+    The names of these parameters are returned.
     """
     done = []
     for name, target in targets(model).items():
@@ -261,22 +265,24 @@ _STEPS: list[RemovableHandle] = []
 
 
 def announce_steps() -> None:
-    """Let each step of any optimizer tell torch of its writes, once a process.
+    """Count the writes of every optimizer step from now on, in the whole process.
 
-    Those with fused=True write without raising the version of a parameter (torch 2.13).
+    Fused steps write parameters without raising their versions (torch 2.13), and so do kernels of
+    other libraries.
     """
     if not _STEPS:
         _STEPS.append(register_optimizer_step_post_hook(_announce_step))
 
 
 def _announce_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if optimizer.defaults.get("fused"):
-        for group in optimizer.param_groups:
-            torch.autograd.graph.increment_version(group["params"])
+    for group in optimizer.param_groups:
+        # A step leaves parameters without a gradient alone.
+        written = [local_part(param) for param in group["params"] if param.grad is not None]
+        torch.autograd.graph.increment_version(written)
 
 
 class _Announcing:
-    """A loader that tells torch that it wrote to its first argument."""
+    """A loader after which torch counts a write of its first argument."""
 
     def __init__(self, loader: Callable[..., Any]) -> None:
         functools.update_wrapper(self, loader)

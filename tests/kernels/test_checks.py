@@ -6,7 +6,6 @@ import torch
 from fixpass.runtime.kernels.add_rms_norm import add_rms_norm
 from fixpass.runtime.kernels.qk_norm import qk_norm
 from fixpass.runtime.kernels.rms_norm import layer_norm, rms_norm
-from fixpass.runtime.kernels.shuffle import shuffle, unshuffle
 
 
 def bf16(*shape):
@@ -64,9 +63,6 @@ REFUSED = {
         lambda: qk(q=PACKED[:, :4], k_out=PACKED[:, 3:4]),
         "k_out bf16[2, 1, 64][384, 64, 1]: shares elements with q",
     ),
-    "shuffle_rows": (lambda: shuffle(bf16(8, 64), out=bf16(8, 64)), "weight bf16[8, 64]: want"),
-    "shuffle_in_place": (lambda: shuffle(X.view(16, 16), out=X.view(16, 16)), "weight bf16"),
-    "unshuffle": (lambda: unshuffle(bf16(64, 16).t(), out=bf16(16, 64)), "weight bf16[16, 64][1"),
 }
 
 

@@ -13,8 +13,6 @@ from benchmarks.machine_code import Specimen, compile_launch, gpu_target, plan, 
 from fixpass.runtime.errors import ConfigError
 from fixpass.runtime.kernels.launch import rounding
 from fixpass.runtime.kernels.rms_norm import plan_norm
-from fixpass.runtime.kernels.row_geometry import describe
-from fixpass.runtime.kernels.shuffle import plan_shuffle
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
 WIDTHS = {8: 128, 4: 64, 2: 32, 1: 16}
@@ -121,18 +119,6 @@ def test_nothing_recompiles_because_a_pitch_or_a_batch_changed(target):
     found = {source_hash(heads(*variant), target) for variant in variants}
     assert len(found) == 1
     assert source_hash(heads(7000, 3076, 4), target) not in found
-
-
-def test_weights_are_shuffled_in_whole_cells():
-    for name in ("cuda:sm_90", "rocm:gfx942"):
-        target = gpu_target(name)
-        for dtype in (torch.bfloat16, torch.float8_e4m3fn):
-            weight = torch.empty(1024, 1024, dtype=dtype, device="meta")
-            for inverse in (False, True):
-                launch = plan_shuffle(weight, weight, inverse=inverse, lanes=target.warp_size)
-                code = compile_launch(launch, target)
-                assert (set(code.loads), set(code.stores)) == ({128}, {128}), describe(weight)
-                assert (code.spills, code.shared) == (0, 0)
 
 
 def test_an_unknown_target_is_refused_with_the_known_ones():

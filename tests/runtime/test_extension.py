@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,3 +127,11 @@ def test_a_build_that_was_killed_leaves_nothing_in_the_way(compiler, tmp_path):
     wrapper.write_text(whole)
     output, _ = start().communicate(timeout=120)
     assert "CDLL" in output
+
+
+def test_every_source_is_shipped():
+    pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    data = tomllib.loads(pyproject.read_text())["tool"]["setuptools"]["package-data"]
+    folder = extension.CSRC.parent
+    shipped = {path for pattern in data["fixpass.runtime"] for path in folder.glob(pattern)}
+    assert shipped == {path for path in extension.CSRC.rglob("*") if path.is_file()}

@@ -1,4 +1,4 @@
-"""The load window: any loader works on a folded parameter as on a plain one, any number of times."""
+"""checkpoint_layout: any loader works on a parameter with a layout as on a plain one, again and again."""
 
 import threading
 from contextlib import suppress
@@ -170,7 +170,7 @@ def test_writes_through_the_parameter_itself_land_too():
     assert torch.equal(logical(param), values)
 
 
-def test_load_state_dict_of_a_module_works_in_the_window():
+def test_load_state_dict_of_a_module_works_in_the_checkpoint_layout():
     source, model = nn.Linear(64, 32), nn.Linear(64, 32)
     set_layout(model.weight, "aiter_16x16")
     with checkpoint_layout(model.parameters()):
@@ -179,7 +179,7 @@ def test_load_state_dict_of_a_module_works_in_the_window():
     assert torch.equal(model.weight, aiter(source.weight.detach()))
 
 
-def test_data_that_a_loader_puts_in_place_is_folded_into_the_memory_that_stays():
+def test_data_that_a_loader_puts_in_place_is_copied_into_the_memory_that_stays():
     param, values = parameter(32, 64), parameter(32, 64, seed=1).data
     set_layout(param, "aiter_16x16")
     pointer = param.data_ptr()
@@ -204,7 +204,7 @@ def test_data_of_another_shape_put_in_place_is_refused_and_the_values_stay():
     assert equal(param, before)
 
 
-def test_the_window_closes_when_a_loader_raises():
+def test_the_kernels_layout_comes_back_when_a_loader_raises():
     param, values = parameter(32, 64), parameter(32, 64, seed=1).data
     set_layout(param, "transposed")
     with suppress(KeyError), checkpoint_layout([param]):
@@ -234,15 +234,15 @@ def test_padding_is_not_written_by_a_load():
     assert torch.equal(param, aiter(wanted))
 
 
-def test_other_threads_see_no_window():
+def test_other_threads_are_not_redirected():
     param = parameter(32, 64)
     set_layout(param, "aiter_16x16")
-    folded, seen = param.detach().clone(), []
+    arranged, seen = param.detach().clone(), []
     with checkpoint_layout([param]):
         thread = threading.Thread(target=lambda: seen.append(param.detach().clone()))
         thread.start()
         thread.join()
-    assert equal(seen[0], folded)
+    assert equal(seen[0], arranged)
 
 
 def test_autograd_is_told_that_the_values_changed():

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fixpass.runtime.errors import PoisonedError, UpdateError
+from fixpass.runtime.errors import CheckpointError, PoisonedError, UpdateError
 from fixpass.runtime.weights import batches
+from fixpass.runtime.weights.files import OpenFile
 from fixpass.runtime.weights.lock import lock_of, version
 from fixpass.runtime.weights.state_file import read_state, resume
 from fixpass.runtime.weights.undo_log import UndoLog
@@ -60,6 +61,34 @@ def test_an_undo_log_brings_the_old_weights_back(monkeypatch, error):
     assert version(model) == 0
     with lock_of(model).read_lock():
         pass
+
+
+def test_no_room_for_the_old_bytes_is_an_error_before_any_changes(monkeypatch):
+    model = model_of()
+    full = Path("/dev/full")
+    monkeypatch.setattr(OpenFile, "temporary", lambda: OpenFile(full, os.open(full, os.O_RDWR)))
+    with (
+        pytest.raises(CheckpointError, match="No space left on device"),
+        update(model, "undo_log") as tx,
+    ):
+        tx.load_state_dict(workers.full(1))
+    assert holds(model, 0)
+    assert version(model) == 0
+
+
+def test_old_bytes_that_do_not_come_back_let_calls_raise_until_all_is_loaded(monkeypatch):
+    model = model_of()
+    failing(monkeypatch, 4, RuntimeError("the device is gone"))
+    monkeypatch.setattr(UndoLog, "restore", lambda log: os.stat("/not/there"))
+    with pytest.raises(FileNotFoundError), update(model, "undo_log", threads=1) as tx:
+        tx.load_state_dict(workers.full(1))
+    with pytest.raises(PoisonedError), lock_of(model).read_lock():
+        pass
+    monkeypatch.undo()
+    with update(model, "undo_log") as tx:
+        tx.load_state_dict(workers.full(2))
+    with lock_of(model).read_lock():
+        assert holds(model, 2)
 
 
 def test_a_write_while_the_old_bytes_are_kept_is_not_lost_in_a_rollback(monkeypatch):

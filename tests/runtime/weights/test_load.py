@@ -132,7 +132,9 @@ def test_scales_of_experts_go_to_one_element_each():
 def test_an_expert_scale_without_a_target_is_skipped_and_recorded():
     model = holder(mlp__experts__down_proj=(1, 3, 3), mlp__experts__gate_up_proj=(1, 6, 3))
     stored = experts(1) | {"mlp.experts.0.down_proj.input_scale": torch.ones(())}
-    (skipped,) = load(model, stored, mapping=Mapping(experts=(GATED_EXPERTS,))).skipped
+    said = "scales that no parameter takes: mlp.experts.0.down_proj.input_scale"
+    with pytest.warns(UserWarning, match=said):
+        (skipped,) = load(model, stored, mapping=Mapping(experts=(GATED_EXPERTS,))).skipped
     assert (skipped.mapped, skipped.branch) == ("mlp.experts.down_proj_input_scale", "expert")
     assert "mlp.experts.0.down_proj.input_scale -> mlp.experts.down_proj_input_scale" in str(
         skipped
@@ -142,5 +144,6 @@ def test_an_expert_scale_without_a_target_is_skipped_and_recorded():
 def test_a_scale_of_a_plain_module_without_a_target_is_skipped_too():
     wanted = mlp()
     stored = wanted.state_dict() | {"0.weight_scale": torch.ones(1)}
-    (skipped,) = load(zeroed(wanted), stored).skipped
+    with pytest.warns(UserWarning, match="scales that no parameter takes: 0.weight_scale"):
+        (skipped,) = load(zeroed(wanted), stored).skipped
     assert (skipped.mapped, skipped.branch) == ("0.weight_scale", "scale")

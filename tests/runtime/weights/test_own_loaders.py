@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fixpass import FixpassError
-from fixpass.weights import FUSED_EXPERTS, QKV, Mapping, load
+from fixpass.weights import FUSED_EXPERTS, QKV, Mapping, load, reload, update
 
 
 class QKVLinear(nn.Module):
@@ -66,7 +66,8 @@ def test_an_expert_weight_is_loaded_with_its_shard_and_expert_id():
         "experts.0.down_proj.weight": torch.zeros(1, 1),
         "experts.0.down_proj.input_scale": torch.ones(1),
     }
-    report = load(model, stored, mapping=Mapping(experts=(FUSED_EXPERTS,)))
+    with pytest.warns(UserWarning, match="scales that no parameter takes"):
+        report = load(model, stored, mapping=Mapping(experts=(FUSED_EXPERTS,)))
     w2 = model.experts.w2_weight
     assert w2.flatten().tolist() == [0, 1]
     assert all(type(call[0]) is nn.Parameter and vars(call[0]) == vars(w2) for call in calls)
@@ -137,3 +138,85 @@ def test_a_loader_is_not_trusted_with_quantised_values():
     stored["k_proj.weight"] = stored["k_proj.weight"].to(torch.float8_e4m3fn)
     with pytest.raises(FixpassError, match="mean nothing without their scale"):
         load(attention(0), stored, mapping=MAPPING)
+
+
+def _nothing(model):
+    return lambda param, loaded: None
+
+
+def _half(model):
+    return lambda param, loaded: param.data[:2].copy_(loaded[:2])
+
+
+def _the_module(model):
+    return lambda param, loaded: model.w.data.copy_(loaded)
+
+
+WRITES_TOO_LITTLE = {_nothing: "0 of 16 bytes", _half: "8 of 16 bytes", _the_module: "0 of 16"}
+
+
+@pytest.mark.parametrize("mode", ["direct", "buffered", "undo_log", "double_buffer"])
+@pytest.mark.parametrize("loader", WRITES_TOO_LITTLE)
+def test_a_loader_that_leaves_bytes_unwritten_is_an_error_or_on_the_report(loader, mode):
+    model = nn.Module()
+    model.w = nn.Parameter(torch.full((4,), 9.0), requires_grad=False)
+    model.w.weight_loader = loader(model)
+    said = WRITES_TOO_LITTLE[loader]
+    with pytest.raises(FixpassError, match=f"its weight_loader wrote {said}"):
+        load(model, {"w": torch.zeros(4)}, mode)
+    with pytest.raises(FixpassError, match=rf"not covered: w \({said}"):
+        reload(model, {"w": torch.zeros(4)}, mode, progress=False)
+    assert loader is _the_module or model.w.tolist() == [9] * 4
+    report = load(model, {"w": torch.zeros(4)}, mode, strict="none")
+    assert (report.loaded, [m.name for m in report.missing]) == ((), ["w"])
+    if loader is _half:
+        assert model.w.tolist() == [0, 0, 9, 9]
+
+
+@pytest.mark.parametrize("mode", ["direct", "buffered", "undo_log", "double_buffer"])
+def test_a_loader_may_write_the_same_values_in_any_way(mode):
+    """Coverage is of writes and not of changes; a rebind and numpy are seen too."""
+    ways = (
+        lambda param, loaded: param.data.copy_(loaded),
+        lambda param, loaded: setattr(param, "data", loaded),
+        lambda param, loaded: param.data.view(torch.uint8).copy_(loaded.view(torch.uint8)),
+        lambda param, loaded: [param[i].fill_(loaded[i].item()) for i in range(4)],
+        lambda param, loaded: torch.add(loaded, 0, out=param.data),
+    )
+    for way in ways:
+        model = nn.Module()
+        model.w = nn.Parameter(torch.zeros(4), requires_grad=False)
+        model.w.weight_loader = way
+        for new in (torch.zeros(4), torch.arange(4.0)):
+            assert load(model, {"w": new}, mode).loaded == ("w",)
+            assert torch.equal(model.w, new)
+
+
+@pytest.mark.parametrize("mode", ["direct", "buffered", "undo_log", "double_buffer"])
+@pytest.mark.parametrize("state", ["freed", "meta", "sparse"])
+def test_a_parameter_without_memory_is_refused_before_its_loader_is_called(state, mode):
+    called = []
+    model = nn.Module()
+    model.w = nn.Parameter(torch.eye(4), requires_grad=False)
+    if state == "freed":
+        model.w.untyped_storage().resize_(0)
+    else:
+        made = model.w.to("meta") if state == "meta" else model.w.to_sparse()
+        model.w = nn.Parameter(made, requires_grad=False)
+    model.w.weight_loader = lambda *args: called.append(args)
+    with pytest.raises(FixpassError, match={"freed": "was freed"}.get(state, state)):
+        load(model, {"w": torch.eye(4)}, mode)
+    with pytest.raises(FixpassError, match={"freed": "was freed"}.get(state, state)):
+        reload(model, {"w": torch.eye(4)}, mode, progress=False)
+    assert called == []
+
+
+@pytest.mark.parametrize("mode", ["direct", "buffered", "undo_log", "double_buffer"])
+def test_a_partial_update_by_a_loader_keeps_the_rest(mode):
+    model, stored = attention(0), projections()
+    model.qkv_proj.weight.data.fill_(9.0)
+    with update(model, mode, scope="parts", mapping=MAPPING) as tx:
+        tx.load("q_proj.weight", stored["q_proj.weight"])
+    assert torch.equal(model.qkv_proj.weight[:2], stored["q_proj.weight"][:2])
+    assert model.qkv_proj.weight[2:].eq(9).all()
+    assert tx.report.covered == {"qkv_proj.weight": (24, 48)}

@@ -93,7 +93,7 @@ def test_what_does_not_go_together_is_refused_and_left_alone():
     assert packed(q) is None
 
 
-def test_a_packed_parameter_is_not_folded_by_itself():
+def test_a_packed_parameter_gets_no_layout_of_its_own():
     q, k = (nn.Parameter(torch.randn(32, 64)) for _ in range(2))
     pack([q, k])
     with pytest.raises(LayoutError, match="part of a pack"):

@@ -215,7 +215,12 @@ def test_weights_that_became_tied_are_loaded_once(tmp_path):
     state = saved(tmp_path, 1)
     reloaded(model, tmp_path)
     _tied(model)
-    state = saved(tmp_path, 2, model=model_of())
+    with pytest.raises(CheckpointError, match=r"'0\.up\.weight'.* and '1\.up\.weight'.*differ"):
+        reloaded(model, tmp_path)
+    assert version(model) == 1
+    state = saved(tmp_path, 2, 1)
+    save_file({**state, "1.up.weight": state["0.up.weight"].clone()}, tmp_path / "m-0.safetensors")
+    (tmp_path / "m-1.safetensors").unlink()
     report = reloaded(model, tmp_path)
     assert [item.name for item in report.load.skipped] == ["1.up.weight"]
     assert torch.equal(model[1].up.weight, state["0.up.weight"])

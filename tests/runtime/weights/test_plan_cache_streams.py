@@ -218,9 +218,16 @@ def test_a_tensor_that_nothing_takes_is_taken_when_something_does(plans, mode):
     state = {}
     for seed in (1, 2, 3):
         state = values(seed)
+        state["1.up.weight"] = state["0.up.weight"].clone()
         reloaded(model, in_one_buffer(state), mode)
         assert torch.equal(model[0].up.weight, state["0.up.weight"])
     assert len(plans) == 1
+    before = model[0].up.weight.clone()
+    with pytest.raises(
+        CheckpointError, match="are for one tied parameter, and their values differ"
+    ):
+        reloaded(model, in_one_buffer(values(4)), mode)
+    assert torch.equal(model[0].up.weight, before)
     model[1].up.weight = nn.Parameter(torch.zeros(32, 64), requires_grad=False)
     state = values(4)
     reloaded(model, in_one_buffer(state), mode)

@@ -1,4 +1,4 @@
-"""Random layouts against a plain permute, and random writes through the window against a plain tensor."""
+"""Random layouts against a plain permute; random writes in checkpoint_layout against a plain tensor."""
 
 import random
 from math import prod
@@ -56,16 +56,16 @@ def test_a_random_layout_is_its_permute_and_has_its_inverse(seed):
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_random_writes_in_the_window_land_where_they_mean(seed):
+def test_random_writes_in_the_checkpoint_layout_land_in_their_places(seed):
     choose = random.Random(1000 + seed)
     shape, split, order = random_permute(choose)
-    folds = (Permute(split, order),)
+    steps = (Permute(split, order),)
     if choose.random() < 0.3:
-        folds = (Pad(shape), *folds)
+        steps = (Pad(shape), *steps)
         shape = tuple(choose.randint(1, size) for size in shape)
     plain = torch.arange(float(prod(shape))).view(shape)
     param = nn.Parameter(plain.clone())
-    set_layout(param, WeightLayout(f"random {seed}", folds))
+    set_layout(param, WeightLayout(f"random {seed}", steps))
     with checkpoint_layout([param]):
         for step in range(8):
             mine, wanted = param.data, plain

@@ -123,10 +123,10 @@ def test_a_gradient_of_another_shape_is_in_the_way():
         copy_or_rebind(param, torch.ones(2, 6))
 
 
-def test_a_folded_or_packed_parameter_is_unfolded_first():
-    folded, q, k = parameter(32, 64), with_loader(4, 6), with_loader(2, 6)
-    set_layout(folded, "aiter_16x16")
+def test_a_parameter_with_a_layout_or_in_a_pack_is_refused():
+    tiled, q, k = parameter(32, 64), with_loader(4, 6), with_loader(2, 6)
+    set_layout(tiled, "aiter_16x16")
     pack([q, k])
-    for param in (folded, q):
+    for param in (tiled, q):
         with pytest.raises(WeightError, match="it has a layout or is part of a pack"):
             copy_or_rebind(param, param.detach().clone())

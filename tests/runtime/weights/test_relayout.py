@@ -14,8 +14,8 @@ BF16, FP8, INT4 = torch.bfloat16, torch.float8_e4m3fn, torch.uint8
 STAGING = 4 << 20
 
 
-def check_folds(param, layout, wanted):
-    """Fold, compare with `wanted`, unfold, compare with what it was."""
+def check_layout(param, layout, wanted):
+    """Set the layout, compare with `wanted`, reset it, compare with the values before."""
     before, pointer, attributes = param.detach().clone(), param.data_ptr(), dict(vars(param))
     assert set_layout(param, layout)
     assert equal(param, wanted)
@@ -39,12 +39,12 @@ def check_folds(param, layout, wanted):
     ],
 )
 @pytest.mark.parametrize("shape", [(32, 64), (3, 64, 128)])
-def test_a_fold_is_the_plain_permute_bit_for_bit(layout, dtype, shape):
+def test_a_layout_is_the_plain_permute_bit_for_bit(layout, dtype, shape):
     param = parameter(*shape, dtype=dtype)
-    check_folds(param, layout, REFERENCES[layout](param.detach().clone()))
+    check_layout(param, layout, REFERENCES[layout](param.detach().clone()))
 
 
-def test_a_fold_keeps_object_class_attributes_and_requires_grad():
+def test_set_layout_keeps_object_class_attributes_and_requires_grad():
     class Weight(nn.Parameter):
         pass
 
@@ -57,7 +57,7 @@ def test_a_fold_keeps_object_class_attributes_and_requires_grad():
     assert param.requires_grad
 
 
-def test_folding_twice_is_folding_once():
+def test_setting_a_layout_twice_is_setting_it_once():
     param = parameter(32, 64)
     wanted = aiter(param.detach().clone())
     assert set_layout(param, "aiter_16x16")
@@ -111,7 +111,7 @@ def test_strides_alone_leave_the_values_where_they_are():
         ((4, 1536, 512), "aiter_16x16"),
     ],
 )
-def test_a_fold_beyond_the_staging_buffer_is_exact_and_takes_no_second_copy(shape, layout):
+def test_a_layout_beyond_the_staging_buffer_is_exact_and_takes_no_second_copy(shape, layout):
     param = parameter(*shape, dtype=torch.float32)
     wanted = REFERENCES[layout](param.detach().clone())
     before = param.detach().clone()
@@ -125,7 +125,7 @@ def test_a_fold_beyond_the_staging_buffer_is_exact_and_takes_no_second_copy(shap
     assert equal(param, before)
 
 
-def test_all_experts_in_one_parameter_turn_each_by_itself():
+def test_all_experts_in_one_parameter_are_permuted_each_by_itself():
     experts = WeightLayout("experts", (Permute(((-1,), (-1,)), (1, 0)),))
     param = parameter(4, 48, 64)
     values = param.detach().clone()
@@ -143,7 +143,7 @@ def test_a_band_of_16_rows_keeps_its_place():
 
 
 def test_padding_is_added_and_leaves_again():
-    padded = WeightLayout("padded", (Pad((16, 32), value=2.0), *_aiter_folds()))
+    padded = WeightLayout("padded", (Pad((16, 32), value=2.0), *_aiter_steps()))
     param = nn.Parameter(torch.randn(19, 40))
     before = param.detach().clone()
     set_layout(param, padded)
@@ -155,11 +155,11 @@ def test_padding_is_added_and_leaves_again():
     assert torch.equal(param, before)
 
 
-def _aiter_folds():
+def _aiter_steps():
     return (Permute(((-1, 16), (-1, Bytes(16))), (0, 2, 1, 3)),)
 
 
-def test_a_part_of_a_larger_storage_is_folded_in_its_place():
+def test_a_part_of_a_larger_storage_gets_its_layout_in_place():
     pack = parameter(64, 64)
     before = pack.detach().clone()
     param = nn.Parameter(pack.detach()[16:48], requires_grad=False)
@@ -200,7 +200,7 @@ def test_an_unknown_name_lists_the_known_ones():
     refused("unknown layout 'aiter_32x16'; known: aiter_16x16, ", parameter(32, 64), "aiter_32x16")
 
 
-def test_a_fold_over_another_fold_names_both():
+def test_a_second_layout_is_refused_and_both_are_named():
     param = parameter(32, 64)
     set_layout(param, "aiter_16x16")
     with pytest.raises(
@@ -215,11 +215,11 @@ def test_parameters_without_memory_of_their_own_are_refused():
     refused("starts from a contiguous one", nn.Parameter(torch.randn(64, 32).t()))
 
 
-def test_a_layout_of_several_parameters_is_no_fold_of_one():
+def test_a_layout_of_several_parameters_is_not_for_one():
     refused("is of several parameters. fixpass.weights.pack", parameter(2, 2), "qkv_pack")
 
 
-def test_data_replaced_behind_a_fold_is_noticed_before_bytes_are_turned_back():
+def test_other_data_in_a_parameter_with_a_layout_is_noticed_before_bytes_move():
     param = parameter(32, 64)
     set_layout(param, "aiter_16x16")
     param.data = torch.zeros(32, 64, dtype=BF16)

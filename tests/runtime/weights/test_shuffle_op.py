@@ -1,4 +1,4 @@
-"""`fixpass::shuffle_weight`: the permute of its layout, before and after a weight is folded."""
+"""`fixpass::shuffle_weight`: the permute of its layout, before and after a weight has that layout."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_a_transposed_view_is_shuffled_by_its_values():
     assert torch.equal(got, aiter(weight.contiguous()))
 
 
-def test_a_folded_weight_is_not_shuffled_twice():
+def test_a_weight_with_the_layout_is_not_shuffled_twice():
     weight = nn.Parameter(torch.randn(32, 64))
     with torch.no_grad():
         before = weights.shuffle_weight(weight, "aiter_16x16")
@@ -34,7 +34,7 @@ def test_a_folded_weight_is_not_shuffled_twice():
     assert after.data_ptr() != weight.data_ptr()
 
 
-def test_a_weight_folded_into_another_layout_is_refused():
+def test_a_weight_with_another_layout_is_refused():
     weight = nn.Parameter(torch.randn(32, 64))
     weights.set_layout(weight, "gate_up_interleaved")
     with (

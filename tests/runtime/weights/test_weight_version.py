@@ -1,4 +1,4 @@
-"""Which writes outside of an update are seen: every kind, and the one kind that is not."""
+"""Which changes of a weight are seen: every kind of write, and the one kind that is not."""
 
 import warnings
 
@@ -10,6 +10,7 @@ from fixpass.runtime.weights.module_hooks import set_layouts
 from fixpass.runtime.weights.update import update
 from fixpass.runtime.weights.weight_version import (
     UnseenWriteWarning,
+    WeightVersion,
     announce_loads,
     fingerprint,
     watch,
@@ -206,3 +207,72 @@ def test_no_warning_without_a_write():
         warnings.simplefilter("error")
         model(torch.ones(2, 64)).sum().backward()
         assert not writes(model)
+
+
+def test_memory_that_was_freed_and_taken_again_is_told_apart():
+    """One parameter, one address, one version, the same values in the words that are compared."""
+    weight = nn.Parameter(torch.randn(4, 4))
+    source = WeightVersion(weight)
+    assert source.is_same(weight)
+    storage = weight.untyped_storage()
+    weight.data = torch.empty(0)
+    again = torch.empty(0)
+    again.set_(storage, 0, (4, 4))
+    # The very same storage is no other memory.
+    weight.data = again
+    assert source.is_same(weight)
+    del storage, again
+    weight.data = weight.data.clone()
+    assert not source.is_same(weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("shape", [(1,), (3,), (17, 5), (64, 128), (0, 4)])
+def test_every_shape_can_be_watched(dtype, shape):
+    weight = torch.ones(shape).to(dtype)
+    source = WeightVersion(weight)
+    assert source.is_same(weight)
+    if weight.nbytes >= 64:
+        weight.data.copy_(torch.full(shape, 2.0).to(dtype))
+        assert not source.is_same(weight)
+
+
+def test_a_narrow_view_is_watched_within_its_own_memory():
+    whole = torch.randn(64, 64)
+    weight = nn.Parameter(whole[:, 7:9])
+    source = WeightVersion(weight)
+    assert source.is_same(weight)
+    weight.data.copy_(torch.randn(64, 2))
+    assert not source.is_same(weight)
+
+
+def test_a_write_that_is_not_counted_and_too_small_to_be_seen_is_announced_by_its_version():
+    weight = nn.Parameter(torch.randn(1024, 1024))
+    source = WeightVersion(weight)
+    weight.data[5, 5] += 1
+    assert source.is_same(weight)
+    torch.autograd.graph.increment_version(weight)
+    assert not source.is_same(weight)
+
+
+@pytest.mark.parametrize("dims", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_a_part_of_a_larger_tensor_is_compared_by_its_own_words_alone(dtype, dims):
+    whole = torch.zeros(4, 64, 64, dtype=dtype).permute(0, *(dim + 1 for dim in dims))
+    parts = [whole[:, 8:24], whole[:, :, 40:43], whole[1:3, 24:, 3:40], whole[2]]
+    for part in parts:
+        version = WeightVersion(part)
+        others = torch.ones_like(whole, dtype=torch.bool)
+        others.as_strided(part.shape, part.stride(), part.storage_offset()).fill_(False)
+        whole.data[others.cpu()] += 1
+        assert version.is_same(part)
+        part.data.copy_(part.data + 1)
+        assert not version.is_same(part)
+
+
+def test_an_expanded_weight_is_watched():
+    weight = torch.zeros(64).expand(32, 64)
+    version = WeightVersion(weight)
+    assert version.is_same(weight)
+    weight.data[0] += 1
+    assert not version.is_same(weight)

@@ -14,9 +14,11 @@ import torch
 from benchmarks import (
     all_reduce,
     compile_time,
+    decode,
     fold,
     fold_decode,
     guards,
+    linear,
     load,
     machine_code,
     matching,
@@ -42,6 +44,8 @@ BENCHMARKS: dict[str, Callable[[bool], Result]] = {
     "guards": guards.run,
     "fold": fold.run,
     "fold-decode": fold_decode.run,
+    "linear": linear.run,
+    "decode": decode.run,
     "reload": reload.run,
     "reload-many": reload.run_many,
 }

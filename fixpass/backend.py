@@ -25,6 +25,7 @@ from fixpass.passes.report import Report
 from fixpass.pipelines import (
     check_torch,
     graph_pipeline,
+    linears,
     present_target,
     register_lowerings,
 )
@@ -98,11 +99,13 @@ def fixpass(
     entry = run_entry_passes(gm, example_inputs, config, may_restride=True)
     record(entry.report)
     entry.retrace_if_restrided()
-    pipeline = graph_pipeline(config, present_target(example_inputs, config))
+    patches |= dict(config.inductor)
+    target = present_target(example_inputs, config)
+    pipeline = graph_pipeline(config, target, linears(config, target, example_inputs, patches))
     if config.lower == "eager":
         run = compile_graphs(entry.gm, entry.inputs, lambda g, stage: run_on(pipeline, g, stage))
         return entry.bind_inputs(run)
-    patches |= {**dict(config.inductor), HOOK: GraphPass(pipeline, _user_hooks(config))}
+    patches[HOOK] = GraphPass(pipeline, _user_hooks(config))
     register_lowerings()
     compiled: Any = compile_fx(entry.gm, entry.inputs, config_patches=patches)
     return entry.bind_inputs(compiled)

@@ -73,6 +73,7 @@ def _items(label: str, value: Any) -> tuple[tuple[str, Any], ...]:
 
 _IS_FLAG = _value(lambda value: isinstance(value, bool), "True or False")
 _IS_LOWER = _value(lambda value: value in ("inductor", "eager"), '"inductor" or "eager"')
+_IS_LINEAR = _value(lambda value: value in ("auto", "inductor"), '"auto" or "inductor"')
 _IS_MODE = _value(
     lambda value: value in ("cache", "restride", "off", None), '"cache", "restride" or "off"'
 )
@@ -175,6 +176,8 @@ class Config:
     """Weight-only subgraphs: "cache" keeps their values beside the weights. "restride" changes the
     strides of the weights themselves where that is safe. "off" leaves the subgraphs in the graph.
     None is "cache" for weights on CPU, and "off" for others."""
+    linear: str = field(default="auto", metadata=_facts(_IS_LINEAR, _word, "FIXPASS_LINEAR"))
+    """Linear layers on CPU: "auto" calls `skinny_linear` for few rows, "inductor" never does."""
     inductor: tuple[tuple[str, Any], ...] = field(default=(), metadata=_facts(_items))
     """Options for Inductor itself, as `torch.compile` takes them."""
 

@@ -26,7 +26,14 @@ from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.passes.report import Report
 from fixpass.passes.rewrite import guards_suppressed
-from fixpass.pipelines import check_torch, graph_pipeline, known_targets, preferred, present_target
+from fixpass.pipelines import (
+    check_torch,
+    graph_pipeline,
+    known_targets,
+    linears,
+    preferred,
+    present_target,
+)
 
 
 def explain(
@@ -73,7 +80,8 @@ def explain(
         chosen = absent or present_target(example_inputs, config)
         entry = run_entry_passes(gm, example_inputs, config, f"target {chosen.name}")
         reports.append(entry.report)
-        pipeline = graph_pipeline(config, chosen, may_communicate=False)
+        layers = linears(config, chosen, example_inputs, dict(config.inductor))
+        pipeline = graph_pipeline(config, chosen, layers, may_communicate=False)
         return entry.bind_inputs(_compile(entry.gm, entry.inputs, pipeline, chosen, reports))
 
     without_gradients = _is_inference(model, (args, kwargs))

@@ -4,7 +4,7 @@ The entry point groups `fixpass.passes`, `fixpass.kernels` and `fixpass.targets`
 a process.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import entry_points
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._inductor import config as inductor_config
 
 from fixpass.config import Config, local_world_size
 from fixpass.lowering.contract import Kernel
@@ -23,11 +24,14 @@ from fixpass.passes.fold_weights import FoldWeights
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
 from fixpass.passes.prepack_linears import PrepackLinears
+from fixpass.passes.select_linear_kernel import SelectLinearKernel
 from fixpass.runtime.errors import ConfigError, UnsupportedTorchError
 from fixpass.runtime.providers import describe_needs
 from fixpass.runtime.symmetric_memory.policy import Policy
 from fixpass.runtime.weights.prepack import packable_dtypes
 
+OWN_LINEARS = ("freezing", "max_autotune", "max_autotune_gemm")
+"""Options of Inductor with which it packs weights, or fuses pointwise operations into a matmul."""
 OLDEST, NEWEST = (2, 11), (2, 14)
 
 
@@ -110,14 +114,40 @@ def entry_pipeline(config: Config, *, may_restride: bool = False) -> Pipeline:
     return Pipeline(steps, strict=config.strict, fuel=config.fuel)
 
 
-def graph_pipeline(config: Config, target: Target, *, may_communicate: bool = True) -> Pipeline:
+def graph_pipeline(
+    config: Config,
+    target: Target,
+    linears: SelectLinearKernel | None = None,
+    *,
+    may_communicate: bool = True,
+) -> Pipeline:
     """What runs on the functional ATen graph for `target`.
 
     may_communicate: the ranks of a group may be asked about it, which waits until they all compile.
     """
-    ours = default_passes(target, collectives(config, target, may_communicate))
+    ours = default_passes(target, collectives(config, target, may_communicate), linears)
     steps = in_order(ours, (*installed_passes(), *config.passes))
     return Pipeline(_enabled(steps, config), config.verify, config.strict, config.fuel)
+
+
+def linears(
+    config: Config, target: Target, example_inputs: Sequence[object], patches: Mapping[str, Any]
+) -> SelectLinearKernel | None:
+    """The pass for linear layers, with what is known of this compile.
+
+    patches: the options of Inductor that the compile changes.
+    """
+    if config.linear == "inductor":
+        return None
+    options = {name: getattr(inductor_config, name) for name in OWN_LINEARS} | dict(patches)
+    if torch.is_grad_enabled() and any(
+        isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs
+    ):
+        return SelectLinearKernel(reason="the call records gradients")
+    for name in OWN_LINEARS:
+        if options[name]:
+            return SelectLinearKernel(reason=f"its option {name!r} chooses their kernels")
+    return SelectLinearKernel(target.device_type == "cpu")
 
 
 def collectives(config: Config, target: Target, may_communicate: bool) -> PlaceSymmetricMemory:

@@ -20,6 +20,8 @@ OPERANDS: Mapping[str, tuple[str, ...]] = {
     "layer_norm": ("x", "weight", "bias"),
     "add_rms_norm": ("x", "residual", "weight", "bias"),
     "qk_norm": ("q", "k", "q_weight", "k_weight"),
+    # A linear layer is an ATen op: its pass reads the operands, the weight (K, N) as mm takes it.
+    "linear": ("x", "weight", "bias"),
 }
 # Operands that have one row for each row of x; q and k have rows of their own.
 ROW_OPERANDS = ("x", "residual", "out")

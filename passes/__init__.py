@@ -7,10 +7,12 @@ from fixpass.passes.drop_dead_copies import DropDeadCopies
 from fixpass.passes.fold_weights import FoldWeights
 from fixpass.passes.functionalize_norms import FunctionalizeNorms
 from fixpass.passes.insert_relayout import InsertRelayout
+from fixpass.passes.join_linears import JoinLinears
 from fixpass.passes.join_qk_norms import JoinQkNorms
 from fixpass.passes.lower_norms import LowerNorms
 from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
 from fixpass.passes.prepack_linears import PrepackLinears
+from fixpass.passes.select_linear_kernel import SelectLinearKernel
 from fixpass.passes.select_norm_kernel import SelectNormKernel
 
 
@@ -32,11 +34,14 @@ def entry_passes(
 
 
 def default_passes(
-    target: Target, collectives: PlaceSymmetricMemory | None = None
+    target: Target,
+    collectives: PlaceSymmetricMemory | None = None,
+    linears: SelectLinearKernel | None = None,
 ) -> tuple[Pass, ...]:
     """What runs on the functional ATen graph, in order.
 
-    collectives: what is known of the process groups; None where there are none.
+    collectives: what is known of the process groups; None where there are none. linears: whether
+    this process has a kernel for linear layers; None where nobody asked.
     """
     return (
         # First: everything after it sees one spelling of each norm.
@@ -51,6 +56,10 @@ def default_passes(
         JoinQkNorms(target),
         # Norms behind an all-reduce are settled; nothing above looks at collectives.
         collectives or PlaceSymmetricMemory(target),
+        # Behind the collectives: the matmul of a row-parallel layer belongs to its all-reduce.
+        linears or SelectLinearKernel(),
+        # Joins the layers whose kernel takes several weights.
+        JoinLinears(target.device_type if linears else "cpu"),
         # Last: what Inductor compiles becomes plain operations again and fuses.
         LowerNorms(),
     )

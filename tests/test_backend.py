@@ -105,7 +105,7 @@ def test_a_pass_of_the_users_own_runs_after_ours():
 
 def test_disabled_passes_do_not_run():
     block, before = Block(), fixpass.last_reports()
-    disable = ("canonicalize-norms", "functionalize-norms")
+    disable = ("canonicalize-norms", "functionalize-norms", "select-linear-kernel")
     assert_same(compiled(block, {**EAGER, "disable": disable}), block, f32(2, 5, 32))
     assert fixpass.last_reports() == before
 

@@ -33,6 +33,8 @@ canonicalize-norms
     applied rms_norm (q_norm): became rms_norm of bf16[5, 4, 16][192, 16, 1]
 select-norm-kernel
     applied rms_norm (q_norm): inductor reads bf16[5, 4, 16][192, 16, 1], 0 bytes copied
+select-linear-kernel
+    applied skinny_linear (qkv): skinny_linear reads bf16[32, 192][1, 32] once, 12,288 bytes
 """,
     )
 

@@ -167,7 +167,8 @@ def test_a_wrapper_is_refused_with_the_model_inside_it_which_then_compiles():
     path = caught.value.args[0].split("compile(model.")[1].split(")")[0]
     compile(wrapper.get_submodule(path), **EAGER)
     assert torch.equal(generate(wrapper, "dynamic"), want)
-    assert norms_rewritten(last_reports()[len(before) :])
+    # By identity: the deque of reports may be full, and then its length says nothing.
+    assert norms_rewritten([new for new in last_reports() if not any(new is old for old in before)])
 
 
 def test_an_unknown_option_is_refused_before_anything_changes():

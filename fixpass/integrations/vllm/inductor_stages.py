@@ -27,6 +27,7 @@ from fixpass.passes.functionalize_norms import FunctionalizeNorms
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
 from fixpass.passes.report import Report
+from fixpass.passes.select_linear_kernel import SelectLinearKernel
 from fixpass.pipelines import (
     collectives,
     graph_pipeline,
@@ -36,6 +37,7 @@ from fixpass.pipelines import (
 
 FILES = (__file__, ir.__file__, shm_all_reduce.__file__)
 ENTRY_HOOK = "pre_grad_custom_pass"
+VLLM_LINEARS = SelectLinearKernel(reason="vLLM has kernels of its own for them on CPU")
 log = logging.getLogger("vllm.fixpass")
 
 
@@ -88,7 +90,7 @@ class _Stage(InductorPass):  # type: ignore[misc]
         """Equal in every process of a job and from start to start; asks no device."""
         kind = current_platform.device_type
         target = Target(kind, kind, self.config.norm_kernels or ())
-        pipeline = graph_pipeline(self.config, target, may_communicate=False)
+        pipeline = graph_pipeline(self.config, target, VLLM_LINEARS, may_communicate=False)
         steps = tuple(
             replace(step, topology=self.ranks) if isinstance(step, PlaceSymmetricMemory) else step
             for step in pipeline.passes
@@ -112,7 +114,7 @@ class GraphStage(_Stage):
 
     def pipeline(self) -> Pipeline:
         target = target_here(torch.device(current_platform.device_type), self.config)
-        pipeline = graph_pipeline(self.config, target)
+        pipeline = graph_pipeline(self.config, target, VLLM_LINEARS)
         if not self.lowers_ir:
             return pipeline
         return replace(pipeline, passes=(*pipeline.passes, ir.LowerVllmIr()))

@@ -1,0 +1,104 @@
+"""Linear layers of few rows on CPU: torch, oneDNN over a packed copy, skinny_linear, a plain read.
+
+Each call reads another copy of the weight, so that none comes out of a cache. The clock is wall
+time, because threads wait for memory together; all ways run in each round.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.results import Check, Result, ratios, spread
+from benchmarks.timing import interleave
+from fixpass.runtime import linear
+
+ABOUT = (
+    "x (rows, K) by a weight (N, K), or (K, N) where marked, on {threads} threads. oneDNN reads a "
+    "copy that it packed; the others read the plain weight. Read: one pass over the same bytes."
+)
+# N, K, whether the weight is (K, N): Qwen3's and Llama's layers, a head, odd sizes, Conv1D.
+SHAPES = (
+    (4096, 4096, False),
+    (3072, 1024, False),
+    (1024, 3072, False),
+    (8192, 1024, False),
+    (1025, 999, False),
+    (3072, 1024, True),
+)
+ROWS = (1, 2, 4, 8, 16)
+BYTES = 96 << 20
+"""Bytes of all copies of a weight: more than the caches hold."""
+
+
+def run(quick: bool) -> Result:
+    result = Result("linear", "", quick=quick)
+    assert linear.unavailable() == ""
+    for threads in (1,) if quick else (1, 2):
+        torch.set_num_threads(threads)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for n, k, transposed in SHAPES[1:2] if quick else SHAPES:
+                for rows in ROWS:
+                    _add(result, (rows, n, k, transposed), dtype, threads)
+    torch.set_num_threads(1)
+    result.about = ABOUT.format(threads="1 and 2" if not quick else "1")
+    return result
+
+
+@torch.no_grad()
+def _add(
+    result: Result, shape: tuple[int, int, int, bool], dtype: torch.dtype, threads: int
+) -> None:
+    rows, n, k, transposed = shape
+    torch.manual_seed(0)
+    count = max(1, BYTES // (n * k * dtype.itemsize))
+    weights = [torch.randn(k, n).to(dtype) if transposed else None for _ in range(count)]
+    plain = [torch.randn(n, k).to(dtype) if w is None else w.t() for w in weights]
+    x = torch.randn(rows, k).to(dtype)
+    samples = interleave(_ways(x, plain), 3 if result.quick else 15, clock=time.perf_counter)
+    case = {
+        "threads": threads,
+        "dtype": str(dtype).removeprefix("torch."),
+        "weight": f"({k}, {n})" if transposed else f"{n} x {k}",
+        "rows": rows,
+    }
+    for way, taken in samples.items():
+        result.rows.append(
+            {
+                **case,
+                "way": way,
+                "ms": spread([seconds / count * 1e3 for seconds in taken]),
+                "time / skinny_linear": ratios(taken, samples["skinny_linear"]),
+            }
+        )
+    if rows == 1 and not transposed and dtype is not torch.float16:
+        speed = ratios(samples["read"], samples["skinny_linear"]).median
+        name = f"{threads} threads, {case['dtype']}, {case['weight']}: speed / a read's"
+        result.checks.append(Check(name, speed, 0.85, at_least=True))
+
+
+def _ways(x: Tensor, weights: list[Tensor]) -> dict[str, Callable[[], object]]:
+    skinny = torch.ops.fixpass.skinny_linear.default
+    views = [weight.t() for weight in weights]
+    # Sums of 64-bit integers: a vectorised pass that computes next to nothing.
+    words = [_words(weight) for weight in weights]
+    found: dict[str, Callable[[], object]] = {
+        "F.linear": lambda: [F.linear(x, weight) for weight in weights],
+        "skinny_linear": lambda: [skinny(x, view, None) for view in views],
+        "read": lambda: [torch.sum(word) for word in words],
+    }
+    if x.dtype is not torch.float16 or torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        pack = torch.ops.mkldnn._reorder_linear_weight
+        packed = [pack(weight.contiguous()) for weight in weights]
+        layer = torch.ops.mkldnn._linear_pointwise.default
+        found["oneDNN packed"] = lambda: [layer(x, w, None, "none", [], "") for w in packed]
+    return found
+
+
+def _words(weight: Tensor) -> Tensor:
+    """The bytes of a weight, as far as they are whole words."""
+    flat = weight.contiguous() if weight.is_contiguous() else weight.t()
+    flat = flat.reshape(-1)
+    return flat[: flat.numel() // 8 * 8].view(torch.int64)

@@ -1,0 +1,77 @@
+"""The ops `fixpass::skinny_linear` and `skinny_linears`: few rows of x by plain weights, on CPU.
+
+A decode step reads each weight once, so memory bounds it. The C++ kernel reads the weight as it is
+stored, at the speed of memory: nothing is packed, no second copy exists, and an update of the
+weight is read by the next call. More rows than MOST_ROWS, and whatever else the kernel does not
+take, PyTorch computes. Gradients are PyTorch's.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fixpass.runtime import extension, ops
+
+MOST_ROWS = 16
+"""The kernel computes x of so many rows; PyTorch computes more."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unavailable() -> str:
+    """Why this process has no C++ kernel; empty where it has one. The first call builds it."""
+    return extension.load("skinny_linear", uses_torch=True).reason
+
+
+def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x (M, K) @ weight (K, N) + bias (N), in one pass over the weight for few rows.
+
+    Args:
+        x: 2-D, of any strides.
+        weight: As `torch.mm` takes it. The kernel reads it where its rows or its columns have
+            elements side by side, with any distance between them.
+        bias: A vector, or None.
+
+    """
+    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+
+
+def _run_one(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # A graph from a cache calls the op in a process that has not asked for the kernel yet.
+    if x.device.type == "cpu" and not unavailable():
+        result: Tensor = torch.ops.fixpass.skinny_linear(x, weight, bias)
+        return result
+    return skinny_linear(x, weight, bias)
+
+
+def _run_all(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    return [_run_one(x, *layer) for layer in zip(weights, biases, strict=True)]
+
+
+def _fake_one(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[1]))
+
+
+def _fake_all(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    return [_fake_one(x, weight, None) for weight in weights]
+
+
+_ONE = "skinny_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
+_ALL = "skinny_linears(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]"
+
+
+def _define(
+    library: torch.library.Library, schema: str, run: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    name = schema.partition("(")[0]
+    # Any layout will do: Inductor copies nothing for these ops.
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+    library.impl(name, run, "CompositeExplicitAutograd")
+    # PyTorch's own ops record the gradient, here and in the C++.
+    library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"fixpass::{name}", fake, lib=library)
+
+
+_define(ops.DEFINITIONS, _ONE, _run_one, _fake_one)
+_define(ops.DEFINITIONS, _ALL, _run_all, _fake_all)

@@ -1,0 +1,219 @@
+"""skinny_linear: right for every shape, stride and dtype, the same bits whatever the threads."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fixpass.runtime import extension, linear
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = ("rows", "columns", "pitched rows", "pitched columns", "every other", "expanded")
+skinny_linear = torch.ops.fixpass.skinny_linear.default
+skinny_linears = torch.ops.fixpass.skinny_linears.default
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernel():
+    assert linear.unavailable() == ""
+
+
+def matrix(rows, columns, dtype, layout="rows"):
+    """Random values (rows, columns) that lie in memory as `layout` says."""
+    values = torch.randn(rows, columns, dtype=torch.float64)
+    if layout == "expanded":
+        return values[:, :1].to(dtype).expand(rows, columns)
+    if layout == "every other":
+        storage = torch.full((rows, 2 * columns), float("nan"), dtype=dtype)
+        return storage[:, ::2].copy_(values)
+    if "columns" in layout:
+        kind = "pitched rows" if "pitched" in layout else "rows"
+        return matrix(columns, rows, dtype, kind).t().copy_(values)
+    # An odd offset and an odd pitch: nothing is aligned, and what lies between is no number.
+    pad = 3 if "pitched" in layout else 0
+    storage = torch.full((rows, columns + pad), float("nan"), dtype=dtype)
+    return storage[:, pad:].copy_(values)
+
+
+def assert_as_exact_as_torch(got, x, weight, bias=None):
+    """`got` differs from float64 by little more than torch's own result does."""
+    exact = x.double() @ weight.double() + (0 if bias is None else bias.double())
+    theirs = x @ weight if bias is None else torch.addmm(bias, x, weight)
+    assert (got.shape, got.dtype, got.stride()) == (exact.shape, x.dtype, exact.stride())
+    ulp = torch.finfo(x.dtype).eps * exact.abs().max().clamp(min=1) if exact.numel() else 0
+    summed = torch.finfo(torch.float32).eps * (x.double().abs() @ weight.double().abs())
+    allowed = (theirs - exact).abs() + 2 * summed + ulp
+    assert bool(((got - exact).abs() <= allowed).all())
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    rows=st.integers(1, 20),
+    depth=st.one_of(st.integers(1, 70), st.sampled_from([127, 512, 1025, 2050])),
+    size=st.one_of(st.integers(1, 70), st.sampled_from([129, 300, 515])),
+    dtype=st.sampled_from(DTYPES),
+    x_layout=st.sampled_from(LAYOUTS),
+    layout=st.sampled_from(LAYOUTS),
+    has_bias=st.booleans(),
+    threads=st.sampled_from([1, 2, 3]),
+)
+def test_values_are_those_of_float64(rows, depth, size, dtype, x_layout, layout, has_bias, threads):
+    x, weight = matrix(rows, depth, dtype, x_layout), matrix(depth, size, dtype, layout)
+    bias = matrix(1, size, dtype, "every other")[0] if has_bias else None
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = skinny_linear(x, weight, bias)
+    finally:
+        torch.set_num_threads(before)
+    assert_as_exact_as_torch(got, x, weight, bias)
+    is_torchs = rows > linear.MOST_ROWS or layout in ("every other", "expanded")
+    if not is_torchs:
+        torch.testing.assert_close(skinny_linear(x, weight, bias), got, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_a_row_has_the_same_bits_in_every_batch(dtype, layout):
+    x, weight = matrix(16, 1030, dtype), matrix(1030, 600, dtype, layout)
+    alone = torch.cat([skinny_linear(row[None], weight, None) for row in x])
+    for rows in range(2, 17):
+        got = skinny_linear(x[:rows], weight, None)
+        torch.testing.assert_close(got, alone[:rows], rtol=0, atol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 17),
+    sizes=st.lists(st.integers(1, 90), min_size=1, max_size=4),
+    layouts=st.lists(st.sampled_from(LAYOUTS), min_size=4, max_size=4),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_several_weights_give_what_each_gives_alone(rows, sizes, layouts, dtype):
+    x = matrix(rows, 70, dtype)
+    weights = [
+        matrix(70, size, dtype, layout) for size, layout in zip(sizes, layouts, strict=False)
+    ]
+    biases = [None if i % 2 else torch.randn(size).to(dtype) for i, size in enumerate(sizes)]
+    results = skinny_linears(x, weights, biases)
+    for got, weight, bias in zip(results, weights, biases, strict=True):
+        torch.testing.assert_close(got, skinny_linear(x, weight, bias), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_nan_and_infinity_propagate_as_in_eager(dtype, layout):
+    x, weight = matrix(4, 75, dtype), matrix(75, 40, dtype, layout)
+    x[0, 3], x[1, 74], weight[74, 5], weight[0, 39] = float("nan"), float("inf"), -float("inf"), 0
+    got, wanted = skinny_linear(x, weight, None), x @ weight
+    assert torch.equal(got.isnan(), wanted.isnan())
+    infinite = wanted.isinf()
+    assert torch.equal(got[infinite], wanted[infinite])
+    assert bool(got.isinf().eq(infinite).all())
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 7), (3, 0, 7), (3, 5, 0), (0, 0, 0)])
+def test_empty_operands(shape):
+    rows, depth, size = shape
+    x, weight, bias = torch.randn(rows, depth), torch.randn(depth, size), torch.randn(size)
+    for vector in (None, bias):
+        wanted = x @ weight if vector is None else torch.addmm(vector, x, weight)
+        assert torch.equal(skinny_linear(x, weight, vector), wanted)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "bias"),
+    [
+        (torch.randn(3, 5), torch.randn(4, 7), None),
+        (torch.randn(3, 5), torch.randn(5, 7), torch.randn(6)),
+        (torch.randn(3, 5), torch.randn(5, 7).bfloat16(), None),
+        (torch.randn(5), torch.randn(5, 7), None),
+        (torch.randn(2, 3, 5), torch.randn(5, 7), None),
+    ],
+)
+def test_operands_that_do_not_fit_raise_what_torch_raises(x, weight, bias):
+    with pytest.raises(RuntimeError):
+        linear.skinny_linear(x, weight, bias)
+    with pytest.raises(RuntimeError):
+        skinny_linear(x, weight, bias)
+
+
+def test_float64_and_integers_are_torchs():
+    for dtype in (torch.float64, torch.int64):
+        x, weight = torch.randn(3, 5).mul(9).to(dtype), torch.randn(5, 7).mul(9).to(dtype)
+        assert torch.equal(skinny_linear(x, weight, None), x @ weight)
+
+
+def test_a_gradient_is_torchs():
+    x, weight = torch.randn(3, 5, requires_grad=True), torch.randn(5, 7, requires_grad=True)
+    skinny_linear(x, weight, None).square().sum().backward()
+    wanted = torch.autograd.grad((x @ weight).square().sum(), (x, weight))
+    torch.testing.assert_close((x.grad, weight.grad), wanted)
+
+
+def test_an_output_shares_no_memory_and_the_next_call_reads_an_updated_weight():
+    x, weight = torch.randn(2, 8), torch.randn(8, 4)
+    first = skinny_linear(x, weight, None)
+    kept = first.clone()
+    weight.data.mul_(2)
+    torch.testing.assert_close(skinny_linear(x, weight, None), 2 * kept)
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize("op", [skinny_linear, skinny_linears])
+def test_the_ops_keep_the_rules_of_custom_ops(op):
+    args = (torch.randn(3, 40), torch.randn(40, 9), torch.randn(9))
+    if op is skinny_linears:
+        args = (args[0], [args[1], torch.randn(7, 40).t()], [args[2], None])
+    with torch.no_grad():
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+COMPARE = """
+import torch
+from fixpass.runtime import extension, linear
+extension.FLAGS = tuple({flag!r} if f == "-march=native" else f for f in extension.FLAGS)
+assert linear.unavailable() == ""
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for rows in (1, 2, 3, 4, 5, 7, 9, 12, 16):
+        for depth, size in ((1, 1), (33, 65), (130, 7), (1030, 129)):
+            for is_rows in (True, False):
+                x, weight = torch.randn(rows, depth).to(dtype), torch.randn(depth, size).to(dtype)
+                stored = weight.t().contiguous().t() if is_rows else weight
+                got = torch.ops.fixpass.skinny_linear(x, stored, None)
+                exact = x.double() @ weight.double()
+                error = (got - exact).abs().max() / exact.abs().max()
+                assert error < 4 * torch.finfo(dtype).eps * max(1, depth**0.5 / 8), (dtype, rows)
+"""
+
+
+@pytest.mark.full
+@pytest.mark.skipif(sys.platform != "linux", reason="names x86-64 processors to GCC")
+@pytest.mark.parametrize("processor", ["x86-64", "haswell", "skylake-avx512"])
+def test_other_processors_get_a_right_kernel(processor):
+    flags = Path("/proc/cpuinfo").read_text()
+    wanted = {"x86-64": "sse2", "haswell": "avx2", "skylake-avx512": "avx512vl"}[processor]
+    if wanted not in flags:
+        pytest.skip(f"this processor has no {wanted}")
+    command = [sys.executable, "-P", "-c", COMPARE.format(flag=f"-march={processor}")]
+    subprocess.run(command, check=True, timeout=300)
+
+
+def test_a_process_without_a_compiler_computes_with_torch():
+    script = (
+        "import torch, warnings; from fixpass.runtime import extension, linear\n"
+        "extension.load = lambda name, **_: extension.Extension(None, 'no compiler')\n"
+        "assert linear.unavailable() == 'no compiler'\n"
+        "x, w = torch.randn(2, 5), torch.randn(5, 7)\n"
+        "assert torch.equal(torch.ops.fixpass.skinny_linear(x, w, None), x @ w)\n"
+        "assert torch.equal(torch.ops.fixpass.skinny_linears(x, [w], [None])[0], x @ w)\n"
+    )
+    subprocess.run([sys.executable, "-P", "-c", script], check=True, timeout=120)
+
+
+def test_the_extension_compiles_once():
+    assert extension.load("skinny_linear", uses_torch=True).library is not None

@@ -4,13 +4,18 @@ The variance is the mean of squares of the centered values, held in registers: x
 once. It keeps no statistics for a backward pass.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from fixpass.runtime.kernels.checks import check_layer_norm
-from fixpass.runtime.kernels.launch import lanes_of, parts
-from fixpass.runtime.kernels.rms_norm import plan_norm
-from fixpass.runtime.kernels.rounding import rounding
+from fixpass.runtime.kernels.checks import check_norm_overlap
+from fixpass.runtime.kernels.launch_cache import LaunchCache
+from fixpass.runtime.kernels.rms_norm import OPERANDS, norm_kernel, plan_launches
+
+LAUNCHES = LaunchCache(
+    norm_kernel, OPERANDS, partial(plan_launches, center=True), check_norm_overlap
+)
 
 
 def layer_norm(
@@ -23,13 +28,8 @@ def layer_norm(
     weight_offset: float = 0.0,
     norm_dtype: torch.dtype | None = None,
     weight_dtype: torch.dtype | None = None,
+    outputs_are_new: bool = False,
 ) -> None:
     """Write the layer norm of `x` over its last dimension into `out`, both of any strides."""
-    check_layer_norm(
-        x, weight, eps, out=out, bias=bias, norm_dtype=norm_dtype, weight_dtype=weight_dtype
-    )
-    if x.numel() == 0:
-        return
-    rule = rounding(weight, bias, weight_offset, norm_dtype, weight_dtype)
-    for rows in parts(x=x, out=out):
-        plan_norm(rows, weight, bias, eps, rule, center=True, lanes=lanes_of(x.device)).run()
+    options = (eps, weight_offset, norm_dtype, weight_dtype)
+    LAUNCHES.run((x, weight, bias, out), options, outputs_are_new)

@@ -7,13 +7,16 @@ It keeps no statistics for a backward pass.
 # A kernel's arguments have no Python types.
 # ruff: noqa: ANN001, ANN201
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fixpass.runtime.kernels.checks import check_rms_norm
+from fixpass.runtime.kernels.checks import check_norm, check_norm_overlap
 from fixpass.runtime.kernels.launch import Launch, lanes_of, parts, plan_rows, run_time
+from fixpass.runtime.kernels.launch_cache import LaunchCache
 from fixpass.runtime.kernels.rounding import rounding
 from fixpass.runtime.kernels.tile import norm_tile
 
@@ -77,16 +80,35 @@ def rms_norm(
     weight_offset: float = 0.0,
     norm_dtype: torch.dtype | None = None,
     weight_dtype: torch.dtype | None = None,
+    outputs_are_new: bool = False,
 ) -> None:
     """Write the RMS norm of `x` over its last dimension into `out`, both of any strides."""
-    check_rms_norm(
-        x, weight, eps, out=out, bias=bias, norm_dtype=norm_dtype, weight_dtype=weight_dtype
-    )
+    options = (eps, weight_offset, norm_dtype, weight_dtype)
+    LAUNCHES.run((x, weight, bias, out), options, outputs_are_new)
+
+
+def plan_launches(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    eps: float,
+    weight_offset: float,
+    norm_dtype: torch.dtype | None,
+    weight_dtype: torch.dtype | None,
+    *,
+    center: bool,
+) -> list[Launch]:
+    """Check the operands; one launch, several where `parts` cuts them, none without elements."""
+    check_norm(x, weight, bias, out, norm_dtype, weight_dtype)
     if x.numel() == 0:
-        return
+        return []
     rule = rounding(weight, bias, weight_offset, norm_dtype, weight_dtype)
-    for rows in parts(x=x, out=out):
-        plan_norm(rows, weight, bias, eps, rule, center=False, lanes=lanes_of(x.device)).run()
+    lanes = lanes_of(x.device)
+    return [
+        plan_norm(rows, weight, bias, eps, rule, center=center, lanes=lanes)
+        for rows in parts(x=x, out=out)
+    ]
 
 
 def plan_norm(
@@ -102,3 +124,9 @@ def plan_norm(
     """The launch of a norm of checked operands with at least one element."""
     constants = {**rule, "CENTER": center}
     return plan_rows(norm_kernel, rows, weight, bias, eps, constants, lanes=lanes)
+
+
+OPERANDS = ("x", "weight", "bias", "out")
+LAUNCHES = LaunchCache(
+    norm_kernel, OPERANDS, partial(plan_launches, center=False), check_norm_overlap
+)

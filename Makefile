@@ -15,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 FIXPASS_VERIFY=1 $(P
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-full engines accept lint format type check bench wheel doctor clean
+.PHONY: help demo test test-full engines accept lint format type check bench gpu wheel doctor clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,11 @@ check: lint type test ## What CI runs: lint, type, test
 
 bench: $(STAMP) ## Measure: tables, and JSON in benchmarks/results
 	@$(PY) -m benchmarks
+
+# No target before it: a machine with a GPU may have no network. It takes the environment of
+# this checkout where there is one, else the machine's Python with torch and triton.
+gpu: ## Check and measure on a GPU in nine minutes; GPU="--device cpu" is a dry run
+	@PYTHONPATH=$(CURDIR) $(if $(wildcard $(PY)),$(PY),$(PYTHON)) -P -m benchmarks gpu $(GPU)
 
 # A stale build/ would put deleted modules into the wheel; building it from the sdist
 # shows that the sdist is complete.

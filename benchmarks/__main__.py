@@ -19,13 +19,13 @@ from benchmarks import (
     guards,
     load,
     matching,
-    norms,
     reload,
     row_parallel,
     run_time,
     strided_norm,
     vllm_serving,
 )
+from benchmarks.gpu import command
 from benchmarks.results import Result
 
 BENCHMARKS: dict[str, Callable[[bool], Result]] = {
@@ -50,10 +50,10 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main(argv: Sequence[str]) -> int:
-    if argv[:1] == ["norms"]:
-        return norms.main(argv[1:])
+    if argv[:1] == ["gpu"]:
+        return command.main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    names = [*BENCHMARKS, "norms", "all"]
+    names = [*BENCHMARKS, "gpu", "all"]
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(names)} (default)")
     parser.add_argument("--quick", action="store_true", help="small sizes, few repeats")
     parser.add_argument("--out", type=Path, help="folder for the JSON and the tables")
@@ -72,8 +72,6 @@ def main(argv: Sequence[str]) -> int:
             if out is not None:
                 result.write(out)
             held = held and all(check.holds for check in result.checks)
-    if chosen & {"norms", "all"}:
-        norms.main([])
     return 0 if held or arguments.quick else 1
 
 

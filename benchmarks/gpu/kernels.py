@@ -21,7 +21,7 @@ from fixpass.testing.kernel_memory import probe, trace_memory
 from fixpass.testing.kernel_memory.on_device import launcher_on
 
 EPS = 1e-6
-CPU_CASES = 40
+CPU_CASES = 24
 FAR = 2**31
 
 

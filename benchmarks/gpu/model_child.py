@@ -53,32 +53,31 @@ def build(model: str, sizes: dict[str, int], device: str, dtype: torch.dtype) ->
     return found.to(dtype).requires_grad_(False)
 
 
-def compiled(function: Callable[..., Any], name: str, graphs: bool = False) -> Callable[..., Any]:
-    """`function` under the backend of this process."""
+def compiled(
+    function: Callable[..., Any], name: str, under: str, graphs: bool = False
+) -> Callable[..., Any]:
+    """`function` under one of the backends of `models.BACKENDS`."""
     inductor = {"triton.cudagraphs": True} if graphs else {}
     # A code object of its own: Dynamo's limit of compilations counts by code objects.
     own = FunctionType(
         function.__code__.replace(co_name=name), function.__globals__, name,
         function.__defaults__, function.__closure__,
     )  # fmt: skip
-    if BACKEND == "eager":
+    if under == "eager":
         return own
-    if BACKEND == "inductor":
+    if under == "inductor":
         return torch.compile(own, dynamic=False, options=inductor or None)
     options: dict[str, Any] = {"inductor": inductor} if inductor else {}
-    if BACKEND != "fixpass":
+    if under != "fixpass":
         options["norm_kernels"] = ("inductor",)
     return torch.compile(own, backend=backend, dynamic=False, options=options)
-
-
-BACKEND = "eager"
 
 
 class Calls:
     """The calls that are measured: `all` by name, with the calls of one sample."""
 
-    def __init__(self, model: str, part: Part) -> None:
-        self.part, self.device = part, part.device
+    def __init__(self, model: str, under: str, part: Part) -> None:
+        self.under, self.device = under, part.device
         sizes = LARGE if part.on_gpu else SMALL
         self.model = build(model, sizes, part.device, torch.bfloat16)
         self.vocabulary = sizes["vocab_size"]
@@ -87,7 +86,7 @@ class Calls:
         self.steps = STEPS if part.on_gpu else 2
         for length in (512, 2048) if part.on_gpu else (8,):
             self.all[f"prefill {length}"] = self._prefill(length), 1
-        with_graphs = (False, True) if part.on_gpu and BACKEND != "eager" else (False,)
+        with_graphs = (False, True) if part.on_gpu and under != "eager" else (False,)
         for batch in (1, 32) if part.on_gpu else (1,):
             for graphs in with_graphs:
                 name = f"decode {batch}" + (", CUDA graphs" if graphs else "")
@@ -104,7 +103,7 @@ class Calls:
             logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
             return logits.argmax(-1)
 
-        run = compiled(prefill, f"prefill_{length}")
+        run = compiled(prefill, f"prefill_{length}", self.under)
         return lambda: run(ids)
 
     def _decode(self, batch: int, graphs: bool) -> Callable[[], Tensor]:
@@ -119,7 +118,7 @@ class Calls:
             logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
             return logits[:, -1].argmax(-1, keepdim=True)
 
-        run = compiled(decode, f"decode_{batch}_{int(graphs)}", graphs)
+        run = compiled(decode, f"decode_{batch}_{int(graphs)}", self.under, graphs)
 
         def steps() -> Tensor:
             for layer in cache.layers:
@@ -135,7 +134,7 @@ class Calls:
         return steps
 
 
-def check_float32(model: str, part: Part) -> None:
+def check_float32(model: str, under: str, part: Part) -> None:
     """Logits within 1e-4 of eager's, and the same greedy tokens."""
     small = build(model, SMALL, part.device, torch.float32)
 
@@ -143,7 +142,7 @@ def check_float32(model: str, part: Part) -> None:
         logits: Tensor = small(input_ids=ids, use_cache=False).logits
         return logits
 
-    run = compiled(forward, "float32")
+    run = compiled(forward, "float32", under)
     generator = torch.Generator().manual_seed(9)
     ids = torch.randint(0, SMALL["vocab_size"], (4, 12), generator=generator).to(part.device)
     got, want = run(ids), forward(ids)
@@ -153,16 +152,14 @@ def check_float32(model: str, part: Part) -> None:
     part.add("small, float32", error=error, same_tokens=same, correct=correct)
 
 
-def main(model: str, name: str, device: str, path: str) -> None:
-    global BACKEND
-    BACKEND = name
+def main(model: str, under: str, device: str, path: str) -> None:
     part = Part(Path(path).stem, device, 600.0, Path(path))
     talk = sys.stdout
     sys.stdout = sys.stderr  # stdout is for the parent
     with torch.no_grad():
         with part.attempt("small, float32"):
-            check_float32(model, part)
-        calls = Calls(model, part)
+            check_float32(model, under, part)
+        calls = Calls(model, under, part)
         torch._dynamo.utils.counters.clear()
         for what, (call, _) in calls.all.items():
             with part.attempt(f"compile {what}"):

@@ -38,7 +38,7 @@ class _Moved:
             return value
         storage = value.untyped_storage()
         if storage.data_ptr() not in self.storages:
-            whole = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+            whole = torch.empty(0, dtype=torch.uint8).set_(storage)
             self.storages[storage.data_ptr()] = whole, whole.to(self.device, copy=True)
         flat = self.storages[storage.data_ptr()][1].view(value.dtype)
         return flat.as_strided(value.shape, value.stride(), value.storage_offset())

@@ -2,6 +2,7 @@
 
 Full runs go to `benchmarks/results`; a quick run, which only shows that everything works, is
 written where --out says and nowhere otherwise. The exit status is 1 where a bound is missed.
+`python -m benchmarks gpu` checks and measures on a GPU; its options are its own.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     if argv[:1] == ["gpu"]:
         return command.main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    names = [*BENCHMARKS, "gpu", "all"]
+    names = [*BENCHMARKS, "all"]
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(names)} (default)")
     parser.add_argument("--quick", action="store_true", help="small sizes, few repeats")
     parser.add_argument("--out", type=Path, help="folder for the JSON and the tables")

@@ -122,9 +122,9 @@ def _update_twice(part: Part, live: Live, mode: str, way: str, copy: float) -> N
         )  # fmt: skip
         if live.replay is not None:
             error = relative_error(live.replay(), live.model(live.x))
-            # A graph reads the addresses that it captured; mode double_buffer moves them.
-            correct = error < BF16_ERROR or mode == "double_buffer"
-            part.add(f"graph after {what}", error=error, correct=correct)
+            # A captured graph reads the addresses that it saw: where they moved, it is stale.
+            found = {"correct": error < BF16_ERROR} if kept else {"stale": error >= BF16_ERROR}
+            part.add(f"graph after {what}", error=error, **found)
     part.check(f"{way}, {mode}: share of a memcpy", copy / seconds, OF_MEMCPY, at_least=True)
 
 

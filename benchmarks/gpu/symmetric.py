@@ -34,9 +34,7 @@ def run(part: Part) -> None:
     """Start the ranks and take over their rows."""
     environ = {**os.environ, OVERLAP: "1"}
     with tempfile.TemporaryDirectory(prefix="fixpass-ranks-") as folder:
-        code = (
-            "import sys; from benchmarks.gpu import symmetric; symmetric.rank_main(*sys.argv[1:])"
-        )
+        code = "import sys; from benchmarks.gpu import symmetric; symmetric.one_rank(*sys.argv[1:])"
         ranks = [
             subprocess.Popen(
                 [sys.executable, "-P", "-c", code, str(rank), folder, part.device],

@@ -15,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 FIXPASS_VERIFY=1 $(P
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-full engines accept lint format type check bench models-page \
+.PHONY: help demo test test-full engines accept lint format type check bench gpu models-page \
 	sharding-page wheel doctor clean
 
 help: ## List the targets
@@ -74,6 +74,11 @@ models-page: $(STAMP) ## Compile the models with Inductor (half an hour); write 
 
 sharding-page: $(STAMP) ## Write the table of units in docs/checkpoints.md
 	PYTHONPATH=.:tests $(PY) -m helpers.sharding_page
+
+# No target before it: a machine with a GPU may have no network. It takes the environment of
+# this checkout where there is one, else the machine's Python with torch and triton.
+gpu: ## Check and measure on a GPU in nine minutes; GPU="--device cpu" is a dry run
+	@PYTHONPATH=$(CURDIR) $(if $(wildcard $(PY)),$(PY),$(PYTHON)) -P -m benchmarks gpu $(GPU)
 
 # A stale build/ would put deleted modules into the wheel; building it from the sdist
 # shows that the sdist is complete.

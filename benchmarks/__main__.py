@@ -2,6 +2,7 @@
 
 Full runs go to `benchmarks/results`; a quick run, which only shows that everything works, is
 written where --out says and nowhere otherwise. The exit status is 1 where a bound is missed.
+`python -m benchmarks gpu` checks and measures on a GPU; its options are its own.
 """
 
 import argparse
@@ -22,13 +23,13 @@ from benchmarks import (
     load,
     machine_code,
     matching,
-    norms,
     reload,
     row_parallel,
     run_time,
     strided_norm,
     vllm_serving,
 )
+from benchmarks.gpu import command
 from benchmarks.results import Result
 
 BENCHMARKS: dict[str, Callable[[bool], Result]] = {
@@ -56,12 +57,12 @@ RESULTS = Path(__file__).parent / "results"
 
 def main(argv: Sequence[str]) -> int:
     # These take options of their own.
-    if argv[:1] == ["norms"]:
-        return norms.main(argv[1:])
+    if argv[:1] == ["gpu"]:
+        return command.main(argv[1:])
     if argv[:1] == ["machine_code"]:
         return machine_code.main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    names = [*BENCHMARKS, "norms", "machine_code", "all"]
+    names = [*BENCHMARKS, "gpu", "machine_code", "all"]
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(names)} (default)")
     parser.add_argument("--quick", action="store_true", help="small sizes, few repeats")
     parser.add_argument("--out", type=Path, help="folder for the JSON and the tables")
@@ -80,8 +81,6 @@ def main(argv: Sequence[str]) -> int:
             if out is not None:
                 result.write(out)
             held = held and all(check.holds for check in result.checks)
-    if chosen & {"norms", "all"}:
-        norms.main([])
     if "machine_code" in chosen:
         machine_code.main([])
     return 0 if held or arguments.quick else 1

@@ -72,7 +72,9 @@ def add_rms_norm(
     total_dtype = torch.promote_types(x.dtype, residual.dtype)
     total = empty_like(x, total_dtype, order)
     out = empty_like(x, out_dtype or total_dtype, order)
-    launch(x, residual, weight, eps, out=out, sum_out=total, bias=bias, **steps)
+    launch(
+        x, residual, weight, eps, out=out, sum_out=total, bias=bias, outputs_are_new=True, **steps
+    )
     return out, total
 
 
@@ -93,7 +95,9 @@ def qk_norm(
 
     _check_compute(compute_dtype)
     outs = empty_like(q, out_dtype, order), empty_like(k, out_dtype, order)
-    launch(q, k, q_weight, k_weight, eps, q_out=outs[0], k_out=outs[1], **steps)
+    launch(
+        q, k, q_weight, k_weight, eps, q_out=outs[0], k_out=outs[1], outputs_are_new=True, **steps
+    )
     return outs
 
 
@@ -111,7 +115,7 @@ def _norm(
 ) -> Tensor:
     _check_compute(compute_dtype)
     out = empty_like(x, out_dtype, order)
-    launch(x, weight, eps, out=out, bias=bias, **steps)
+    launch(x, weight, eps, out=out, bias=bias, outputs_are_new=True, **steps)
     return out
 
 

@@ -22,6 +22,28 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["TRITON_CACHE_DIR"] = os.path.join(CACHE, "triton")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu",
+                     help="where kernel tests run kernels; cpu is Triton's interpreter")  # fmt: skip
+
+
+@pytest.fixture
+def device(request):
+    return request.config.getoption("--device")
+
+
+@pytest.fixture
+def launch(device):
+    """Runs a kernel launcher on operands of the CPU and reports its faults."""
+    if device == "cpu":
+        from fixpass.testing.kernel_memory import trace_memory
+
+        return trace_memory
+    from fixpass.testing.kernel_memory.on_device import launcher_on
+
+    return launcher_on(device)
+
+
 def pytest_unconfigure():
     if CACHE is not None:
         shutil.rmtree(CACHE, ignore_errors=True)

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fixpass.runtime.kernels.checks import check_add_rms_norm
+from fixpass.runtime.kernels.checks import check_add_norm, check_add_norm_overlap
 from fixpass.runtime.kernels.launch import Launch, lanes_of, parts, plan_rows, rounding, run_time
+from fixpass.runtime.kernels.launch_cache import LaunchCache
 from fixpass.runtime.kernels.tile import normalize, tile_mask, tile_offsets, tile_rows, weigh
 
 
@@ -113,17 +114,34 @@ def add_rms_norm(
     weight_offset: float = 0.0,
     norm_dtype: torch.dtype | None = None,
     weight_dtype: torch.dtype | None = None,
+    outputs_are_new: bool = False,
 ) -> None:
     """Write `x + residual` into `sum_out` and its RMS norm into `out`."""
-    check_add_rms_norm(
-        x, residual, weight, eps, out=out, sum_out=sum_out, bias=bias,
-        norm_dtype=norm_dtype, weight_dtype=weight_dtype,
-    )  # fmt: skip
+    options = (eps, weight_offset, norm_dtype, weight_dtype)
+    LAUNCHES.run((x, residual, weight, bias, out, sum_out), options, outputs_are_new)
+
+
+def _plan_launches(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    sum_out: Tensor,
+    eps: float,
+    weight_offset: float,
+    norm_dtype: torch.dtype | None,
+    weight_dtype: torch.dtype | None,
+) -> list[Launch]:
+    check_add_norm(x, residual, weight, bias, out, sum_out, norm_dtype, weight_dtype)
     if x.numel() == 0:
-        return
+        return []
     rule = rounding(weight, bias, weight_offset, norm_dtype, weight_dtype)
-    for rows in parts(x=x, residual=residual, out=out, sum_out=sum_out):
-        plan_add_norm(rows, weight, bias, eps, rule, lanes=lanes_of(x.device)).run()
+    lanes = lanes_of(x.device)
+    return [
+        plan_add_norm(rows, weight, bias, eps, rule, lanes=lanes)
+        for rows in parts(x=x, residual=residual, out=out, sum_out=sum_out)
+    ]
 
 
 def plan_add_norm(
@@ -137,3 +155,7 @@ def plan_add_norm(
 ) -> Launch:
     """The launch for checked operands with at least one element."""
     return plan_rows(add_norm_kernel, rows, weight, bias, eps, rule, lanes=lanes)
+
+
+OPERANDS = ("x", "residual", "weight", "bias", "out", "sum_out")
+LAUNCHES = LaunchCache(add_norm_kernel, OPERANDS, _plan_launches, check_add_norm_overlap)

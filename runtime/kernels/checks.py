@@ -12,50 +12,57 @@ MAX_HIDDEN = 32768  # one row in the registers of one program
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def check_rms_norm(
+def check_norm(
     x: Tensor,
     weight: Tensor | None,
-    eps: float,
-    *,
+    bias: Tensor | None,
     out: Tensor,
-    bias: Tensor | None = None,
-    weight_offset: float = 0.0,
-    norm_dtype: torch.dtype | None = None,
-    weight_dtype: torch.dtype | None = None,
+    norm_dtype: torch.dtype | None,
+    weight_dtype: torch.dtype | None,
 ) -> None:
-    """Raise ValueError where rms_norm or layer_norm would read or write what it must not."""
+    """Raise ValueError where rms_norm or layer_norm can't compute the operands."""
     _check_rows("x", x)
     _check_parameter("weight", weight, x)
     _check_parameter("bias", bias, x)
     _check_type("norm_dtype", norm_dtype)
     _check_type("weight_dtype", weight_dtype)
     _check_output("out", out, x)
+
+
+def check_norm_overlap(x: Tensor, weight: Tensor | None, bias: Tensor | None, out: Tensor) -> None:
+    """Raise ValueError where rms_norm or layer_norm would write over what it still reads."""
     _check_overlap("out", out, {"x": x, "weight": weight, "bias": bias})
 
 
-def check_add_rms_norm(
+def check_add_norm(
     x: Tensor,
     residual: Tensor,
     weight: Tensor | None,
-    eps: float,
-    *,
+    bias: Tensor | None,
     out: Tensor,
     sum_out: Tensor,
-    bias: Tensor | None = None,
-    weight_offset: float = 0.0,
-    norm_dtype: torch.dtype | None = None,
-    weight_dtype: torch.dtype | None = None,
+    norm_dtype: torch.dtype | None,
+    weight_dtype: torch.dtype | None,
 ) -> None:
-    """Raise ValueError where add_rms_norm would read or write what it must not."""
-    check_rms_norm(
-        x, weight, eps, out=out, bias=bias, norm_dtype=norm_dtype, weight_dtype=weight_dtype
-    )
+    """Raise ValueError where add_rms_norm can't compute the operands."""
+    check_norm(x, weight, bias, out, norm_dtype, weight_dtype)
     _check_rows("residual", residual)
     _check_like("residual", residual, x)
     _check_output("sum_out", sum_out, x)
     summed = torch.promote_types(x.dtype, residual.dtype)
     if sum_out.dtype != summed:
         raise ValueError(f"sum_out {describe(sum_out)}: x + residual is {summed}")
+
+
+def check_add_norm_overlap(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    sum_out: Tensor,
+) -> None:
+    """Raise ValueError where add_rms_norm would write over what it still reads."""
     inputs = {"x": x, "residual": residual, "weight": weight, "bias": bias}
     _check_overlap("sum_out", sum_out, inputs)
     _check_overlap("out", out, inputs)
@@ -67,15 +74,12 @@ def check_qk_norm(
     k: Tensor,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
-    eps: float,
-    *,
     q_out: Tensor,
     k_out: Tensor,
-    weight_offset: float = 0.0,
-    norm_dtype: torch.dtype | None = None,
-    weight_dtype: torch.dtype | None = None,
+    norm_dtype: torch.dtype | None,
+    weight_dtype: torch.dtype | None,
 ) -> None:
-    """Raise ValueError where qk_norm would read or write what it must not."""
+    """Raise ValueError where qk_norm can't compute the operands."""
     _check_rows("q", q)
     _check_rows("k", k)
     if k.device != q.device:
@@ -94,6 +98,17 @@ def check_qk_norm(
     _check_output("k_out", k_out, k)
     if q_out.dtype != k_out.dtype:
         raise ValueError(f"k_out {describe(k_out)}: q_out is {describe(q_out)}")
+
+
+def check_qk_norm_overlap(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    q_out: Tensor,
+    k_out: Tensor,
+) -> None:
+    """Raise ValueError where qk_norm would write over what it still reads."""
     weights = {"q_weight": q_weight, "k_weight": k_weight}
     _check_overlap("q_out", q_out, {"q": q, **weights})
     _check_overlap("k_out", k_out, {"k": k, **weights})

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fixpass.runtime.kernels.checks import check_qk_norm
+from fixpass.runtime.kernels.checks import check_qk_norm, check_qk_norm_overlap
 from fixpass.runtime.kernels.launch import (
     Launch,
     choose_for,
@@ -28,7 +28,8 @@ from fixpass.runtime.kernels.launch import (
     row_arguments,
     run_time,
 )
-from fixpass.runtime.kernels.rms_norm import rms_norm
+from fixpass.runtime.kernels.launch_cache import LaunchCache
+from fixpass.runtime.kernels.rms_norm import plan_launches
 from fixpass.runtime.kernels.tile import norm_tile
 
 SIDE_SIZES = ("size0", "size1", "size2", "num_rows")
@@ -143,22 +144,33 @@ def qk_norm(
     weight_offset: float = 0.0,
     norm_dtype: torch.dtype | None = None,
     weight_dtype: torch.dtype | None = None,
+    outputs_are_new: bool = False,
 ) -> None:
     """Write the RMS norms of `q` and `k` over their last dimension into `q_out` and `k_out`."""
-    check_qk_norm(
-        q, k, q_weight, k_weight, eps, q_out=q_out, k_out=k_out,
-        norm_dtype=norm_dtype, weight_dtype=weight_dtype,
-    )  # fmt: skip
-    rule: dict[str, Any] = {
-        "weight_offset": weight_offset, "norm_dtype": norm_dtype, "weight_dtype": weight_dtype
-    }  # fmt: skip
+    options = (eps, weight_offset, norm_dtype, weight_dtype)
+    LAUNCHES.run((q, k, q_weight, k_weight, q_out, k_out), options, outputs_are_new)
+
+
+def _plan_launches(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    q_out: Tensor,
+    k_out: Tensor,
+    *options: Any,
+) -> list[Launch]:
+    """One launch; several where a side is empty or `parts` cuts it."""
+    eps, weight_offset, norm_dtype, weight_dtype = options
+    check_qk_norm(q, k, q_weight, k_weight, q_out, k_out, norm_dtype, weight_dtype)
     if q.numel() == 0 or k.numel() == 0 or _in_parts(q, q_out) or _in_parts(k, k_out):
-        rms_norm(q, q_weight, eps, out=q_out, **rule)
-        rms_norm(k, k_weight, eps, out=k_out, **rule)
-        return
+        return [
+            *plan_launches(q, q_weight, None, q_out, *options, center=False),
+            *plan_launches(k, k_weight, None, k_out, *options, center=False),
+        ]
     constants = rounding(q_weight, None, weight_offset, norm_dtype, weight_dtype)
     sides = {"q": (q, q_weight, q_out), "k": (k, k_weight, k_out)}
-    plan_qk_norm(sides, eps, constants, lanes=lanes_of(q.device)).run()
+    return [plan_qk_norm(sides, eps, constants, lanes=lanes_of(q.device))]
 
 
 def _in_parts(tensor: Tensor, out: Tensor) -> bool:
@@ -194,3 +206,7 @@ def plan_qk_norm(
     arguments["q_programs"] = programs["q"]
     grid = (sum(programs.values()),)
     return Launch(qk_norm_kernel, grid, arguments, choice.num_warps, sides["q"][0].device)
+
+
+OPERANDS = ("q", "k", "q_weight", "k_weight", "q_out", "k_out")
+LAUNCHES = LaunchCache(qk_norm_kernel, OPERANDS, _plan_launches, check_qk_norm_overlap)

@@ -7,6 +7,7 @@ variance of the centered values, held in registers. No statistics are kept for a
 # A kernel's arguments have no Python types.
 # ruff: noqa: ANN001, ANN201
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fixpass.runtime.kernels.checks import check_rms_norm
+from fixpass.runtime.kernels.checks import check_norm, check_norm_overlap
 from fixpass.runtime.kernels.launch import Launch, lanes_of, parts, plan_rows, rounding, run_time
+from fixpass.runtime.kernels.launch_cache import LaunchCache
 from fixpass.runtime.kernels.tile import norm_tile
 
 
@@ -71,40 +73,59 @@ def norm_kernel(
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, out: Tensor, **rule: Any) -> None:
     """Write the RMS norm of `x` over its last dimension into `out`, both of any strides.
 
-    rule: bias, weight_offset, norm_dtype and weight_dtype, as in `run_norm`.
+    rule: bias, weight_offset, norm_dtype, weight_dtype and outputs_are_new, as in `run_norm`.
     """
-    run_norm(x, weight, eps, out=out, center=False, **rule)
+    run_norm(LAUNCHES, x, weight, eps, out=out, **rule)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, eps: float, *, out: Tensor, **rule: Any) -> None:
     """Write the layer norm of `x` over its last dimension into `out`, as `rms_norm` does."""
-    run_norm(x, weight, eps, out=out, center=True, **rule)
+    run_norm(LAYER_LAUNCHES, x, weight, eps, out=out, **rule)
 
 
 def run_norm(
+    launches: LaunchCache,
     x: Tensor,
     weight: Tensor | None,
     eps: float,
     *,
     out: Tensor,
-    center: bool,
     bias: Tensor | None = None,
     weight_offset: float = 0.0,
     norm_dtype: torch.dtype | None = None,
     weight_dtype: torch.dtype | None = None,
+    outputs_are_new: bool = False,
 ) -> None:
-    """Check the operands of a norm and launch it; `center` takes the mean away first."""
-    check_rms_norm(
-        x, weight, eps, out=out, bias=bias, norm_dtype=norm_dtype, weight_dtype=weight_dtype
-    )
+    """Check the operands of a norm and launch it; a signature that was seen is not planned again.
+
+    outputs_are_new: the caller has just allocated `out`, which then overlaps nothing.
+    """
+    options = (eps, weight_offset, norm_dtype, weight_dtype)
+    launches.run((x, weight, bias, out), options, outputs_are_new)
+
+
+def plan_launches(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    eps: float,
+    weight_offset: float,
+    norm_dtype: torch.dtype | None,
+    weight_dtype: torch.dtype | None,
+    *,
+    center: bool,
+) -> list[Launch]:
+    """Check the operands; one launch, several where `parts` cuts them, none without elements."""
+    check_norm(x, weight, bias, out, norm_dtype, weight_dtype)
     if x.numel() == 0:
-        return
-    constants = rounding(weight, bias, weight_offset, norm_dtype, weight_dtype)
-    for rows in parts(x=x, out=out):
-        launch = plan_norm(
-            rows, weight, bias, eps, constants, center=center, lanes=lanes_of(x.device)
-        )
-        launch.run()
+        return []
+    rule = rounding(weight, bias, weight_offset, norm_dtype, weight_dtype)
+    lanes = lanes_of(x.device)
+    return [
+        plan_norm(rows, weight, bias, eps, rule, center=center, lanes=lanes)
+        for rows in parts(x=x, out=out)
+    ]
 
 
 def plan_norm(
@@ -120,3 +141,10 @@ def plan_norm(
     """The launch of a norm of checked operands with at least one element."""
     constants = {**rule, "CENTER": center}
     return plan_rows(norm_kernel, rows, weight, bias, eps, constants, lanes=lanes)
+
+
+OPERANDS = ("x", "weight", "bias", "out")
+LAUNCHES, LAYER_LAUNCHES = (
+    LaunchCache(norm_kernel, OPERANDS, partial(plan_launches, center=center), check_norm_overlap)
+    for center in (False, True)
+)

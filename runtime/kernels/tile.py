@@ -80,7 +80,8 @@ def normalize(h, mask, eps, HIDDEN: tl.constexpr, CENTER: tl.constexpr):
         mean = tl.sum(h, axis=1) / HIDDEN
         h = tl.where(mask, h - mean[:, None], 0.0)
     variance = tl.sum(h * h, axis=1) / HIDDEN
-    return h * tl.rsqrt(variance + eps)[:, None]
+    # Inductor passes a Python float as fp64, which would promote the whole row.
+    return h * tl.rsqrt(variance + tl.cast(eps, tl.float32))[:, None]
 
 
 @triton.jit

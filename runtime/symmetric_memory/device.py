@@ -58,6 +58,8 @@ def all_reduce(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
         return process_group_all_reduce(x, reduce_op, group_name)
     ops, name = torch.ops.symm_mem, group.group_name
     x = x.contiguous()
+    if way == "multimem" and symm_mem.is_symm_mem_tensor(x):
+        return ops.multimem_one_shot_all_reduce(x, reduce_op, name)  # type: ignore[no-any-return]
     if way == "multimem":
         # It works in place, and what the caller gave must not change.
         return ops.multimem_all_reduce_(_staged(x, name), reduce_op, name).clone()  # type: ignore[no-any-return]

@@ -25,6 +25,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OPS = ("rms_norm", "layer_norm", "add_rms_norm", "add_rms_norm_in_place", "qk_norm")
 EPS = 1e-6
 Rule = dict[str, Any]
+Launch = Callable[..., MemoryReport]
 RULES: tuple[Callable[[torch.dtype], Rule], ...] = (
     lambda dtype: {},
     lambda dtype: {"norm_dtype": dtype},
@@ -70,7 +71,8 @@ def cases() -> Iterator[Case]:
                     yield Case(op, layout, dtype, hidden_size)
 
 
-def run(case: Case) -> Outcome:
+def run(case: Case, launch: Launch = trace_memory) -> Outcome:
+    """The outcome of a case whose kernels `launch` runs: by default, the interpreter."""
     torch.manual_seed(case.number)
     x = case.layout(case.hidden_size, case.dtype)
     number = case.number
@@ -78,16 +80,16 @@ def run(case: Case) -> Outcome:
     weight = None if number % 5 == 0 else torch.randn(case.hidden_size).to(case.dtype)
     bias = torch.randn(case.hidden_size).to(case.dtype) if number % 3 == 0 else None
     if case.op == "qk_norm":
-        return _qk(case, x, weight, rule)
+        return _qk(case, x, weight, rule, launch)
     if case.op.startswith("add"):
-        return _add(case, x, weight, bias, rule)
+        return _add(case, x, weight, bias, rule, launch)
     kernel, reference = {
         "rms_norm": (rms_norm, norms.rms_norm),
         "layer_norm": (layer_norm, norms.layer_norm),
     }[case.op]
     out = _out(case, x)
     want = reference(x, EPS, norms.Affine(weight, bias, **rule, out_dtype=out.dtype))
-    report = trace_memory(kernel, x, weight, EPS, out=out, bias=bias, **rule)
+    report = launch(kernel, x, weight, EPS, out=out, bias=bias, **rule)
     center = case.op == "layer_norm"
     far = excess(out, want, x, weight, bias, rule, center=center, eps=EPS)
     return Outcome(report, ("x",), ("out",), ulps(out, want), far)
@@ -105,13 +107,15 @@ def _out(case: Case, x: Tensor) -> Tensor:
     return case.layout(case.hidden_size, case.dtype)
 
 
-def _add(case: Case, x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: Rule) -> Outcome:
+def _add(
+    case: Case, x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: Rule, launch: Launch
+) -> Outcome:
     in_place = case.op == "add_rms_norm_in_place"
     residual = _residual(case, x, in_place)
     total = x + residual
     want = norms.rms_norm(total, EPS, norms.Affine(weight, bias, **rule, out_dtype=x.dtype))
     out, sum_out = (x, residual) if in_place else (_out(case, x), torch.empty_like(total))
-    report = trace_memory(
+    report = launch(
         add_rms_norm, x, residual, weight, EPS, out=out, sum_out=sum_out, bias=bias, **rule
     )
     distance = max(ulps(sum_out, total), ulps(out, want))
@@ -129,7 +133,7 @@ def _residual(case: Case, x: Tensor, in_place: bool) -> Tensor:
     return torch.randn(x.shape).to(x.dtype)
 
 
-def _qk(case: Case, q: Tensor, q_weight: Tensor | None, rule: Rule) -> Outcome:
+def _qk(case: Case, q: Tensor, q_weight: Tensor | None, rule: Rule, launch: Launch) -> Outcome:
     k = case.layout(case.hidden_size, case.dtype)[:1]
     if q.dim() == 1:
         k = case.layout(case.hidden_size, case.dtype)
@@ -139,7 +143,7 @@ def _qk(case: Case, q: Tensor, q_weight: Tensor | None, rule: Rule) -> Outcome:
         norms.rms_norm(x, EPS, norms.Affine(weight, **rule, out_dtype=x.dtype))
         for x, weight in ((q, q_weight), (k, k_weight))
     ]
-    report = trace_memory(qk_norm, q, k, q_weight, k_weight, EPS, q_out=q_out, k_out=k_out, **rule)
+    report = launch(qk_norm, q, k, q_weight, k_weight, EPS, q_out=q_out, k_out=k_out, **rule)
     distance = max(map(ulps, (q_out, k_out), wants))
     sides = ((q, q_weight, q_out, wants[0]), (k, k_weight, k_out, wants[1]))
     far = max(

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.clock import wait, wall_seconds
 from benchmarks.gpu.part import Part
+from examples.packed_qkv import pack_qkv
 from fixpass.backend import fixpass as backend
-from fixpass.packed import pack_qkv
 
 STEPS = 32
 FLOAT32_ERROR = 1e-4

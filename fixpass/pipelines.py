@@ -16,6 +16,7 @@ import torch.distributed as dist
 from fixpass.config import Config, local_world_size
 from fixpass.lowering.contract import Kernel
 from fixpass.lowering.contract_table import add_kernels, kernel_names, rows_of
+from fixpass.lowering.eager_calls import check_call
 from fixpass.lowering.target import Target, target_of
 from fixpass.passes import default_passes, entry_passes
 from fixpass.passes.base import Pass
@@ -24,7 +25,7 @@ from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
 from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.runtime.errors import ConfigError, UnsupportedTorchError
-from fixpass.runtime.providers import describe_needs
+from fixpass.runtime.providers import check_calls, describe_needs
 from fixpass.runtime.symmetric_memory.policy import Policy
 from fixpass.runtime.weights.prepack import packable_dtypes
 
@@ -115,6 +116,8 @@ def graph_pipeline(config: Config, target: Target, *, may_communicate: bool = Tr
 
     may_communicate: the ranks of a group may be asked about it, which waits until they all compile.
     """
+    if config.verify:
+        check_calls(check_call)
     ours = default_passes(target, collectives(config, target, may_communicate))
     steps = in_order(ours, (*installed_passes(), *config.passes))
     return Pipeline(_enabled(steps, config), config.verify, config.strict, config.fuel)

@@ -17,6 +17,7 @@ from torch._inductor import config as inductor_config
 from fixpass.config import Config, local_world_size
 from fixpass.lowering.contract import Kernel
 from fixpass.lowering.contract_table import add_kernels, kernel_names, rows_of
+from fixpass.lowering.eager_calls import check_call
 from fixpass.lowering.target import Target, target_of
 from fixpass.passes import default_passes, entry_passes
 from fixpass.passes.base import Pass
@@ -26,7 +27,7 @@ from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
 from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.passes.select_linear_kernel import SelectLinearKernel
 from fixpass.runtime.errors import ConfigError, UnsupportedTorchError
-from fixpass.runtime.providers import describe_needs
+from fixpass.runtime.providers import check_calls, describe_needs
 from fixpass.runtime.symmetric_memory.policy import Policy
 from fixpass.runtime.weights.prepack import packable_dtypes
 
@@ -125,6 +126,8 @@ def graph_pipeline(
 
     may_communicate: the ranks of a group may be asked about it, which waits until they all compile.
     """
+    if config.verify:
+        check_calls(check_call)
     ours = default_passes(target, collectives(config, target, may_communicate), linears)
     steps = in_order(ours, (*installed_passes(), *config.passes))
     return Pipeline(_enabled(steps, config), config.verify, config.strict, config.fuel)

@@ -7,16 +7,19 @@ whose sizes are known. `fixpass.runtime.wrapped_kernel` runs the plans; nothing 
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
 from fixpass.lowering.constraints import LastStridesDivisible, SameShape
 from fixpass.lowering.contract import Contract, Kernel
 from fixpass.lowering.contract_table import kernel_of, rows_of
-from fixpass.lowering.layout import Layout
+from fixpass.lowering.layout import Layout, dense_stride
 from fixpass.lowering.relayout import Relayout, apply_relayout, cheapest_relayout, why_not
-from fixpass.lowering.site import Site
+from fixpass.lowering.site import OPERANDS, Site
+from fixpass.runtime.errors import KernelError
 from fixpass.runtime.opaque_norms import OpaqueNorm
+from fixpass.runtime.providers import TRITON
 from fixpass.runtime.wrapped_kernel import NOTHING, CallPlan, Planner
 
 log = logging.getLogger("fixpass")
@@ -40,6 +43,33 @@ def planner(call: OpaqueNorm) -> Planner:
         return found
 
     return plan
+
+
+def check_call(op: str, kernel: str, args: tuple[Any, ...], steps: Mapping[str, Any]) -> None:
+    """Check the contract of a kernel on the tensors of one call of `fixpass::op`.
+
+    Raises:
+        KernelError: compiled code handed over other layouts than the graph recorded.
+
+    """
+    row = kernel_of(kernel, op)
+    if row is None or row.needs == TRITON:
+        return  # Our own kernels refuse by themselves what they cannot compute.
+    layouts = {
+        name: Layout.of(value)
+        for name, value in zip(OPERANDS[op], args, strict=False)
+        if isinstance(value, Tensor)
+    }
+    x = args[0]
+    order = steps.get("order") or range(x.dim())
+    dtype = steps.get("out_dtype") or x.dtype
+    layouts["out"] = Layout(tuple(x.shape), dense_stride(x.shape, order), dtype)
+    verdict = row.check(Site(op, layouts, x.device.type, steps))
+    if not verdict:
+        raise KernelError(
+            f"fixpass::{op} is called with another layout than its graph records: {verdict}; "
+            'leave the kernel out of options={"norm_kernels": ...}'
+        )
 
 
 def minds_offsets(call: OpaqueNorm) -> bool:

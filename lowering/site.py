@@ -23,6 +23,8 @@ OPERANDS: Mapping[str, tuple[str, ...]] = {
     # A linear layer is an ATen op: its pass reads the operands, the weight (K, N) as mm takes it.
     "linear": ("x", "weight", "bias"),
 }
+_COPIES = (torch.ops.aten.clone.default,)
+_RESHAPES = (torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
 # Operands that have one row for each row of x; q and k have rows of their own.
 ROW_OPERANDS = ("x", "residual", "out")
 PARAMETERS = ("weight", "bias")
@@ -41,7 +43,7 @@ class Site:
     def of(node: fx.Node) -> "Site":
         op = op_name(node)
         layouts = {
-            name: Layout.of(arg.meta["val"])
+            name: _layout_of(arg)
             for name, arg in zip(OPERANDS[op], node.args, strict=False)
             if isinstance(arg, fx.Node)
         }
@@ -82,6 +84,34 @@ class Site:
 
     def with_layouts(self, **layouts: Layout) -> "Site":
         return replace(self, layouts={**self.layouts, **layouts})
+
+
+def _layout_of(node: fx.Node) -> Layout:
+    """The recorded layout, with the offset that remains when Inductor drops copies.
+
+    Inductor drops a clone whose strides are those of its input, and then reads the input where it
+    starts. Such clones are looked for behind views.
+    """
+    layout = Layout.of(node.meta["val"])
+    offset = layout.offset
+    source: Any = node
+    while isinstance(source, fx.Node) and _moves_no_data(source.target):
+        copied, source = source, source.args[0]
+        if copied.target not in _COPIES or not isinstance(source, fx.Node):
+            continue
+        val = source.meta.get("val")
+        if not isinstance(val, torch.Tensor):
+            break
+        if Layout.of(copied.meta["val"]).has_stride(val.stride()) is False:
+            break
+        offset = offset + val.storage_offset()
+    return layout if offset is layout.offset else replace(layout, offset=offset)
+
+
+def _moves_no_data(op: Any) -> bool:
+    if op in _COPIES or op in _RESHAPES:
+        return True
+    return isinstance(op, torch._ops.OpOverload) and op.is_view
 
 
 def op_name(node: fx.Node) -> str:

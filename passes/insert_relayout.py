@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from fixpass.lowering.contract_table import kernel_of
+from fixpass.lowering.layout import Layout
 from fixpass.lowering.relayout import Relayout, cheapest_relayout, hint
 from fixpass.lowering.site import OPERANDS, OPS, Site, op_name
 from fixpass.passes.base import Pass, PassResult
@@ -58,7 +59,7 @@ def relayout(graph: fx.Graph, node: fx.Node, plan: Relayout) -> fx.Node:
         if name in ("x", "residual"):
             args[i] = _relay(edit, args[i], plan, copied=name in plan.copied)
         elif isinstance(parameter := args[i], fx.Node) and name in plan.copied:
-            args[i] = edit.clone(parameter)
+            args[i] = _copy(edit, parameter)
     kwargs = dict(node.kwargs)
     if plan.as_rows or "out" in plan.copied:
         kwargs.pop("order", None)
@@ -76,11 +77,19 @@ def relayout(graph: fx.Graph, node: fx.Node, plan: Relayout) -> fx.Node:
 
 
 def _relay(edit: Editor, operand: Any, plan: Relayout, *, copied: bool) -> fx.Node:
-    node = edit.clone(operand) if copied else operand
+    node = _copy(edit, operand) if copied else operand
     val = node.meta["val"]
     if not plan.as_rows or val.dim() == 2:
         return node
     return edit.call(aten.reshape.default, (node, [-1, edit.size(node, val.dim() - 1)]))
+
+
+def _copy(edit: Editor, operand: fx.Node) -> fx.Node:
+    """A dense copy that Inductor keeps."""
+    if Layout.of(operand.meta["val"]).is_dense() is True:
+        # It only moves the start of the tensor, which Inductor takes for no change.
+        return edit.call(torch.ops.fixpass.copy.default, (operand,))
+    return edit.clone(operand)
 
 
 def _restore(edit: Editor, result: fx.Node, old: fx.Node, x: Any) -> fx.Node:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.graph import _Namespace
+from torch.utils import _pytree as pytree
 
 from fixpass.lowering.contract_table import rows_of
 from fixpass.passes.base import Pass, PassResult, Remark
@@ -53,6 +54,7 @@ class Pipeline:
             else:
                 self._run_trusted(step, graph, result)
             remarks += result.remarks
+        record_inputs(graph)
         return Report(tuple(remarks), title)
 
     def uuid(self) -> str | None:
@@ -98,6 +100,27 @@ class Pipeline:
             snapshot.restore(graph)
             result.changed = False
             result.remarks[:] = [Remark(step.name, "failed", "graph", f"left out: {why}")]
+
+
+def record_inputs(graph: fx.Graph) -> None:
+    """Let Inductor hand exactly the recorded strides to every op that is tagged to need them.
+
+    Inductor keeps exact strides for a node whose metadata holds the values of its inputs. Nodes
+    that a pass makes have none, and those of nodes whose inputs a pass replaced are out of date.
+    """
+    for node in graph.nodes:
+        op = node.target
+        if isinstance(op, torch._ops.OpOverload) and _needs_exact_strides(op):
+            inputs = node.all_input_nodes
+            if all("val" in source.meta for source in inputs):
+                node.meta["eager_input_vals"] = pytree.tree_map_only(
+                    fx.Node, lambda source: source.meta["val"], (node.args, node.kwargs)
+                )
+
+
+@cache
+def _needs_exact_strides(op: torch._ops.OpOverload) -> bool:
+    return torch.Tag.needs_exact_strides in op.tags
 
 
 def is_ours(step: Pass) -> bool:

@@ -140,7 +140,22 @@ def _define(library: torch.library.Library, name: str) -> None:
     )
 
 
+def _define_copy(library: torch.library.Library) -> None:
+    """`fixpass::copy`: a dense copy at the start of a storage of its own.
+
+    Inductor drops an `aten.clone` whose strides are those of its input, and with it the new start.
+    """
+
+    def copy(x: Tensor) -> Tensor:
+        return x.clone(memory_format=torch.contiguous_format)
+
+    library.define("copy(Tensor x) -> Tensor", tags=TAGS)
+    library.impl("copy", copy, "CompositeExplicitAutograd")
+    torch.library.register_fake("fixpass::copy", copy, lib=library)
+
+
 # The library must live as long as the process: when it is collected, its ops are gone.
 DEFINITIONS = torch.library.Library("fixpass", "DEF")
 for _name in SCHEMAS:
     _define(DEFINITIONS, _name)
+_define_copy(DEFINITIONS)

@@ -42,6 +42,7 @@ class Provider(Protocol):
 
 
 _providers: dict[tuple[str, str], list[Provider]] = {}
+_checks: list[Callable[[str, str, tuple[Any, ...], Steps], None]] = []
 _schemas: ContextVar[dict[str, Any] | None] = ContextVar("fixpass_schemas", default=None)
 
 
@@ -58,7 +59,15 @@ def call(op: str, kernel: str, args: tuple[Any, ...], steps: Steps) -> Any:
         KernelError: the kernel is unknown, or its library is not loaded.
 
     """
+    for check in _checks:
+        check(op, kernel, args, steps)
     return _resolve(op, kernel)(*args, **steps)
+
+
+def check_calls(check: Callable[[str, str, tuple[Any, ...], Steps], None]) -> None:
+    """From now on, let `check` look at each call of a kernel before it runs: option `verify`."""
+    if check not in _checks:
+        _checks.append(check)
 
 
 @cache

@@ -1,0 +1,60 @@
+"""Every opaque kernel gets the layout that its contract asks for, compiled and eager.
+
+The stand-ins read memory by pointer, as the real kernels do, so a wrong stride, offset or pitch
+gives wrong values or raises. The right values are computed in float64 from the logical tensors.
+"""
+
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from fixpass.eager_kernels import WRAPPED
+
+HERE = Path(__file__).resolve().parent
+PROGRAM = HERE.parent / "helpers" / "contract_calls.py"
+KERNELS = (
+    "aiter_rms_norm",
+    "aiter_layer_norm",
+    "aiter_add_rms_norm",
+    "vllm_rms_norm",
+    "vllm_add_rms_norm",
+    "flashinfer_rms_norm",
+    "flashinfer_add_rms_norm",
+)
+
+
+def run(*arguments, cache=None):
+    """The program in a process of its own, where no other stand-ins are registered."""
+    cached = {"TORCHINDUCTOR_CACHE_DIR": str(cache)} if cache else {}
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **cached}
+    command = [sys.executable, "-P", "-W", "ignore", str(PROGRAM), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environ)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("kernel", sorted({row.kernel for row in WRAPPED}))
+def test_eager_calls_get_what_the_contract_asks_for(kernel):
+    assert "0 wrong" in run("eager", kernel)
+
+
+@pytest.mark.parametrize(("kernel", "dynamic"), product(KERNELS, ("static", "dynamic")))
+def test_rewritten_graphs_call_kernels_as_the_contract_asks(kernel, dynamic):
+    assert "0 wrong" in run("graph", kernel, dynamic)
+
+
+@pytest.mark.inductor
+def test_compiled_code_calls_kernels_as_the_contract_asks(tmp_path):
+    """Cold, then warm from Inductor's cache in a new process; one graph for each library."""
+    cold = run("inductor", "all", cache=tmp_path)
+    warm = run("inductor", "all", cache=tmp_path)
+    assert "0 wrong, 0 graphs from the cache" in cold
+    assert "0 wrong, 3 graphs from the cache" in warm
+
+
+def test_under_verify_a_call_checks_its_contract():
+    assert "aiter_rms_norm: x is dense 2-D does not hold" in run("verify", "aiter_rms_norm")

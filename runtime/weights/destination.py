@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fixpass.runtime.errors import CheckpointError
-from fixpass.runtime.weights.box import Box, Shape
 from fixpass.runtime.weights.layout_plan import LayoutPlan
 from fixpass.runtime.weights.region import Region, write
 from fixpass.runtime.weights.relayout import check_memory, memory_of, record_of
+from fixpass.runtime.weights.stored import Box, Shape
 from fixpass.runtime.weights.targets import is_freed, local_box
 
 

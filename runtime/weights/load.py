@@ -12,8 +12,15 @@ from tqdm import tqdm
 
 from fixpass.runtime.weights.formats.open import Source, opened
 from fixpass.runtime.weights.mapping import SAME_NAMES, Mapping
-from fixpass.runtime.weights.options import Missed, Mode, Options, Scope, mode_named
-from fixpass.runtime.weights.report import LoadReport, Strict
+from fixpass.runtime.weights.options import (
+    LoadReport,
+    Missed,
+    Mode,
+    Options,
+    Scope,
+    Strict,
+    mode_named,
+)
 from fixpass.runtime.weights.update import Update, UpdateReport, open_update
 
 

@@ -13,13 +13,12 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from fixpass.runtime.modules import unwrapped
-from fixpass.runtime.weights.batches import Batch, Source
+from fixpass.runtime.weights.files import Batch, Source
 from fixpass.runtime.weights.formats.safetensors import Files
-from fixpass.runtime.weights.options import Options
+from fixpass.runtime.weights.options import LoadReport, Options
 from fixpass.runtime.weights.plan import Plan
 from fixpass.runtime.weights.read import Work
 from fixpass.runtime.weights.relayout import any_layout_set, layout_generation, record_of
-from fixpass.runtime.weights.report import LoadReport
 from fixpass.runtime.weights.stored import Stored
 from fixpass.runtime.weights.targets import PLAIN, Target, local_part, walk
 from fixpass.runtime.weights.tensor_metadata import Manifest, TensorMetadata, facts_of

@@ -15,11 +15,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fixpass.runtime.weights.batches import Advance, Batch, Source, Task, batches, run
-from fixpass.runtime.weights.box import Box, dense_strides, span
 from fixpass.runtime.weights.destination import LogicalView
-from fixpass.runtime.weights.files import OpenFile, in_turn
-from fixpass.runtime.weights.stored import FilePiece, MemoryPiece, Stored
+from fixpass.runtime.weights.files import (
+    Advance,
+    Batch,
+    OpenFile,
+    Source,
+    Task,
+    batches,
+    in_turn,
+    run,
+)
+from fixpass.runtime.weights.stored import Box, FilePiece, MemoryPiece, Stored, dense_strides, span
 from fixpass.runtime.weights.targets import PLAIN
 
 STAGING = 8 << 20

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fixpass.runtime import ops
 from fixpass.runtime.errors import LayoutError
-from fixpass.runtime.weights.box import dense_strides
 from fixpass.runtime.weights.layout_plan import LayoutPlan, resolve
 from fixpass.runtime.weights.layouts import named
 from fixpass.runtime.weights.region import Region, write
 from fixpass.runtime.weights.relayout import layout_of
+from fixpass.runtime.weights.stored import dense_strides
 
 
 def shuffle_weight(weight: Tensor, layout: str) -> Tensor:

@@ -22,14 +22,12 @@ from torch import Tensor, nn
 
 from fixpass.runtime.errors import CheckpointError, PoisonedError, UpdateError, VersionError
 from fixpass.runtime.weights.commit import Commit
-from fixpass.runtime.weights.digest import digest
 from fixpass.runtime.weights.formats.safetensors import Files
 from fixpass.runtime.weights.lock import WeightsLock, closed, lock_of, over
 from fixpass.runtime.weights.mapping import SAME_NAMES, Mapping
 from fixpass.runtime.weights.module_hooks import protect
-from fixpass.runtime.weights.options import Mode, Options, Scope, mode_named
+from fixpass.runtime.weights.options import LoadReport, Mode, Options, Scope, mode_named, some
 from fixpass.runtime.weights.own_loaders import run_own_loaders
-from fixpass.runtime.weights.packed_parameters import has_left_pack, return_to_pack
 from fixpass.runtime.weights.pending_update import PendingUpdate
 from fixpass.runtime.weights.plan import make_plan
 from fixpass.runtime.weights.plan_cache import (
@@ -37,10 +35,10 @@ from fixpass.runtime.weights.plan_cache import (
     cached_plan,
     keep_plan,
 )
-from fixpass.runtime.weights.plan_checks import check_twins, scales_without_taker
 from fixpass.runtime.weights.read import Work
-from fixpass.runtime.weights.report import LoadReport, some
-from fixpass.runtime.weights.state_file import resume
+from fixpass.runtime.weights.rebind import has_left_pack, return_to_pack
+from fixpass.runtime.weights.route import check_twins, scales_without_taker
+from fixpass.runtime.weights.state_file import digest, resume
 from fixpass.runtime.weights.stored import Stored
 from fixpass.runtime.weights.targets import reshard, tensors_of, walk
 from fixpass.runtime.weights.tensor_metadata import Manifest

@@ -1,8 +1,9 @@
-"""A second set of memory for an update: written while calls go on, then put in place at once.
+"""The way back of a commit that fails: an undo log in a file, or a second set of memory.
 
-The old memory is kept for the next update, so the mode takes twice the bytes of the updated
-weights, for good. Addresses change at each commit: the mode is not for captured graphs, and not for
-memory that is shared with other processes.
+UndoLog writes old bytes to a temporary file, since parameters may take most of the memory.
+DoubleBuffer writes new memory while calls go on, then exchanges it; the old memory is kept for the
+next update. That takes twice the bytes of the updated weights for good, and addresses change at
+each commit: not for captured graphs, nor for memory that is shared with other processes.
 """
 
 import sys
@@ -18,8 +19,54 @@ from torch.distributed.tensor import DTensor
 from fixpass.runtime.errors import UpdateError
 from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights.checkpoint_view import shows_checkpoint
+from fixpass.runtime.weights.files import OpenFile, in_turn
+from fixpass.runtime.weights.read import Work, copies
 from fixpass.runtime.weights.relayout import any_layout_set, packed, record, record_of
+from fixpass.runtime.weights.stored import Box, FilePiece, Stored
 from fixpass.runtime.weights.targets import walk
+
+PART = 8 << 20
+"""Bytes of a tensor that are made dense at once."""
+
+
+class UndoLog:
+    """The values of some tensors at the time when it was made."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        """Write the values down. Raises CheckpointError where the file has no room."""
+        self._tensors = tensors
+        self._stored: list[Stored] = []
+        file, end = OpenFile.temporary(), 0
+        for tensor in tensors:
+            shape = tuple(tensor.shape)
+            piece = FilePiece(file, end, Box.whole(shape))
+            self._stored.append(Stored("", tensor.dtype, shape, (piece,), "the undo log"))
+            for part in _parts(tensor):
+                dense = part.cpu().resolve_conj().resolve_neg().contiguous()
+                file.write(end, dense.nbytes, in_turn((dense.data_ptr(),), (dense.nbytes,)))
+                end += dense.nbytes
+
+    def restore(self) -> None:
+        """Write the old values back."""
+        work = (
+            copy
+            for position, (stored, tensor) in enumerate(
+                zip(self._stored, self._tensors, strict=True)
+            )
+            for copy in copies(stored, Box.whole(stored.shape), tensor, position)
+        )
+        Work.of(work, self._tensors).run(threads=1)
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    if tensor.is_cpu and tensor.is_contiguous():
+        yield tensor
+        return
+    rows = tensor.reshape(1) if tensor.dim() == 0 else tensor
+    step = max(1, PART * len(rows) // max(1, tensor.nbytes))
+    for start in range(0, len(rows), step):
+        yield rows[start : start + step]
+
 
 _address = attrgetter("_cdata")
 

@@ -62,17 +62,16 @@ class PendingUpdate:
         self.add_stored(from_iterator(tensors, file).values())
         self._stream = file if is_first else None
 
-    def add_stored(self, tensors: Iterable[Stored]) -> None:
+    def add_stored(self, tensors: Iterable[Stored] | Files) -> None:
         """Take tensors in files."""
+        if isinstance(tensors, Files):
+            self._files = tensors
+            return
         for stored in tensors:
             if stored.name in self._tensors or stored.name in self._stored:
                 raise UpdateError(f"{stored.name!r} was loaded twice in one update")
             self._stored[stored.name] = stored
         self._stream = None
-
-    def add_files(self, files: Files) -> None:
-        """Take the tensors of safetensors files."""
-        self._files = files
 
     @property
     def signature(self) -> SourceSignature | None:

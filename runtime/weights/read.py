@@ -73,15 +73,19 @@ class Work:
 
         With batched=False each copy stays by itself.
         """
-        runs, rest, given = [], [], _Sources(sources)
+        runs, rest, given = [], [], list(sources)
+        indices = {id(source): index for index, source in enumerate(given)}
         for copy in copies:
             found = _run_of(copy, tensors[copy.position]) if batched else None
             if found is None:
                 rest.append(copy)
                 continue
             source, start, inner, size = found
-            runs.append((given.index(source), start, copy.position, inner, size))
-        return Work(given.found, tensors, list(batches(runs, given.found)), rest)
+            index = indices.setdefault(id(source), len(given))
+            if index == len(given):
+                given.append(source)
+            runs.append((index, start, copy.position, inner, size))
+        return Work(given, tensors, list(batches(runs, given)), rest)
 
     @property
     def num_bytes(self) -> int:
@@ -179,20 +183,6 @@ def in_memory(stored: Stored, threads: int = 1) -> Tensor:
     """A stored tensor in memory of its own."""
     empty = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
     return read(stored, empty, threads=threads)
-
-
-class _Sources:
-    """Sources, each once, in the order in which they were first asked for."""
-
-    def __init__(self, first: Iterable[Source]) -> None:
-        self.found: list[Source] = list(first)
-        self._index = {id(source): index for index, source in enumerate(self.found)}
-
-    def index(self, source: Source) -> int:
-        index = self._index.setdefault(id(source), len(self.found))
-        if index == len(self.found):
-            self.found.append(source)
-        return index
 
 
 def _run_of(copy: Copy, base: Tensor) -> tuple[Source, int, int, int] | None:

@@ -39,8 +39,7 @@ def write(memory: Tensor, plan: LayoutPlan, region: Region, values: Tensor) -> N
     """Write `values`, which have the region's shape, into `memory` (flat), as `plan` orders it."""
     if 0 in region.shape:
         return
-    parts = _along_axes(plan, region)
-    if parts is None:
+    if (parts := _along_axes(plan, region)) is None:
         _scatter(memory, plan, region, values)
     else:
         wide_copy(_part_of(memory, parts), _split(values, parts))
@@ -51,8 +50,7 @@ def read(memory: Tensor, plan: LayoutPlan, region: Region) -> Tensor:
     out = torch.empty(region.shape, dtype=memory.dtype, device=memory.device)
     if 0 in region.shape:
         return out
-    parts = _along_axes(plan, region)
-    if parts is None:
+    if (parts := _along_axes(plan, region)) is None:
         _gather(memory, plan, region, out)
     else:
         wide_copy(_split(out, parts), _part_of(memory, parts))
@@ -176,7 +174,7 @@ def permute_in_place(
     """Reorder memory so that `flat.view(sizes)` becomes its `.permute(order)`.
 
     Args:
-        flat: 1-D and contiguous. Nobody may read it meanwhile: see `write_lock`.
+        flat: 1-D and contiguous, and not read meanwhile: see `write_lock`.
         sizes: of the axes before.
         order: the axes as they lie afterwards.
         inverse: undo that permute instead.

@@ -57,8 +57,8 @@ _changes = [0]
 
 
 def any_layout_set() -> bool:
-    """Whether any parameter in this process has a layout. Asking per parameter takes longer."""
-    return len(_RECORDS) > 0
+    """Whether any parameter in this process has a layout or is part of a pack."""
+    return bool(_RECORDS or _PARTS)
 
 
 def record_of(param: Tensor) -> LayoutRecord | None:

@@ -43,7 +43,8 @@ class Routes:
 
 def route(checkpoint: Checkpoint, mapping: Mapping, targets: Named[str, Target]) -> Routes:
     """The routes of all stored tensors."""
-    routes = Routes(owners(targets))
+    first: dict[int, str] = {}
+    routes = Routes({name: first.setdefault(id(t.tensor), name) for name, t in targets.items()})
     found: dict[str, list[Routed]] = {}
     for stored in checkpoint.values():
         candidates = mapping.candidates(stored.name)
@@ -61,12 +62,6 @@ def route(checkpoint: Checkpoint, mapping: Mapping, targets: Named[str, Target])
             routes.unexpected.append(stored.name)
     _untie(routes, found)
     return routes
-
-
-def owners(targets: Named[str, Target]) -> dict[str, str]:
-    """Each name of a target and the first name of the same tensor."""
-    first: dict[int, str] = {}
-    return {name: first.setdefault(id(target.tensor), name) for name, target in targets.items()}
 
 
 def _left_out(name: str, candidates: tuple[Candidate, ...], mapping: Mapping) -> Skipped | None:

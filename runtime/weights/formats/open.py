@@ -100,28 +100,22 @@ def opened(
         CheckpointError: the source is none of these, or is broken.
 
     """
-    if (files := _files_of(source)) is not None:
-        return files
     path = Path(source)
     if not path.is_dir():
-        return _from_torch_save(path, weights_only)
+        if glob.has_magic(str(source)) and not path.exists():
+            return safetensors_files.from_glob(str(source))
+        if path.name.endswith(safetensors_files.INDEX_SUFFIX):
+            return safetensors_files.from_index(path)
+        if path.suffix in PICKLES:
+            return _from_torch_save(path, weights_only)
+        return safetensors_files.from_files([path])
+    if (files := safetensors_files.from_folder(path)) is not None:
+        return files
     if (path / dcp.METADATA).is_file():
         return list(dcp.from_dcp(path, weights_only=weights_only).values())
     raise CheckpointError(
         f"{path} holds no .safetensors file, no index of them and no {dcp.METADATA}"
     )
-
-
-def _files_of(source: str | Path) -> Files | None:
-    """The safetensors files that a path means; None where it means something else."""
-    path = Path(source)
-    if path.is_dir():
-        return safetensors_files.from_folder(path)
-    if glob.has_magic(str(source)) and not path.exists():
-        return safetensors_files.from_glob(str(source))
-    if path.name.endswith(safetensors_files.INDEX_SUFFIX):
-        return safetensors_files.from_index(path)
-    return None if path.suffix in PICKLES else safetensors_files.from_files([path])
 
 
 def _from_torch_save(path: Path, weights_only: bool) -> Mapping[str, Tensor]:

@@ -57,7 +57,7 @@ def counts(folder):
     }
 
 
-MOST = {"load": (28, 113), "update": (24, 98), "reload": (27, 117), "reload again": (20, 83)}
+MOST = {"load": (22, 98), "update": (20, 88), "reload": (22, 105), "reload again": (17, 76)}
 
 
 def test_one_tensor_runs_through_few_functions(tmp_path):

@@ -26,7 +26,7 @@ from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.runtime.errors import ConfigError, UnsupportedTorchError
 from fixpass.runtime.providers import describe_needs
 from fixpass.runtime.symmetric_memory.policy import Policy
-from fixpass.runtime.weights.prepack import packable_dtypes
+from fixpass.runtime.weights.weight_ops import packable_dtypes
 
 OLDEST, NEWEST = (2, 11), (2, 14)
 

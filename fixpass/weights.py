@@ -30,9 +30,9 @@ from fixpass.runtime.weights.module_hooks import protect, reset_layouts, set_lay
 from fixpass.runtime.weights.options import LoadReport
 from fixpass.runtime.weights.rebind import Rebound, copy_or_rebind, pack, unpack
 from fixpass.runtime.weights.relayout import forget, layout_of, logical, reset_layout, set_layout
-from fixpass.runtime.weights.shuffle_op import shuffle_weight
 from fixpass.runtime.weights.state_file import SavedState, digest, resume
 from fixpass.runtime.weights.update import Update, UpdateReport, update
+from fixpass.runtime.weights.weight_ops import shuffle_weight
 from fixpass.runtime.weights.weight_version import (
     UnseenWriteWarning,
     Writes,

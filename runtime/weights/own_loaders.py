@@ -18,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fixpass.runtime.attributes import note, remembered
 from fixpass.runtime.errors import CheckpointError
-from fixpass.runtime.weights.checkpoint_view import shows_checkpoint, written_arguments
-from fixpass.runtime.weights.destination import Destination
+from fixpass.runtime.weights.checkpoint_view import Destination, shows_checkpoint, written_arguments
 from fixpass.runtime.weights.files import OpenFile
 from fixpass.runtime.weights.formats.open import from_iterator
 from fixpass.runtime.weights.read import Copy, copies, in_memory

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fixpass.runtime.errors import CheckpointError
-from fixpass.runtime.weights.destination import Destination, destination
+from fixpass.runtime.weights.checkpoint_view import Destination, destination
 from fixpass.runtime.weights.mapping import Mapping
 from fixpass.runtime.weights.options import Initialised, LoadReport, Missing, Options, Skipped, some
 from fixpass.runtime.weights.own_loaders import OwnLoads, own_loader

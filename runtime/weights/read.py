@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fixpass.runtime.weights.destination import LogicalView
+from fixpass.runtime.weights.checkpoint_view import LogicalView
 from fixpass.runtime.weights.files import (
     Advance,
     Batch,

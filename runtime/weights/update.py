@@ -31,6 +31,7 @@ from fixpass.runtime.weights.own_loaders import run_own_loaders
 from fixpass.runtime.weights.pending_update import PendingUpdate
 from fixpass.runtime.weights.plan import make_plan
 from fixpass.runtime.weights.plan_cache import (
+    Manifest,
     ModelSignature,
     cached_plan,
     keep_plan,
@@ -42,7 +43,6 @@ from fixpass.runtime.weights.route import check_twins, scales_without_taker
 from fixpass.runtime.weights.state_file import digest, resume
 from fixpass.runtime.weights.stored import Stored
 from fixpass.runtime.weights.targets import reshard, tensors_of, walk
-from fixpass.runtime.weights.tensor_metadata import Manifest
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torch import nn
 
 from fixpass.runtime.errors import CheckpointError, PoisonedError, UpdateError
 from fixpass.runtime.weights import files
+from fixpass.runtime.weights.commit_guards import UndoLog
 from fixpass.runtime.weights.files import OpenFile
 from fixpass.runtime.weights.lock import lock_of, version
-from fixpass.runtime.weights.rollback import UndoLog
 from fixpass.runtime.weights.state_file import read_state, resume
 from fixpass.runtime.weights.update import update
 from helpers import weights_workers as workers

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fixpass.runtime.errors import CheckpointError, UpdateError
+from fixpass.runtime.weights import commit_guards as double
 from fixpass.runtime.weights import files
-from fixpass.runtime.weights import rollback as double
 from fixpass.runtime.weights.files import TEMPORARY, OpenFile
 from fixpass.runtime.weights.lock import lock_of, version
 from helpers.reloading import MODES, holds, model_of, named, reloaded, saved

@@ -29,7 +29,7 @@ from fixpass.passes.select_linear_kernel import SelectLinearKernel
 from fixpass.runtime.errors import ConfigError, UnsupportedTorchError
 from fixpass.runtime.providers import check_calls, describe_needs
 from fixpass.runtime.symmetric_memory.policy import Policy
-from fixpass.runtime.weights.prepack import packable_dtypes
+from fixpass.runtime.weights.weight_ops import packable_dtypes
 
 OWN_LINEARS = ("freezing", "max_autotune", "max_autotune_gemm")
 """Options of Inductor with which it packs weights, or fuses pointwise operations into a matmul."""

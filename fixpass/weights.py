@@ -8,7 +8,6 @@ import warnings
 from typing import Any
 
 from fixpass.runtime.weights.checkpoint_view import checkpoint_layout
-from fixpass.runtime.weights.digest import digest
 from fixpass.runtime.weights.layouts import Alias, Bytes, Pad, Permute, Stride, WeightLayout
 from fixpass.runtime.weights.load import load, reload
 from fixpass.runtime.weights.lock import read_lock, version, write_lock
@@ -28,13 +27,12 @@ from fixpass.runtime.weights.mapping import (
     TensorParallel,
 )
 from fixpass.runtime.weights.module_hooks import protect, reset_layouts, set_layouts
-from fixpass.runtime.weights.packed_parameters import pack, unpack
-from fixpass.runtime.weights.rebind import Rebound, copy_or_rebind
+from fixpass.runtime.weights.options import LoadReport
+from fixpass.runtime.weights.rebind import Rebound, copy_or_rebind, pack, unpack
 from fixpass.runtime.weights.relayout import forget, layout_of, logical, reset_layout, set_layout
-from fixpass.runtime.weights.report import LoadReport
-from fixpass.runtime.weights.shuffle_op import shuffle_weight
-from fixpass.runtime.weights.state_file import SavedState, resume
+from fixpass.runtime.weights.state_file import SavedState, digest, resume
 from fixpass.runtime.weights.update import Update, UpdateReport, update
+from fixpass.runtime.weights.weight_ops import shuffle_weight
 from fixpass.runtime.weights.weight_version import (
     UnseenWriteWarning,
     Writes,

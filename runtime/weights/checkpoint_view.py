@@ -1,15 +1,15 @@
-"""`checkpoint_layout`: a context in which parameters with a layout show the checkpoint's layout.
+"""Parameters as a checkpoint sees them: the memory to write, and `checkpoint_layout`.
 
-Any loader works unchanged: it narrows, chunks and writes the logical tensor, over the same memory.
-Where strides can express the layout, the parameter is that strided view. Elsewhere the parameter
-has the shape and strides of the logical tensor, and a dispatch mode redirects every read and write
-to the elements' real positions. The mode acts in the thread that entered the context only.
+`destination` gives a view of the checkpoint's shape over a parameter's memory; of a DTensor, over
+the local part. In the context `checkpoint_layout` the parameters themselves show that shape. Where
+strides can't express the layout, they only name the elements: `LogicalView.put` and a dispatch
+mode, which acts in the thread that entered the context only, go to the elements' real positions.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +17,81 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fixpass.runtime.errors import LayoutError
+from fixpass.runtime.errors import CheckpointError, LayoutError
 from fixpass.runtime.weights.layout_plan import LayoutPlan
 from fixpass.runtime.weights.region import Region, read, write
 from fixpass.runtime.weights.relayout import LayoutRecord, check_memory, memory_of, record_of
+from fixpass.runtime.weights.stored import Box, Shape
+from fixpass.runtime.weights.targets import is_freed, local_box
+
+
+class LogicalView(NamedTuple):
+    """A parameter with a layout that strides can't express."""
+
+    memory: Tensor
+    """Its elements as they lie, 1-D."""
+    plan: LayoutPlan
+
+    def put(self, values: Tensor, part: Tensor) -> None:
+        """Write values where the elements of `part` lie, a view of the destination's tensor."""
+        start = int(part.storage_offset()) - int(self.memory.storage_offset())
+        region = Region(tuple(part.shape), tuple(part.stride()), start)
+        with torch.no_grad():
+            write(self.memory, self.plan, region, values)
+
+
+class Destination(NamedTuple):
+    """Memory of a parameter in the checkpoint's layout."""
+
+    tensor: Tensor
+    """A view of the checkpoint's shape. With a `view` its strides only name the elements."""
+    box: Box
+    """The box of the whole parameter that lies on this rank."""
+    whole: Shape
+    """The shape of the whole parameter in the checkpoint."""
+    view: LogicalView | None = None
+
+    @property
+    def memory(self) -> Tensor:
+        """The memory that is written, as a tensor that names all of it."""
+        return self.tensor if self.view is None else self.view.memory
+
+
+def destination(param: Tensor, name: str = "the parameter") -> Destination:
+    """The memory of `param` on this rank.
+
+    Args:
+        param: the parameter or buffer, in any layout.
+        name: stands in messages.
+
+    Raises:
+        CheckpointError: there is no memory of its own to write to.
+        LayoutError: a parameter with a layout was given other memory.
+
+    """
+    if param.device.type == "meta":
+        raise CheckpointError(
+            f"{name} is on the meta device and has no memory: model.to_empty(device=...) gives it"
+        )
+    if param.layout != torch.strided:
+        raise CheckpointError(f"{name} is {param.layout}: only strided parameters are loaded")
+    local, box = local_box(param.detach())
+    if is_freed(local):
+        raise CheckpointError(f"{name} has no memory any more: it was freed")
+    if any(
+        stride == 0 and size > 1 for stride, size in zip(local.stride(), local.shape, strict=True)
+    ):
+        raise CheckpointError(f"{name} is expanded: its elements share their memory. clone() it")
+    found = record_of(param)
+    if found is None:
+        return Destination(local, box, tuple(param.shape))
+    check_memory(param, found, name)
+    plan = found.plan
+    memory = memory_of(local, plan)
+    strides = plan.logical_strides or plan.index_strides
+    shown = memory.as_strided(plan.logical, strides, memory.storage_offset())
+    view = LogicalView(memory, plan) if plan.logical_strides is None else None
+    return Destination(shown, Box.whole(plan.logical), plan.logical, view)
 
 
 @dataclass(frozen=True)

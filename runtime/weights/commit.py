@@ -9,7 +9,7 @@ undo_log       The old bytes go to a temporary file first: 1 x on disk. A failur
 double_buffer  Bytes go to a second set of memory, which is then put in place: 1 x the weights, for
                good. Calls go on until the last moment; addresses change.
 
-The lock is closed for the commit section, which no interrupt splits: see commit_section.
+The lock is closed for the commit section, which no interrupt splits: see commit_guards.
 """
 
 import os
@@ -24,17 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from fixpass.runtime.errors import CheckpointError, UpdateError, VersionError
-from fixpass.runtime.weights.commit_section import run_section
-from fixpass.runtime.weights.double_buffer import DoubleBuffer
+from fixpass.runtime.weights.commit_guards import DoubleBuffer, UndoLog, run_section
 from fixpass.runtime.weights.files import OpenFile
 from fixpass.runtime.weights.lock import WeightsLock, bump, closed, lock_of, over_ids
 from fixpass.runtime.weights.options import Options
+from fixpass.runtime.weights.plan_cache import Manifest
 from fixpass.runtime.weights.read import Work
 from fixpass.runtime.weights.state_file import SavedState, write_state
 from fixpass.runtime.weights.stored import MemoryPiece
 from fixpass.runtime.weights.targets import Target, local_box, tensors_of, walk
-from fixpass.runtime.weights.tensor_metadata import Manifest
-from fixpass.runtime.weights.undo_log import UndoLog
 from fixpass.runtime.weights.weight_version import committed, write_keys
 
 _PART = 1 << 20  # elements looked at for NaN at once

@@ -13,7 +13,6 @@ from itertools import pairwise
 from math import prod
 
 from fixpass.runtime.errors import LayoutError
-from fixpass.runtime.weights.box import dense_strides
 from fixpass.runtime.weights.layouts import (
     Alias,
     Bytes,
@@ -23,6 +22,7 @@ from fixpass.runtime.weights.layouts import (
     Stride,
     WeightLayout,
 )
+from fixpass.runtime.weights.stored import dense_strides
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a weight layout is: a name and reversible steps, from checkpoint order to kernel order.
 
 `layout_plan` resolves Stride, Permute and Pad for a shape. Alias ties several parameters to one
-pack: see `packed_parameters`. Nothing here moves bytes.
+pack: see `pack`. Nothing here moves bytes.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,7 @@
 """Load a checkpoint into a model, or load a live model again: updates from a single source."""
 
 import warnings
-from collections.abc import Iterator
 from collections.abc import Mapping as Named
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +10,16 @@ from tqdm import tqdm
 
 from fixpass.runtime.weights.formats.open import Source, opened
 from fixpass.runtime.weights.mapping import SAME_NAMES, Mapping
-from fixpass.runtime.weights.options import Missed, Mode, Options, Scope, mode_named
-from fixpass.runtime.weights.report import LoadReport, Strict
-from fixpass.runtime.weights.update import Update, UpdateReport, open_update
+from fixpass.runtime.weights.options import (
+    LoadReport,
+    Missed,
+    Mode,
+    Options,
+    Scope,
+    Strict,
+    mode_named,
+)
+from fixpass.runtime.weights.update import UpdateReport, open_update
 
 
 def load(
@@ -74,10 +79,7 @@ def load(
         strict=strict,
         missing=missing,
     )
-    with _loading(model, options, "loading", progress) as tx:
-        _give(tx, checkpoint, weights_only)
-    assert tx.report is not None
-    return tx.report.load
+    return _run(model, checkpoint, options, "loading", progress, weights_only).load
 
 
 def reload(
@@ -112,17 +114,18 @@ def reload(
     options = Options(
         mode_named(mode), version, base, scope, mapping, cast, finite, timeout, threads, path
     )
-    with _loading(model, options, "reloading", progress) as tx:
-        _give(tx, source, weights_only)
-    assert tx.report is not None
-    return tx.report
+    return _run(model, source, options, "reloading", progress, weights_only)
 
 
-@contextmanager
-def _loading(
-    model: nn.Module, options: Options, what: str, progress: bool | None
-) -> Iterator[Update]:
-    """An update with a bar of its progress, which is in bytes."""
+def _run(
+    model: nn.Module,
+    source: Source,
+    options: Options,
+    what: str,
+    progress: bool | None,
+    weights_only: bool,
+) -> UpdateReport:
+    """Update `model` from `source`, with a bar of its progress in bytes."""
     disable = None if progress is None else not progress
     with tqdm(unit="B", unit_scale=True, desc=what, disable=disable) as bar:
 
@@ -131,17 +134,15 @@ def _loading(
             bar.update(count)
 
         with open_update(model, replace(options, advance=advance)) as tx:
-            yield tx
-
-
-def _give(tx: Update, source: Source, weights_only: bool) -> None:
-    if isinstance(source, str | Path):
-        found = opened(source, weights_only=weights_only)
-        if isinstance(found, Named):
-            tx.load_state_dict(found)
-        else:
-            tx.load_stored(found)
-    elif isinstance(source, Named):
-        tx.load_state_dict(source)
-    else:
-        tx.load_weights(source)
+            if isinstance(source, str | Path):
+                found = opened(source, weights_only=weights_only)
+                if isinstance(found, Named):
+                    tx.load_state_dict(found)
+                else:
+                    tx.load_stored(found)
+            elif isinstance(source, Named):
+                tx.load_state_dict(source)
+            else:
+                tx.load_weights(source)
+    assert tx.report is not None
+    return tx.report

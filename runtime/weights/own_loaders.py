@@ -18,15 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fixpass.runtime.attributes import note, remembered
 from fixpass.runtime.errors import CheckpointError
-from fixpass.runtime.weights.box import Box
-from fixpass.runtime.weights.checkpoint_view import shows_checkpoint, written_arguments
-from fixpass.runtime.weights.destination import Destination
+from fixpass.runtime.weights.checkpoint_view import Destination, shows_checkpoint, written_arguments
 from fixpass.runtime.weights.files import OpenFile
-from fixpass.runtime.weights.formats.memory import from_iterator
+from fixpass.runtime.weights.formats.open import from_iterator
 from fixpass.runtime.weights.read import Copy, copies, in_memory
 from fixpass.runtime.weights.relayout import logical
 from fixpass.runtime.weights.route import Routed
-from fixpass.runtime.weights.stored import MemoryPiece, Stored
+from fixpass.runtime.weights.stored import Box, MemoryPiece, Stored
 from fixpass.runtime.weights.targets import Target
 
 

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from fixpass.runtime.errors import CheckpointError, UpdateError
-from fixpass.runtime.weights.batches import Source
-from fixpass.runtime.weights.files import TEMPORARY, OpenFile
-from fixpass.runtime.weights.formats import memory
+from fixpass.runtime.weights.files import TEMPORARY, OpenFile, Source
+from fixpass.runtime.weights.formats.open import check_values, from_iterator, in_memory
 from fixpass.runtime.weights.formats.safetensors import Files
+from fixpass.runtime.weights.options import some
 from fixpass.runtime.weights.plan_cache import SourceSignature
-from fixpass.runtime.weights.report import some
 from fixpass.runtime.weights.stored import Checkpoint, FilePiece, Stored
 from fixpass.runtime.weights.targets import MemoryRanges, tensors_of
 
@@ -38,7 +37,7 @@ class PendingUpdate:
 
     def add(self, name: str, tensor: Tensor, start: Sequence[int] | None) -> None:
         """Take a tensor in memory."""
-        memory.check_values(name, tensor)
+        check_values(name, tensor)
         if name in self._tensors or name in self._stored or (start is None and name in self.parts):
             raise UpdateError(f"{name!r} was loaded twice in one update")
         # The model's own values are copied in any case: the commit writes over them.
@@ -50,7 +49,7 @@ class PendingUpdate:
         if start is None:
             self._tensors[name] = tensor
         else:
-            part = memory.in_memory(name, tensor), tuple(start)
+            part = in_memory(name, tensor), tuple(start)
             self.parts.setdefault(name, []).append(part)
 
     def add_iterator(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -60,20 +59,19 @@ class PendingUpdate:
                 self.add(name, tensor, None)
             return
         is_first, file = not self._stored, OpenFile.temporary()
-        self.add_stored(memory.from_iterator(tensors, file).values())
+        self.add_stored(from_iterator(tensors, file).values())
         self._stream = file if is_first else None
 
-    def add_stored(self, tensors: Iterable[Stored]) -> None:
+    def add_stored(self, tensors: Iterable[Stored] | Files) -> None:
         """Take tensors in files."""
+        if isinstance(tensors, Files):
+            self._files = tensors
+            return
         for stored in tensors:
             if stored.name in self._tensors or stored.name in self._stored:
                 raise UpdateError(f"{stored.name!r} was loaded twice in one update")
             self._stored[stored.name] = stored
         self._stream = None
-
-    def add_files(self, files: Files) -> None:
-        """Take the tensors of safetensors files."""
-        self._files = files
 
     @property
     def signature(self) -> SourceSignature | None:
@@ -109,7 +107,7 @@ class PendingUpdate:
         if self._files is not None:
             found |= self._files.tensors()
         for name, tensor in self._tensors.items():
-            found[name] = memory.in_memory(name, tensor)
+            found[name] = in_memory(name, tensor)
         return found
 
     def note_cut_off(self, error: CheckpointError) -> None:

@@ -12,10 +12,9 @@ from typing import NamedTuple
 import torch
 
 from fixpass.runtime.errors import CheckpointError
-from fixpass.runtime.weights.box import Box, Shape
 from fixpass.runtime.weights.mapping import Candidate, TensorParallel
 from fixpass.runtime.weights.route import Routed
-from fixpass.runtime.weights.stored import FilePiece, MemoryPiece, Stored, describe
+from fixpass.runtime.weights.stored import Box, FilePiece, MemoryPiece, Shape, Stored, describe
 from fixpass.runtime.weights.targets import is_quantised
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

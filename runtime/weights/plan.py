@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from fixpass.runtime.errors import CheckpointError
-from fixpass.runtime.weights.box import Box, Shape
-from fixpass.runtime.weights.destination import Destination, destination
+from fixpass.runtime.weights.checkpoint_view import Destination, destination
 from fixpass.runtime.weights.mapping import Mapping
-from fixpass.runtime.weights.options import Options
+from fixpass.runtime.weights.options import Initialised, LoadReport, Missing, Options, Skipped, some
 from fixpass.runtime.weights.own_loaders import OwnLoads, own_loader
 from fixpass.runtime.weights.placement import (
     Placed,
@@ -27,12 +26,10 @@ from fixpass.runtime.weights.placement import (
     place,
     place_part,
 )
-from fixpass.runtime.weights.plan_checks import look_alikes, scales_left_out
 from fixpass.runtime.weights.read import Copy, copies
 from fixpass.runtime.weights.relayout import record_of
-from fixpass.runtime.weights.report import Initialised, LoadReport, Missing, Skipped, some
-from fixpass.runtime.weights.route import Routed, route
-from fixpass.runtime.weights.stored import Checkpoint, MemoryPiece, Stored, describe
+from fixpass.runtime.weights.route import Routed, look_alikes, route, scales_left_out
+from fixpass.runtime.weights.stored import Box, Checkpoint, MemoryPiece, Shape, Stored, describe
 from fixpass.runtime.weights.targets import PLAIN, Target
 
 MOST_FAULTS = 10

@@ -15,11 +15,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fixpass.runtime.weights.batches import Advance, Batch, Source, Task, batches, run
-from fixpass.runtime.weights.box import Box, dense_strides, span
-from fixpass.runtime.weights.destination import LogicalView
-from fixpass.runtime.weights.files import OpenFile, in_turn
-from fixpass.runtime.weights.stored import FilePiece, MemoryPiece, Stored
+from fixpass.runtime.weights.checkpoint_view import LogicalView
+from fixpass.runtime.weights.files import (
+    Advance,
+    Batch,
+    OpenFile,
+    Source,
+    Task,
+    batches,
+    in_turn,
+    run,
+)
+from fixpass.runtime.weights.stored import Box, FilePiece, MemoryPiece, Stored, dense_strides, span
 from fixpass.runtime.weights.targets import PLAIN
 
 STAGING = 8 << 20
@@ -66,15 +73,19 @@ class Work:
 
         With batched=False each copy stays by itself.
         """
-        runs, rest, given = [], [], _Sources(sources)
+        runs, rest, given = [], [], list(sources)
+        indices = {id(source): index for index, source in enumerate(given)}
         for copy in copies:
             found = _run_of(copy, tensors[copy.position]) if batched else None
             if found is None:
                 rest.append(copy)
                 continue
             source, start, inner, size = found
-            runs.append((given.index(source), start, copy.position, inner, size))
-        return Work(given.found, tensors, list(batches(runs, given.found)), rest)
+            index = indices.setdefault(id(source), len(given))
+            if index == len(given):
+                given.append(source)
+            runs.append((index, start, copy.position, inner, size))
+        return Work(given, tensors, list(batches(runs, given)), rest)
 
     @property
     def num_bytes(self) -> int:
@@ -172,20 +183,6 @@ def in_memory(stored: Stored, threads: int = 1) -> Tensor:
     """A stored tensor in memory of its own."""
     empty = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
     return read(stored, empty, threads=threads)
-
-
-class _Sources:
-    """Sources, each once, in the order in which they were first asked for."""
-
-    def __init__(self, first: Iterable[Source]) -> None:
-        self.found: list[Source] = list(first)
-        self._index = {id(source): index for index, source in enumerate(self.found)}
-
-    def index(self, source: Source) -> int:
-        index = self._index.setdefault(id(source), len(self.found))
-        if index == len(self.found):
-            self.found.append(source)
-        return index
 
 
 def _run_of(copy: Copy, base: Tensor) -> tuple[Source, int, int, int] | None:

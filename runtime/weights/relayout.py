@@ -20,8 +20,7 @@ from fixpass.runtime.errors import LayoutError
 from fixpass.runtime.weights.layout_plan import LayoutPlan, resolve
 from fixpass.runtime.weights.layouts import Alias, Pad, Stride, WeightLayout, named
 from fixpass.runtime.weights.lock import closed, over
-from fixpass.runtime.weights.permute import permute_in_place
-from fixpass.runtime.weights.region import Region, read, write
+from fixpass.runtime.weights.region import Region, permute_in_place, read, write
 
 _PATIENCE = 30.0
 """Seconds that `restride` waits for calls under way."""
@@ -58,8 +57,8 @@ _changes = [0]
 
 
 def any_layout_set() -> bool:
-    """Whether any parameter in this process has a layout. Asking per parameter takes longer."""
-    return len(_RECORDS) > 0
+    """Whether any parameter in this process has a layout or is part of a pack."""
+    return bool(_RECORDS or _PARTS)
 
 
 def record_of(param: Tensor) -> LayoutRecord | None:

@@ -1,20 +1,25 @@
-"""A small file that says which weights a model in a file or in shared memory holds.
+"""The state of live weights: a small file with their version, and a digest of all their bytes.
 
-Such a model outlives its process. The file is written before the first byte of a commit changes
-and after the last; where a process dies between the two, the next one reads what is the matter. It
-says nothing of the bytes themselves.
+A model in a file or in shared memory outlives its process. The state file is written before the
+first byte of a commit changes and after the last; where a process dies between the two, the next
+process reads of the mixture there.
 """
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import nn
 
 from fixpass.runtime.errors import UpdateError
+from fixpass.runtime.weights.formats.open import raw_bytes
 from fixpass.runtime.weights.lock import lock_of
+from fixpass.runtime.weights.relayout import logical, record_of
+from fixpass.runtime.weights.targets import local_box, targets
 
 
 @dataclass(frozen=True)
@@ -73,3 +78,15 @@ def resume(model: nn.Module, path: str | Path) -> SavedState | None:
         gate.version = max(gate.version, found.version)
         gate.poisoned = "" if found.state == "committed" else f"{path} says {found}"
     return found
+
+
+def digest(model: nn.Module) -> str:
+    """Of names, dtypes, shapes and values of parameters and persistent buffers on this rank."""
+    found = hashlib.blake2b(digest_size=16)
+    with torch.no_grad():
+        for name, target in sorted(targets(model).items()):
+            has_layout = record_of(target.tensor) is not None
+            value = logical(target.tensor) if has_layout else local_box(target.tensor.detach())[0]
+            found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            found.update(raw_bytes(value))
+    return found.hexdigest()

@@ -17,7 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.modules import INNER
-from fixpass.runtime.weights.box import Box
+from fixpass.runtime.weights.stored import Box
 
 PLAIN = frozenset((nn.Parameter, Tensor))
 """Classes whose memory is their own."""

@@ -22,28 +22,27 @@ from torch import Tensor, nn
 
 from fixpass.runtime.errors import CheckpointError, PoisonedError, UpdateError, VersionError
 from fixpass.runtime.weights.commit import Commit
-from fixpass.runtime.weights.digest import digest
 from fixpass.runtime.weights.formats.safetensors import Files
 from fixpass.runtime.weights.lock import WeightsLock, closed, lock_of, over
 from fixpass.runtime.weights.mapping import SAME_NAMES, Mapping
 from fixpass.runtime.weights.module_hooks import protect
-from fixpass.runtime.weights.options import Mode, Options, Scope, mode_named
+from fixpass.runtime.weights.options import LoadReport, Mode, Options, Scope, mode_named, some
 from fixpass.runtime.weights.own_loaders import run_own_loaders
-from fixpass.runtime.weights.packed_parameters import has_left_pack, return_to_pack
 from fixpass.runtime.weights.pending_update import PendingUpdate
 from fixpass.runtime.weights.plan import make_plan
 from fixpass.runtime.weights.plan_cache import (
+    Manifest,
     ModelSignature,
     cached_plan,
     keep_plan,
 )
-from fixpass.runtime.weights.plan_checks import check_twins, scales_without_taker
 from fixpass.runtime.weights.read import Work
-from fixpass.runtime.weights.report import LoadReport, some
-from fixpass.runtime.weights.state_file import resume
+from fixpass.runtime.weights.rebind import has_left_pack, return_to_pack
+from fixpass.runtime.weights.relayout import any_layout_set
+from fixpass.runtime.weights.route import check_twins, scales_without_taker
+from fixpass.runtime.weights.state_file import digest, resume
 from fixpass.runtime.weights.stored import Stored
 from fixpass.runtime.weights.targets import reshard, tensors_of, walk
-from fixpass.runtime.weights.tensor_metadata import Manifest
 
 
 @dataclass(frozen=True)
@@ -125,10 +124,7 @@ class Update:
 
     def load_stored(self, tensors: Iterable[Stored] | Files) -> None:
         """Take tensors that are in files, which must not change before the update ends."""
-        if isinstance(tensors, Files):
-            self._given.add_files(tensors)
-        else:
-            self._given.add_stored(tensors)
+        self._given.add_stored(tensors)
 
     def validate(self) -> LoadReport:
         """Check everything that was given so far, as at the end; the report of that load."""
@@ -138,8 +134,13 @@ class Update:
     def commit(self) -> None:
         """Write the update. Called once, when the context ends without an exception."""
         options, given = self._options, self._given
-        with _gc_paused():
+        # The garbage collector would look at each of thousands of tuples, in vain.
+        resume_gc = gc.enable if gc.isenabled() else gc.disable
+        gc.disable()
+        try:
             found = self._cached() or self._planned()
+        finally:
+            resume_gc()
         self.num_bytes = found.report.num_bytes
         covers_all = options.strict is not None or options.scope == "model"
         commit = Commit(
@@ -187,9 +188,11 @@ class Update:
         plan = make_plan(given.checkpoint(), given.parts, self._live, options)
         in_file = options.mode in ("direct", "undo_log")
         check_twins(plan.twins)
-        own, covered = run_own_loaders(plan.own, options.threads, in_file=in_file)
-        plan.note_covered(covered, options)
-        copies, sources = [*plan.copies, *own], given.sources
+        copies, sources = plan.copies, given.sources
+        if plan.own:
+            own, covered = run_own_loaders(plan.own, options.threads, in_file=in_file)
+            plan.note_covered(covered, options)
+            copies = [*copies, *own]
         work = Work.of(copies, plan.tensors, sources, batched=not options.finite)
         # A source that the signature does not know is none that the next update can have.
         source = given.signature if len(work.given) == len(sources) else None
@@ -235,7 +238,6 @@ def update(
         VersionError: the weights are not those of `base`, or became others meanwhile.
         UpdateError: the update is refused or undone; the weights are those of before.
 
-
     """
     path = None if state_file is None else Path(state_file)
     return open_update(
@@ -257,8 +259,9 @@ def open_update(model: nn.Module, options: Options) -> Iterator[Update]:
         _check_base(model, lock, options)
         base = lock.version
         reshard(model)
-        protect(model)
-        _bring_back_packed(model, options)
+        if any_layout_set():
+            protect(model)
+            _bring_back_packed(model, options)
         tx = Update(model, base, options)
         yield tx
         tx.commit()
@@ -287,14 +290,3 @@ def _bring_back_packed(model: nn.Module, options: Options) -> None:
         with closed(over(away), options.timeout):
             for tensor in away:
                 return_to_pack(tensor)
-
-
-@contextmanager
-def _gc_paused() -> Iterator[None]:
-    """Pause the garbage collector: it would look at each of thousands of tuples, in vain."""
-    resume_gc = gc.enable if gc.isenabled() else gc.disable
-    gc.disable()
-    try:
-        yield
-    finally:
-        resume_gc()

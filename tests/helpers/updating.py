@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from fixpass.runtime.weights.module_hooks import set_layouts
-from fixpass.runtime.weights.packed_parameters import pack
+from fixpass.runtime.weights.rebind import pack
 
 MODES = ("buffered", "undo_log", "double_buffer")
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from fixpass.runtime.weights import batches
+from fixpass.runtime.weights import files
 from fixpass.runtime.weights import update as updating
 from fixpass.runtime.weights.load import reload
 from fixpass.runtime.weights.lock import version
@@ -36,10 +36,10 @@ def full(value):
 def die_in_mid_commit(weights, state, mode):
     """Update to version 1, begin to write version 2, and be killed after half of the layers."""
     model = file_model(weights)
-    batches.MOST_PARTS = 1
+    files.MOST_PARTS = 1
     with update(model, mode, state_file=state) as tx:
         tx.load_state_dict(full(1))
-    done, move = [], batches.move
+    done, move = [], files.move
 
     def dying(*args):
         if len(done) == 4:
@@ -47,7 +47,7 @@ def die_in_mid_commit(weights, state, mode):
         done.append(args)
         move(*args)
 
-    batches.move = dying
+    files.move = dying
     with update(model, mode, state_file=state, threads=1) as tx:
         tx.load_state_dict(full(2))
 

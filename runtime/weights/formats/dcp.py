@@ -19,9 +19,8 @@ from torch.distributed.checkpoint import metadata as torch_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from fixpass.runtime.errors import CheckpointError
-from fixpass.runtime.weights.box import Box, Shape, dense_strides
 from fixpass.runtime.weights.files import OpenFile
-from fixpass.runtime.weights.stored import FilePiece, Stored
+from fixpass.runtime.weights.stored import Box, FilePiece, Shape, Stored, dense_strides
 
 METADATA = ".metadata"
 

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 
 from fixpass.runtime.errors import CheckpointError
-from fixpass.runtime.weights.box import Box, Shape
 from fixpass.runtime.weights.files import OpenFile
-from fixpass.runtime.weights.report import some
-from fixpass.runtime.weights.stored import FilePiece, Stored
+from fixpass.runtime.weights.options import some
+from fixpass.runtime.weights.stored import Box, FilePiece, Shape, Stored
 
 INDEX_SUFFIX = ".safetensors.index.json"
 

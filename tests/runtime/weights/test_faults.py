@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fixpass.runtime.errors import CheckpointError, PoisonedError, UpdateError
-from fixpass.runtime.weights import batches
+from fixpass.runtime.weights import files
+from fixpass.runtime.weights.commit_guards import UndoLog
 from fixpass.runtime.weights.files import OpenFile
 from fixpass.runtime.weights.lock import lock_of, version
 from fixpass.runtime.weights.state_file import read_state, resume
-from fixpass.runtime.weights.undo_log import UndoLog
 from fixpass.runtime.weights.update import update
 from helpers import weights_workers as workers
 from helpers.ranks import Ranks
@@ -36,7 +36,7 @@ def holds(model, value):
 
 def failing(monkeypatch, after, error, times=1):
     """Let the move of the tensor with this number fail, that many times."""
-    done, failed, move = [], [], batches.move
+    done, failed, move = [], [], files.move
 
     def failing_move(*args):
         if len(done) >= after and len(failed) < times:
@@ -45,8 +45,8 @@ def failing(monkeypatch, after, error, times=1):
         done.append(args)
         move(*args)
 
-    monkeypatch.setattr(batches, "MOST_PARTS", 1)
-    monkeypatch.setattr(batches, "move", failing_move)
+    monkeypatch.setattr(files, "MOST_PARTS", 1)
+    monkeypatch.setattr(files, "move", failing_move)
     return done
 
 

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from fixpass.runtime.errors import CheckpointError, VersionError
-from fixpass.runtime.weights.digest import digest
 from fixpass.runtime.weights.lock import version
 from fixpass.runtime.weights.mapping import FUSED_EXPERTS, Mapping
 from fixpass.runtime.weights.module_hooks import set_layouts
 from fixpass.runtime.weights.relayout import logical
+from fixpass.runtime.weights.state_file import digest
 from fixpass.runtime.weights.update import update
 from helpers.updating import MODES, holds, model_of, values
 

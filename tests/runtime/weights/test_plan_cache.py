@@ -10,10 +10,10 @@ from torch import nn
 
 import fixpass  # noqa: F401  # registers the backend
 from fixpass.runtime.errors import CheckpointError
-from fixpass.runtime.weights import batches
+from fixpass.runtime.weights import files
 from fixpass.runtime.weights.lock import version
-from fixpass.runtime.weights.packed_parameters import pack
 from fixpass.runtime.weights.plan_cache import _CACHE
+from fixpass.runtime.weights.rebind import pack
 from fixpass.runtime.weights.relayout import set_layout
 from helpers.folding import aiter
 from helpers.reloading import MODES, holds, model_of, named, reloaded, saved, stacked
@@ -57,7 +57,7 @@ def test_tensors_that_are_stacked_into_one_go_where_they_went(tmp_path, plans):
 def test_tensors_in_memory_are_stacked_where_they_were_and_cut_where_they_are_large(
     plans, mode, monkeypatch
 ):
-    monkeypatch.setattr(batches, "MOST_BYTES", 1000)
+    monkeypatch.setattr(files, "MOST_BYTES", 1000)
     model, mapping = stacked(64)
     for seed in range(4):
         torch.manual_seed(seed)

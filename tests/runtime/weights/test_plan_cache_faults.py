@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fixpass.runtime.errors import CheckpointError, UpdateError
-from fixpass.runtime.weights import batches
-from fixpass.runtime.weights import double_buffer as double
+from fixpass.runtime.weights import commit_guards as double
+from fixpass.runtime.weights import files
 from fixpass.runtime.weights.files import TEMPORARY, OpenFile
 from fixpass.runtime.weights.lock import lock_of, version
 from helpers.reloading import MODES, holds, model_of, named, reloaded, saved
@@ -78,7 +78,7 @@ def test_an_interrupt_in_mid_commit_is_finished_first(tmp_path, monkeypatch):
     model = model_of()
     saved(tmp_path, 1)
     reloaded(model, tmp_path)
-    state, moved, move = saved(tmp_path, 2), [], batches.move
+    state, moved, move = saved(tmp_path, 2), [], files.move
 
     def interrupted(*args):
         moved.append(args)
@@ -86,7 +86,7 @@ def test_an_interrupt_in_mid_commit_is_finished_first(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         move(*args)
 
-    monkeypatch.setattr(batches, "move", interrupted)
+    monkeypatch.setattr(files, "move", interrupted)
     with pytest.raises(KeyboardInterrupt) as caught:
         reloaded(model, tmp_path, threads=1)
     assert "finished first" in caught.value.__notes__[0]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fixpass.runtime.errors import CheckpointError, UpdateError
-from fixpass.runtime.weights import batches
+from fixpass.runtime.weights import files
 from fixpass.runtime.weights.lock import version
 from helpers.reloading import holds, model_of, named, reloaded, stacked
 
@@ -62,7 +62,7 @@ def test_an_iterator_may_follow_a_state_dict_and_be_followed_by_one(plans, mode)
 
 
 def test_tensors_that_are_cut_up_go_where_they_went(plans, monkeypatch, mode):
-    monkeypatch.setattr(batches, "MOST_BYTES", 1000)
+    monkeypatch.setattr(files, "MOST_BYTES", 1000)
     model, mapping = stacked(64)
     for seed in range(4):
         torch.manual_seed(seed)

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import save_file
 
 from fixpass.runtime.errors import CheckpointError
-from fixpass.runtime.weights import batches, files
+from fixpass.runtime.weights import files
 from fixpass.runtime.weights import read as reading
-from fixpass.runtime.weights.box import Box
 from fixpass.runtime.weights.files import OpenFile, in_turn
 from fixpass.runtime.weights.formats.safetensors import DTYPES, from_files
 from fixpass.runtime.weights.read import Work, copies, read
+from fixpass.runtime.weights.stored import Box
 
 
 def saved(tmp_path, **tensors):
@@ -64,7 +64,7 @@ def test_a_read_that_stops_early_goes_on_inside_a_range(tmp_path, monkeypatch):
 
 
 def test_a_large_tensor_is_read_in_parts_by_two_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr(batches, "MOST_BYTES", 1000)
+    monkeypatch.setattr(files, "MOST_BYTES", 1000)
     monkeypatch.setattr(reading, "_SMALL", 0)
     made = torch.randn(100, 100)
     stored = saved(tmp_path, w=made)["w"]

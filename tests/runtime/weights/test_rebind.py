@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from fixpass.runtime.errors import WeightError
-from fixpass.runtime.weights.packed_parameters import pack
-from fixpass.runtime.weights.rebind import copy_or_rebind
+from fixpass.runtime.weights.rebind import copy_or_rebind, pack
 from fixpass.runtime.weights.relayout import set_layout
 from helpers.folding import equal, parameter
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from fixpass.runtime.weights.plan_cache import TensorMetadata
 from fixpass.runtime.weights.targets import MemoryRanges, targets, walk
-from fixpass.runtime.weights.tensor_metadata import TensorMetadata
 
 
 def tree(**children):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fixpass.runtime.errors import UpdateError
-from fixpass.runtime.weights.tensor_metadata import Manifest
+from fixpass.runtime.weights.plan_cache import Manifest
 
 
 def _new_attribute(param):

@@ -1,14 +1,19 @@
-"""A second set of memory for an update: written while calls go on, then put in place at once.
+"""What guards a commit: a thread that no interrupt splits, an undo log, and a second set of memory.
 
-The old memory is kept for the next update, so the mode takes twice the bytes of the updated
-weights, for good. Addresses change at each commit: the mode is not for captured graphs, and not for
-memory that is shared with other processes.
+Signals and PyThreadState_SetAsyncExc hit the thread that called the update. `run_section` lets that
+thread only wait, and raises the interrupt when the section has ended; up to two interrupts in a row
+are held back. UndoLog writes old bytes to a temporary file, since parameters may take most of the
+memory. DoubleBuffer writes new memory while calls go on, then exchanges it, and keeps the old
+memory for the next update: twice the bytes of the updated weights, for good. Addresses change at
+each commit: not for captured graphs, nor for memory that is shared with other processes.
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from _thread import allocate_lock, start_new_thread
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from operator import attrgetter
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,8 +23,131 @@ from torch.distributed.tensor import DTensor
 from fixpass.runtime.errors import UpdateError
 from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights.checkpoint_view import shows_checkpoint
+from fixpass.runtime.weights.files import OpenFile, in_turn
+from fixpass.runtime.weights.read import Work, copies
 from fixpass.runtime.weights.relayout import any_layout_set, packed, record, record_of
+from fixpass.runtime.weights.stored import Box, FilePiece, Stored
 from fixpass.runtime.weights.targets import walk
+
+T = TypeVar("T")
+
+
+class _Section:
+    """A function that runs once, and the end of its run."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self._function = function
+        self._inference = torch.is_inference_mode_enabled()
+        self._tickets: list[None] = [None]
+        self._running = allocate_lock()
+        self._running.acquire()
+        self.is_over = False
+        self.result: object = None
+        self.error: BaseException | None = None
+
+    def take(self) -> bool:
+        """Take the right to run the function, which exists once; whether it was there."""
+        try:
+            self._tickets.pop()
+        except IndexError:
+            return False
+        return True
+
+    def run(self) -> None:
+        if not self.take():
+            return
+        try:
+            with torch.inference_mode(self._inference), torch.no_grad():
+                self.result = self._function()
+        # Raised again in the thread that waits.
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.is_over = True
+            self._running.release()
+
+    def wait(self) -> None:
+        """Wait for the end, also where an interrupt ends the waiting."""
+        try:
+            while not self.is_over:
+                with self._running:
+                    pass
+        finally:
+            if not self.is_over:
+                try:
+                    self.wait()
+                finally:
+                    if not self.is_over:
+                        self.wait()
+
+
+def run_section(function: Callable[[], T]) -> T:
+    """Call a function in another thread, without gradients, and wait for its end.
+
+    Raises the exception of the function. An interrupt of the calling thread is raised when the
+    function has ended; a note says how that was.
+    """
+    section = _Section(function)
+    try:
+        start_new_thread(section.run, ())
+        section.wait()
+    except BaseException as interrupt:
+        # The thread may not have begun yet: without the ticket it never will.
+        if section.take():
+            raise
+        section.wait()
+        if section.error is None:
+            interrupt.add_note("the update was finished first: its weights are in place")
+        else:
+            interrupt.add_note(f"the update failed: {section.error!r}")
+        raise
+    if section.error is not None:
+        raise section.error
+    return section.result  # type: ignore[return-value]
+
+
+PART = 8 << 20
+"""Bytes of a tensor that are made dense at once."""
+
+
+class UndoLog:
+    """The values of some tensors at the time when it was made."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        """Write the values down. Raises CheckpointError where the file has no room."""
+        self._tensors = tensors
+        self._stored: list[Stored] = []
+        file, end = OpenFile.temporary(), 0
+        for tensor in tensors:
+            shape = tuple(tensor.shape)
+            piece = FilePiece(file, end, Box.whole(shape))
+            self._stored.append(Stored("", tensor.dtype, shape, (piece,), "the undo log"))
+            for part in _parts(tensor):
+                dense = part.cpu().resolve_conj().resolve_neg().contiguous()
+                file.write(end, dense.nbytes, in_turn((dense.data_ptr(),), (dense.nbytes,)))
+                end += dense.nbytes
+
+    def restore(self) -> None:
+        """Write the old values back."""
+        work = (
+            copy
+            for position, (stored, tensor) in enumerate(
+                zip(self._stored, self._tensors, strict=True)
+            )
+            for copy in copies(stored, Box.whole(stored.shape), tensor, position)
+        )
+        Work.of(work, self._tensors).run(threads=1)
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    if tensor.is_cpu and tensor.is_contiguous():
+        yield tensor
+        return
+    rows = tensor.reshape(1) if tensor.dim() == 0 else tensor
+    step = max(1, PART * len(rows) // max(1, tensor.nbytes))
+    for start in range(0, len(rows), step):
+        yield rows[start : start + step]
+
 
 _address = attrgetter("_cdata")
 

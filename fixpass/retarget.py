@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
-from fixpass.passes.rewrite import guards_suppressed
+from fixpass.passes.rewrite import copy_of, guards_suppressed
 
 
 def claim_device(graph: fx.Graph, device_type: str) -> None:
@@ -44,6 +44,5 @@ def _moved(argument: Any, device: torch.device) -> Any:
 def _on(value: Any, device: torch.device) -> Any:
     if not isinstance(value, FakeTensor):
         return value
-    with guards_suppressed(value):
-        meta = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-    return FakeTensor(value.fake_mode, meta, device)
+    with unset_fake_temporarily():
+        return copy_of(value, device)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
 from fixpass.aot_eager import compile_graphs, copy_graph
@@ -25,7 +25,7 @@ from fixpass.passes.base import Remark
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.passes.report import Report
-from fixpass.passes.rewrite import guards_suppressed
+from fixpass.passes.rewrite import copy_of, guards_suppressed
 from fixpass.pipelines import (
     check_torch,
     graph_pipeline,
@@ -162,6 +162,5 @@ def _record(node: fx.Node) -> None:
 def _on(value: Any, device: torch.device) -> Any:
     if not isinstance(value, FakeTensor):
         return value
-    with guards_suppressed(value):
-        meta = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-    return FakeTensor(value.fake_mode, meta, device)
+    with unset_fake_temporarily():
+        return copy_of(value, device)

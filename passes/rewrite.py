@@ -216,8 +216,8 @@ _LENT = (
 )
 
 
-def copy_of(val: FakeTensor) -> FakeTensor:
-    """A fake tensor with the layout of `val` in a storage of its own.
+def copy_of(val: FakeTensor, device: torch.device | None = None) -> FakeTensor:
+    """A fake tensor with the layout of `val` in a storage of its own, on `device` or val's.
 
     No operation is run: on symbolic shapes that costs ten times as much. No fake tensor mode may be
     active. The storage has the size that was seen while tracing.
@@ -227,7 +227,7 @@ def copy_of(val: FakeTensor) -> FakeTensor:
     size = max(0, 1 + sum(steps) + hint(val.storage_offset()))
     storage = torch.empty(size, dtype=val.dtype, device="meta")
     return FakeTensor(
-        val.fake_mode, storage.as_strided(shape, stride, val.storage_offset()), val.device
+        val.fake_mode, storage.as_strided(shape, stride, val.storage_offset()), device or val.device
     )
 
 

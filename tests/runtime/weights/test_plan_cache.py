@@ -273,7 +273,8 @@ def test_a_compiled_model_sees_the_weights(tmp_path):
             return x @ torch.cat([self.weight, self.weight.flip(0)]).t()
 
     model, x = Twice(), torch.randn(4, 512)
-    options = {"fold_weights": "cache", "disable": ("prepack-linears",)}
+    # Linear layers of few rows sum in another order than eager's, to which this compares.
+    options = {"fold_weights": "cache", "disable": ("prepack-linears",), "linear": "inductor"}
     compiled = torch.compile(model, backend="fixpass", options=options)
     for seed in range(4):
         saved(tmp_path, seed, 1, model)

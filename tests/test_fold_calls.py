@@ -2,12 +2,14 @@
 
 import json
 import threading
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 
-from fixpass import weights
+from fixpass import Pass, weights
 from fixpass.runtime.errors import UpdateError
 from helpers.processes import run_python
 from helpers.weight_updates import compiled
@@ -118,3 +120,33 @@ def test_an_update_waits_for_a_compiled_call_and_no_call_sees_half_of_it(waiting
     call()
     timer.join()
     assert [tuple(out[0, 0].item() for out in pair) for pair in outs] == [(64, 64), (128, 128)]
+
+
+@dataclass(frozen=True)
+class NoteStaticInputs(Pass):
+    """Writes down which inputs AOTAutograd takes for static."""
+
+    name: ClassVar[str] = "note-static-inputs"
+    found: tuple[list[int], ...] = ([],)
+
+    def run(self, graph, result):
+        static = torch._guards.TracingContext.get().fw_metadata.static_input_indices
+        inputs = graph.find_nodes(op="placeholder")
+        self.found[0][:] = [len(inputs), *static]
+
+
+def test_a_value_that_is_kept_is_a_static_input_which_cuda_graphs_do_not_copy():
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.randn(512, 256), requires_grad=False)
+            self.b = nn.Parameter(torch.randn(512, 256), requires_grad=False)
+
+        def forward(self, x):
+            return x @ torch.cat([self.a, self.b]).t()
+
+    note = NoteStaticInputs()
+    options = {"lower": "eager", "passes": (note,), "disable": ("prepack-linears",)}
+    torch.compile(Joined(), backend="fixpass", options=options)(torch.randn(4, 256))
+    # a, b and their concatenation; x, the third input, is not static.
+    assert note.found[0] == [4, 0, 1, 3]

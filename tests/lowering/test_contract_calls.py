@@ -7,7 +7,6 @@ gives wrong values or raises. The right values are computed in float64 from the 
 import os
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -42,7 +41,11 @@ def test_eager_calls_get_what_the_contract_asks_for(kernel):
     assert "0 wrong" in run("eager", kernel)
 
 
-@pytest.mark.parametrize(("kernel", "dynamic"), product(KERNELS, ("static", "dynamic")))
+SHAPES = (pytest.param("static", marks=pytest.mark.full), "dynamic")  # 10 to 25 s each
+
+
+@pytest.mark.parametrize("dynamic", SHAPES)
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_rewritten_graphs_call_kernels_as_the_contract_asks(kernel, dynamic):
     assert "0 wrong" in run("graph", kernel, dynamic)
 

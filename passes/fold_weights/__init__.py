@@ -2,9 +2,9 @@
 
 They are recomputed when one of those weights changes. The pass runs on Dynamo's graph, which has
 the live parameters, and so also with warm Inductor caches. A folded value becomes an input behind
-Dynamo's own; its metadata holds the `Derived` that gives the value at each call. Views of weights,
-values that need gradients and values that the graph writes stay in the graph. In mode "restride" a
-weight is stored in another order where that makes a view of the value.
+Dynamo's own; its metadata holds the `CachedWeight` that gives the value at each call. Views of
+weights, values that need gradients and values that the graph writes stay in the graph. In mode
+"restride" a weight is stored in another order where that makes a view of the value.
 """
 
 from collections.abc import Mapping

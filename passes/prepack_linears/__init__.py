@@ -48,9 +48,13 @@ class PrepackLinears(Pass):
                 result.missed(node, why)
 
     def _linears(self, folded: fx.Node) -> list[Linear] | Missed:
-        value, recipe = folded.meta[VALUE], folded.meta[DERIVED].cache.function
+        value, function = folded.meta[VALUE], folded.meta[DERIVED].cache.function
         # A layout of a kernel's is for that kernel, and a weight in it is its own value.
-        if value.device.type != "cpu" or value.dtype not in _FLOATS or recipe.is_value is not None:
+        if (
+            value.device.type != "cpu"
+            or value.dtype not in _FLOATS
+            or function.is_value is not None
+        ):
             return Missed("")
         found = linears_of(folded)
         if found and value.dtype not in self.dtypes:
@@ -105,8 +109,8 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _packed(plain: CachedWeight, linear: Linear) -> CachedWeight:
-    view, recipe = weight_of(linear), plain.cache.function
-    signature = f"{recipe.signature}\npacked\n{view.code}" if recipe.signature else ""
+    view, function = weight_of(linear), plain.cache.function
+    signature = f"{function.signature}\npacked\n{view.code}" if function.signature else ""
     return CachedWeight(
-        replace(recipe, packer=Prepacked(view), signature=signature), plain.positions
+        replace(function, packer=Prepacked(view), signature=signature), plain.positions
     )

@@ -84,7 +84,7 @@ class Commit:
             raise
 
     def _buffered(self) -> float:
-        work = self.work.staged(self.options.threads)
+        work = self.work.buffered(self.options.threads)
         if self.options.finite:
             check_finite(
                 (copy.stored.name, copy.source.of(copy.piece.tensor))

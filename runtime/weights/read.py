@@ -112,7 +112,7 @@ class Work:
             else:
                 yield from (partial(_stage, part, copy.piece) for part in _parts(copy, copy.piece))
 
-    def staged(self, threads: int = 0) -> "Work":
+    def buffered(self, threads: int = 0) -> "Work":
         """Read everything that is in files into memory; the same work from there."""
         given, batches = list(self.given), []
         tasks: list[Task] = []

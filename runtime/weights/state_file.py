@@ -69,14 +69,14 @@ def read_state(path: str | Path) -> SavedState | None:
 def resume(model: nn.Module, path: str | Path) -> SavedState | None:
     """Give a model that outlived its process the version that its weights have.
 
-    Where that process died in a commit, calls in the gate of `model` raise PoisonedError, and only
-    an update of all weights is taken. None where there is no file.
+    If that process died in a commit, calls that take the read lock of `model` raise PoisonedError
+    until all weights are updated. None if there is no file.
     """
     found = read_state(path)
     if found is not None:
-        gate = lock_of(model)
-        gate.version = max(gate.version, found.version)
-        gate.poisoned = "" if found.state == "committed" else f"{path} says {found}"
+        lock = lock_of(model)
+        lock.version = max(lock.version, found.version)
+        lock.poisoned = "" if found.state == "committed" else f"{path} says {found}"
     return found
 
 

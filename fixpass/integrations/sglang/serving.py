@@ -66,14 +66,14 @@ def norm_hooks(module: str, flag: str) -> tuple[Hook, ...]:
 
 
 def guarding(op: str) -> Callable[..., Any]:
-    """An AROUND hook, of one kernel, that calls it under its guard."""
-    guarded: Callable[..., Any] | None = None
+    """An AROUND hook, of one kernel, that calls it through its wrapper."""
+    wrapped: Callable[..., Any] | None = None
 
     def hook(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        nonlocal guarded
-        if guarded is None:
-            guarded = wrap(kernel, op)
-        return guarded(*args, **kwargs)
+        nonlocal wrapped
+        if wrapped is None:
+            wrapped = wrap(kernel, op)
+        return wrapped(*args, **kwargs)
 
     return hook
 

@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 FIXPASS_VERIFY=1 $(P
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test test-full engines accept lint format type check bench gpu models-page \
-	sharding-page wheel doctor clean
+	sharding-page wheel wheel-test doctor clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,6 +85,15 @@ gpu: ## Check and measure on a GPU in nine minutes; GPU="--device cpu" is a dry 
 wheel: $(STAMP) ## Build the sdist, and the wheel from it, into dist/
 	rm -rf build dist
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(PY) -m build
+
+# -o pythonpath leaves the checkout out, so `import fixpass` finds the installed wheel.
+wheel-test: wheel ## Install the wheel in an empty environment and test imports and catalogue
+	rm -rf build/empty
+	$(PYTHON) -m venv build/empty
+	build/empty/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
+		torch dist/*.whl expecttest pytest
+	cd tests && ../build/empty/bin/python -P -m pytest -q -c ../pyproject.toml \
+		-o pythonpath=$(CURDIR)/tests test_package.py test_catalogue.py
 
 doctor: $(STAMP) ## Say what this machine has
 	@$(PY) -c 'import platform, torch; print("python", platform.python_version()); print("torch ", torch.__version__, "on", "cuda" if torch.cuda.is_available() else "cpu")'

@@ -31,7 +31,7 @@ from fixpass.runtime.symmetric_memory.process_group import SUMMED
 from fixpass.runtime.symmetric_memory.settings import Settings
 
 if dist.is_available():
-    import fixpass.runtime.symmetric_memory.ops  # noqa: F401  (defines what the rewrite calls)
+    import fixpass.runtime.symmetric_memory.collective_ops  # noqa: F401  (defines what the rewrite calls)
 
 aten = torch.ops.aten
 MATMULS = (aten.mm.default, aten.bmm.default)

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from fixpass.runtime.symmetric_memory import groups
-from fixpass.runtime.symmetric_memory.ops import allocating_in
+from fixpass.runtime.symmetric_memory.collective_ops import allocating_in
 from fixpass.runtime.symmetric_memory.policy import Decision, Policy, Role, decide
 from fixpass.runtime.symmetric_memory.process_group import process_group_all_reduce
 

@@ -7,7 +7,7 @@
 It proves nothing about other shapes than the one run, and nothing about time.
 """
 
-from fixpass.testing.kernel_memory.report import Fault, MemoryReport, ViewTraffic
+from fixpass.testing.kernel_memory.memory_report import Fault, MemoryReport, ViewTraffic
 from fixpass.testing.kernel_memory.trace import trace_memory
 
 __all__ = ["Fault", "MemoryReport", "ViewTraffic", "trace_memory"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fixpass.testing.kernel_memory.report import OUTSIDE_VIEWS, Fault, MemoryReport
+from fixpass.testing.kernel_memory.memory_report import OUTSIDE_VIEWS, Fault, MemoryReport
 
 
 def launcher_on(device: str) -> Callable[..., MemoryReport]:

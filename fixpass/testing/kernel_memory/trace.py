@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from fixpass.testing.kernel_memory.interpret import interpreted
-from fixpass.testing.kernel_memory.report import Access, Launched, MemoryReport, summarize
+from fixpass.testing.kernel_memory.memory_report import Access, Launched, MemoryReport, summarize
 
 
 @dataclass

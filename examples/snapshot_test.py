@@ -46,7 +46,7 @@ canonicalize-norms
     applied rms_norm (norm): became rms_norm of bf16[5, 4, 64][768, 64, 1]
 select-norm-kernel
     missed  rms_norm (norm): aiter_rms_norm: x is dense 2-D does not hold for bf16[5, 4, 64][768, 64, 1]; a copy would move 5,120 bytes
-    applied rms_norm (norm): strided_rms_norm reads bf16[5, 4, 64][768, 64, 1], 0 bytes copied, 5,120 bytes moved, 5,120 by inductor
+    applied rms_norm (norm): inductor reads bf16[5, 4, 64][768, 64, 1]; no copy; reads and writes 5,120 bytes in 1 launch (strided_rms_norm: 5,120 bytes in 1 launch)
 bytes saved: 5,120
 """,
     )

@@ -18,7 +18,7 @@ from fixpass.config import Config, local_world_size
 from fixpass.lowering.contract import Kernel
 from fixpass.lowering.contract_table import add_kernels, kernel_names, rows_of
 from fixpass.lowering.eager_calls import check_call
-from fixpass.lowering.target import Target, target_of
+from fixpass.lowering.target import FALLBACK, Target, target_of
 from fixpass.passes import default_passes, entry_passes
 from fixpass.passes.base import Pass
 from fixpass.passes.fold_weights import FoldWeights
@@ -228,12 +228,17 @@ def known_targets(config: Config) -> tuple[Target, ...]:
 def preferred(target: Target, config: Config) -> Target:
     """The target with the kernels of the option `norm_kernels`, kept to in that order.
 
+    Without Inductor behind the passes (`lower="eager"`) its code comes last: nothing fuses it.
+
     Raises:
         ConfigError: a kernel of the target or of the option is unknown.
 
     """
     if config.norm_kernels is not None:
         target = replace(target, kernels=config.norm_kernels, prefers_fusion=False)
+    elif config.lower == "eager":
+        kernels = sorted(target.kernels, key=lambda name: name == FALLBACK)
+        target = replace(target, kernels=tuple(kernels), prefers_fusion=False)
     check_kernels(target.kernels, config, f"target {target.name}")
     return target
 

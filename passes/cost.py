@@ -48,6 +48,11 @@ class Fusion:
     opaque_bytes: int
 
 
+def launches_of_inductor(op: str) -> int:
+    """How many kernels Inductor generates for `op`: one for each tensor that is normalised."""
+    return 2 if op == "qk_norm" else 1
+
+
 def fusion_of(norm: fx.Node) -> Fusion:
     """What fusing `norm` with its pointwise neighbours saves."""
     names: list[str] = []

@@ -43,7 +43,8 @@ class InsertRelayout(Pass):
                 node.update_kwarg("kernel_name", "inductor")
             elif result.take_fuel():
                 new = relayout(graph, node, plan)
-                cost = f"{hint(plan.num_bytes):,} bytes copied"
+                moved = hint(plan.num_bytes)
+                cost = f"which reads and writes {moved:,} bytes" if moved else "no copy"
                 result.applied(new, f"{kernel.name}: {plan}, {cost}")
             else:
                 # Out of fuel, the kernel must not meet the layout that it was not made for.

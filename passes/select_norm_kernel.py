@@ -1,11 +1,12 @@
-"""Choose a kernel for each norm: the first whose contract holds without a copy, else the cheapest.
+"""Choose a kernel for each norm: fewest bytes, then fewest launches, then the target's order.
 
-The choice is written into the op's `kernel_name` argument. A copy that stands in front of the norm
-counts as avoidable, so a kernel that reads the strided source is preferred to one that needs the
-copy. Where Inductor would fuse the norm with pointwise neighbours, its code is the default: an
-opaque kernel would move those bytes. Nothing is moved here: `insert-relayout` does that.
+The choice is written into the op's `kernel_name` argument. Inductor's code counts as it runs: fused
+with the pointwise neighbours of the norm, whose results an opaque kernel would write and read. A
+copy that stands in front of the norm counts as avoidable, so a kernel that reads the strided source
+is preferred to one that needs the copy. Nothing is moved here: `insert-relayout` does that.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,28 +16,28 @@ from fixpass.lowering.contract import Kernel
 from fixpass.lowering.contract_table import kernel_of
 from fixpass.lowering.relayout import Relayout, cheapest_relayout, hint, why_not
 from fixpass.lowering.site import OPERANDS, OPS, Site, op_name
-from fixpass.lowering.target import Target
+from fixpass.lowering.target import FALLBACK, Target
 from fixpass.passes.base import Pass, PassResult
 from fixpass.passes.canonicalize_norms.norm import op_overload
-from fixpass.passes.cost import fusion_of
+from fixpass.passes.cost import Fusion, fusion_of, launches_of_inductor
 from fixpass.passes.drop_dead_copies.dead_copy import copied_operands, without_copies
 from fixpass.passes.rewrite import find_anchors
 from fixpass.runtime.providers import describe_needs
 
-FALLBACK = "inductor"
-
 
 @dataclass(frozen=True)
-class KernelChoice:
-    """A kernel, the relayout that it needs, and the copy that a preferred kernel needed."""
+class Candidate:
+    """A kernel with the relayout that it needs, and what the norm then costs."""
 
     kernel: str
     plan: Relayout
-    refused_bytes: int
+    num_bytes: int
+    """Bytes read and written, with those of the relayout's copies."""
+    launches: int
 
-    @property
-    def num_bytes(self) -> int:
-        return hint(self.plan.num_bytes)
+    def __str__(self) -> str:
+        plural = "" if self.launches == 1 else "es"
+        return f"{self.num_bytes:,} bytes in {self.launches} launch{plural}"
 
 
 @dataclass(frozen=True)
@@ -56,46 +57,44 @@ class SelectNormKernel(Pass):
     def _select(self, node: fx.Node, result: PassResult) -> None:
         op = op_name(node)
         site = without_copies(Site.of(node), OPERANDS[op], copied_operands(node))
-        choice = self._choose(node, site, result)
-        if choice.kernel == FALLBACK:
-            node.update_kwarg("kernel_name", FALLBACK)
-            result.applied(node, f"{FALLBACK} reads {site.x}, {_describe(choice.plan)}")
-            return
         fusion = fusion_of(node)
-        opaque = fusion.opaque_bytes + choice.num_bytes
-        if self.target.prefers_fusion and fusion.fused_bytes < opaque and fusion.names:
-            node.update_kwarg("kernel_name", FALLBACK)
-            moved = f"{fusion.fused_bytes:,} bytes moved, {opaque:,} by {choice.kernel}"
-            text = f"{FALLBACK} reads {site.x}, fused with {', '.join(fusion.names)}, {moved}"
-            result.applied(node, text, bytes_saved=opaque - fusion.fused_bytes)
-            return
-        node.update_kwarg("kernel_name", choice.kernel)
-        moved = f"{opaque:,} bytes moved, {fusion.fused_bytes:,} by {FALLBACK}"
-        text = f"{choice.kernel} reads {site.x}, {_describe(choice.plan)}, {moved}"
-        saved = max(choice.refused_bytes - choice.num_bytes, 0)
-        result.applied(node, text, bytes_saved=saved)
-
-    def _choose(self, node: fx.Node, site: Site, result: PassResult) -> KernelChoice:
-        """The first kernel that needs no copy, else the one whose copy is the cheapest."""
-        best: KernelChoice | None = None
-        refused = 0
-        for name in self.target.kernels:
-            kernel = kernel_of(name, site.op)
-            if kernel is None:
+        refused: list[tuple[int, str]] = []
+        found: list[Candidate] = []
+        for rank, name in enumerate(self.target.kernels):
+            if (kernel := kernel_of(name, op)) is None:
                 continue
             if name in self.target.missing:
                 needs = describe_needs(kernel.needs)
-                result.missed(node, f"{name} is not installed: it needs {needs}")
+                refused.append((rank, f"{name} is not installed: it needs {needs}"))
                 continue
             plan = cheapest_relayout(kernel, site)
-            if plan is None or hint(plan.num_bytes):
-                result.missed(node, _refusal(kernel, site, plan))
-                refused = refused or (hint(plan.num_bytes) if plan else 0)
-            if plan is not None and (best is None or hint(plan.num_bytes) < best.num_bytes):
-                best = KernelChoice(name, plan, refused)
-            if best is not None and best.num_bytes == 0:
-                break
-        return best or KernelChoice(FALLBACK, Relayout((), False, 0), refused)
+            if plan is None or plan.copied:
+                refused.append((rank, _refusal(kernel, site, plan)))
+            if plan is not None:
+                found.append(_candidate(name, op, plan, fusion))
+        found = found or [_candidate(FALLBACK, op, Relayout((), False, 0), fusion)]
+        best = min(found, key=self._cost)
+        names = list(self.target.kernels)
+        last = names.index(best.kernel) if best.kernel in names else len(names)
+        for rank, text in refused:
+            if rank <= last:
+                result.missed(node, text)
+        node.update_kwarg("kernel_name", best.kernel)
+        saved = max(found[0].num_bytes - best.num_bytes, 0)
+        result.applied(node, "".join(_describe(best, found, site, fusion)), bytes_saved=saved)
+
+    def _cost(self, candidate: Candidate) -> tuple[int, int]:
+        """What `min` compares; the first of equals is the target's first."""
+        if self.target.prefers_fusion:
+            return candidate.num_bytes, candidate.launches
+        return hint(candidate.plan.num_bytes), 0
+
+
+def _candidate(name: str, op: str, plan: Relayout, fusion: Fusion) -> Candidate:
+    if name == FALLBACK:
+        return Candidate(name, plan, fusion.fused_bytes, launches_of_inductor(op))
+    num_bytes = fusion.opaque_bytes + hint(plan.num_bytes)
+    return Candidate(name, plan, num_bytes, 1 + len(plan.copied))
 
 
 def _refusal(kernel: Kernel, site: Site, plan: Relayout | None) -> str:
@@ -104,6 +103,17 @@ def _refusal(kernel: Kernel, site: Site, plan: Relayout | None) -> str:
     return f"{kernel.check(site)}; a copy would move {hint(plan.num_bytes):,} bytes"
 
 
-def _describe(plan: Relayout) -> str:
-    copied = f"{hint(plan.num_bytes):,} bytes copied"
-    return f"{plan}, {copied}" if plan else copied
+def _describe(best: Candidate, found: list[Candidate], site: Site, fusion: Fusion) -> Iterator[str]:
+    """The remark: the kernel, what it reads, what that costs, and the best of the others."""
+    yield f"{best.kernel} reads {site.x}; "
+    if not best.plan.copied:
+        yield "no copy; "
+    if best.plan:
+        yield f"{best.plan}; "
+    if best.kernel == FALLBACK and fusion.names:
+        yield f"fused with {', '.join(fusion.names)}; "
+    yield f"reads and writes {best}"
+    others = [other for other in found if other is not best]
+    if others:
+        other = min(others, key=lambda other: (other.num_bytes, other.launches))
+        yield f" ({other.kernel}: {other})"

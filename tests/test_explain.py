@@ -32,7 +32,7 @@ target cpu
 canonicalize-norms
     applied rms_norm (q_norm): became rms_norm of bf16[5, 4, 16][192, 16, 1]
 select-norm-kernel
-    applied rms_norm (q_norm): inductor reads bf16[5, 4, 16][192, 16, 1], 0 bytes copied
+    applied rms_norm (q_norm): inductor reads bf16[5, 4, 16][192, 16, 1]; no copy; reads and writes 1,280 bytes in 1 launch
 select-linear-kernel
     applied skinny_linear (qkv): skinny_linear reads bf16[32, 192][1, 32] once, 12,288 bytes
 """,
@@ -75,7 +75,7 @@ canonicalize-norms
     applied rms_norm (q_norm): became rms_norm of bf16[5, 4, 16][192, 16, 1]
 select-norm-kernel
     missed  rms_norm (q_norm): aiter_rms_norm: x is dense 2-D does not hold for bf16[5, 4, 16][192, 16, 1]; a copy would move 1,280 bytes
-    applied rms_norm (q_norm): strided_rms_norm reads bf16[5, 4, 16][192, 16, 1], 0 bytes copied, 1,280 bytes moved, 1,280 by inductor
+    applied rms_norm (q_norm): inductor reads bf16[5, 4, 16][192, 16, 1]; no copy; reads and writes 1,280 bytes in 1 launch (strided_rms_norm: 1,280 bytes in 1 launch)
 bytes saved: 1,280
 """,
     )

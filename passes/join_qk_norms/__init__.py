@@ -1,7 +1,7 @@
-"""Norms of q and k over one packed tensor become one launch, where our kernel computes both.
+"""Norms of q and k over one packed tensor become one launch of our kernel.
 
-Runs after the kernels are chosen: what Inductor compiles fuses by itself, and other libraries'
-kernels have no such launch.
+Runs after the kernels are chosen. Inductor generates a kernel for each of the two norms; they are
+joined where that kernel fuses with nothing else. Other libraries have no kernel for both.
 """
 
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from typing import ClassVar
 
 from torch import fx
 
-from fixpass.lowering.target import Target
+from fixpass.lowering.target import FALLBACK, Target
 from fixpass.passes.base import Pass, PassResult
-from fixpass.passes.join_qk_norms.packed_qk import JOINED, QkNorm
+from fixpass.passes.join_qk_norms.packed_qk import JOINED, KERNEL, QkNorm
 from fixpass.passes.rewrite import apply_rewrite
 
 
 @dataclass(frozen=True)
 class JoinQkNorms(Pass):
-    """Two strided norms of one packed tensor, launched as one."""
+    """Two norms of one packed tensor, launched as one."""
 
     name: ClassVar[str] = "join-qk-norms"
 
@@ -26,4 +26,5 @@ class JoinQkNorms(Pass):
 
     def run(self, graph: fx.Graph, result: PassResult) -> None:
         if self.target.has(JOINED):
-            apply_rewrite(graph, QkNorm(), result)
+            kernels = (KERNEL, FALLBACK) if self.target.prefers_fusion else (KERNEL,)
+            apply_rewrite(graph, QkNorm(kernels), result)

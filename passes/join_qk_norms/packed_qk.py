@@ -1,7 +1,8 @@
 """Two norms over parts of one packed tensor, with one eps and one rule, become `fixpass::qk_norm`.
 
 Anchored at the first of the two, where the views of the second are made again if they come
-later. It joins only norms that our strided kernel computes, because only there is it one launch.
+later. Norms that Inductor fuses with their neighbours are left to it: joined, they would move more
+bytes.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from fixpass.lowering.contract_table import kernel_of
 from fixpass.lowering.layout import Layout
 from fixpass.lowering.site import Site
 from fixpass.passes.canonicalize_norms.norm import Norm, build_norm
-from fixpass.passes.cost import VIEWS, source_of
+from fixpass.passes.cost import VIEWS, fusion_of, source_of
 from fixpass.passes.rewrite import NO_REMARK, Editor, Match, Missed, Rewrite, call, is_call
 
 KERNEL, JOINED = "strided_rms_norm", "strided_qk_norm"
@@ -28,14 +29,18 @@ aten = torch.ops.aten
 class QkNorm(Rewrite):
     """Anchored at a norm of a view; the other norm is looked for behind the same tensor."""
 
+    kernels: tuple[str, ...] = (KERNEL,)
+    """The kernels whose norms may be joined."""
+
     anchors = (torch.ops.fixpass.rms_norm.default,)
 
     def match(self, anchor: fx.Node) -> Norm | Missed:
         packed = _packed(anchor)
-        if packed is None or anchor.kwargs.get("kernel_name") != KERNEL:
+        if packed is None or not self._is_ours(anchor):
             return NO_REMARK
         later = [n for n in _norms_of(packed) if anchor < n and n.kwargs == anchor.kwargs]
-        other = next((n for n in later if n.args[2] is None and n.args[3] == anchor.args[3]), None)
+        alike = (n for n in later if n.args[2] is None and n.args[3] == anchor.args[3])
+        other = next((n for n in alike if self._is_ours(n)), None)
         if other is None or anchor.args[2] is not None:
             return NO_REMARK
         wrong = _wrong(anchor, other)
@@ -52,6 +57,14 @@ class QkNorm(Rewrite):
             _eps(anchor),
             {**anchor.kwargs, "kernel_name": JOINED},
         )
+
+    def _is_ours(self, norm: fx.Node) -> bool:
+        """Whether our kernel would move no more bytes than the kernel that was chosen."""
+        kernel = norm.kwargs.get("kernel_name")
+        if kernel == KERNEL or kernel not in self.kernels:
+            return kernel == KERNEL
+        fusion = fusion_of(norm)
+        return fusion.opaque_bytes <= fusion.fused_bytes
 
     def replace(self, graph: fx.Graph, match: Match) -> tuple[fx.Node, ...]:
         assert isinstance(match, Norm)

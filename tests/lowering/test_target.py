@@ -22,5 +22,5 @@ def test_a_device_without_a_row_gets_inductor_alone():
     assert target_of(torch.device("meta")).kernels == ("inductor",)
 
 
-def test_every_target_ends_with_the_kernel_that_takes_anything():
-    assert {target.kernels[-1] for target in TARGETS} == {"inductor"}
+def test_every_target_lists_the_kernel_that_takes_anything():
+    assert [target.name for target in TARGETS if "inductor" not in target.kernels] == []

@@ -56,7 +56,7 @@ graph(s0, s1, qkv: bf16[s0, s1], weight: bf16[128])
     assert_expected_inline(
         report,
         """\
-applied rms_norm_1: aiter_rms_norm: copy x, view as rows, 20,480 bytes copied
+applied rms_norm_1: aiter_rms_norm: copy x, view as rows, which reads and writes 20,480 bytes
 """,
     )
 
@@ -103,7 +103,7 @@ graph(qkv: bf16[5, 256], residual: bf16[5, 128], weight: bf16[128])
     assert_expected_inline(
         report,
         """\
-applied add_rms_norm_1: aiter_add_rms_norm: copy x, 2,560 bytes copied
+applied add_rms_norm_1: aiter_add_rms_norm: copy x, which reads and writes 2,560 bytes
 """,
     )
 

@@ -5,7 +5,7 @@ from expecttest import assert_expected_inline
 
 import fixpass.runtime.ops  # noqa: F401  (defines torch.ops.fixpass)
 from fixpass import Pipeline
-from fixpass.lowering.target import CPU, target_named
+from fixpass.lowering.target import CPU, Target
 from fixpass.passes import default_passes
 from fixpass.passes.lower_norms import LowerNorms
 from fixpass.testing import bf16, text, trace
@@ -37,7 +37,8 @@ graph(x: bf16[5, 128], weight: bf16[128])
 
 def test_an_op_for_another_kernel_stays_one_op():
     gm = trace(norm, bf16(5, 128), bf16(128))
-    Pipeline(default_passes(target_named("cuda:sm_90")), verify=True, strict=True).run(gm.graph)
+    ours = Target("cuda:sm_90", "cuda", ("strided_rms_norm", "inductor"))
+    Pipeline(default_passes(ours), verify=True, strict=True).run(gm.graph)
     assert_expected_inline(
         text(gm.graph),
         """\

@@ -72,6 +72,9 @@ def read_amdgcn(assembly: str, dynamic_shared: int = 0) -> MachineCode:
 
 
 def _amd_width(kind: str) -> int:
+    # gfx12 names the bits, as in `b128`; gfx9 names doublewords, as in `dwordx4`.
+    if bits := re.match(r"[biu](\d+)$", kind):
+        return int(bits[1])
     dwords = re.match(r"dwordx?(\d*)", kind)
     if dwords:
         return 32 * int(dwords[1] or 1)

@@ -78,7 +78,7 @@ def explain(
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         specialize_eps(gm.graph)
         chosen = absent or present_target(example_inputs, config)
-        entry = run_entry_passes(gm, example_inputs, config, f"target {chosen.name}")
+        entry = run_entry_passes(gm, example_inputs, config, f"target {chosen}")
         reports.append(entry.report)
         layers = linears(config, chosen, example_inputs, dict(config.inductor))
         pipeline = graph_pipeline(config, chosen, layers, may_communicate=False)

@@ -4,6 +4,7 @@ The entry point groups `fixpass.passes`, `fixpass.kernels` and `fixpass.targets`
 a process.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -30,6 +31,8 @@ from fixpass.runtime.errors import ConfigError, UnsupportedTorchError
 from fixpass.runtime.providers import check_calls, describe_needs
 from fixpass.runtime.symmetric_memory.policy import Policy
 from fixpass.runtime.weights.weight_ops import packable_dtypes
+
+log = logging.getLogger("fixpass")
 
 OWN_LINEARS = ("freezing", "max_autotune", "max_autotune_gemm")
 """Options of Inductor with which it packs weights, or fuses pointwise operations into a matmul."""
@@ -205,11 +208,18 @@ def target_here(device: torch.device, config: Config) -> Target:
 
     """
     target = preferred(target_of(device, known_targets(config)), config)
+    if target.row:
+        _say_once(f"target {target}, because {target.name} has no kernels of its own")
     missing = tuple(name for name in target.kernels if not _is_installed(name))
     if missing and config.strict and config.norm_kernels is not None:
         needs = "; ".join(f"{name} needs {_needs(name)}" for name in missing)
         raise ConfigError(f'option "norm_kernels": not installed: {needs}')
     return replace(target, missing=missing)
+
+
+@cache
+def _say_once(text: str) -> None:
+    log.warning("%s", text)
 
 
 def _is_installed(kernel: str) -> bool:

@@ -4,7 +4,8 @@ A target is one literal. `target_named` raises on an unknown name and lists the 
 `target_of` finds the target of a device that is present. Installed libraries are not looked at.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,6 +30,11 @@ class Target:
     could fuse."""
     missing: tuple[str, ...] = ()
     """The kernels of the list that are not installed: they are reported, and never chosen."""
+    row: str = ""
+    """The target whose kernels this device takes, where the device has none of its own."""
+
+    def __str__(self) -> str:
+        return f"{self.name}, with the kernels of {self.row}" if self.row else self.name
 
     def has(self, kernel: str) -> bool:
         """Whether the kernel may be chosen."""
@@ -49,11 +55,12 @@ CPU = Target("cpu", "cpu", (FALLBACK,))
 
 TARGETS: tuple[Target, ...] = (
     CPU,
-    Target("cuda:sm_80", "cuda", _CUDA_KERNELS),
-    Target("cuda:sm_90", "cuda", _CUDA_KERNELS),
-    Target("cuda:sm_100", "cuda", _CUDA_KERNELS),
+    *(Target(f"cuda:sm_{n}", "cuda", _CUDA_KERNELS) for n in (80, 89, 90, 100, 103, 120)),
+    Target("rocm:gfx90a", "cuda", _CUDA_KERNELS),
     Target("rocm:gfx942", "cuda", _ROCM_KERNELS),
     Target("rocm:gfx950", "cuda", _ROCM_KERNELS),
+    Target("rocm:gfx1201", "cuda", _CUDA_KERNELS),
+    Target("rocm:gfx1250", "cuda", _CUDA_KERNELS),
 )
 
 
@@ -70,13 +77,38 @@ def target_named(name: str, more: tuple[Target, ...] = ()) -> Target:
 
 
 def target_of(device: torch.device, more: tuple[Target, ...] = ()) -> Target:
-    """The target of a present device. A device that no target names gets Inductor's code only.
+    """The target of a present device.
+
+    A device without a target takes the kernels of the newest target of its family that is not newer
+    than the device. With none, it gets Inductor's code only.
 
     more: targets that win over ours.
     """
-    name = _name_of(device)
-    found = (target for target in (*more, *TARGETS) if target.name == name)
-    return next(found, Target(name, device.type, (FALLBACK,)))
+    return target_like(_name_of(device), device.type, more)
+
+
+def target_like(name: str, device_type: str, more: tuple[Target, ...] = ()) -> Target:
+    """The target called `name`, or one with the kernels of its nearest relation."""
+    known = (*more, *TARGETS)
+    found = next((target for target in known if target.name == name), None)
+    if found is not None:
+        return found
+    family, generation = _generation(name)
+    older = [t for t in known if _generation(t.name)[0] == family and t.name != t.device_type]
+    older = [target for target in older if _generation(target.name)[1] <= generation]
+    if not older:
+        return Target(name, device_type, (FALLBACK,))
+    nearest = max(older, key=lambda target: _generation(target.name)[1])
+    return replace(nearest, name=name, row=nearest.name)
+
+
+def _generation(name: str) -> tuple[str, int]:
+    """The family of a device and its place in it: gfx9 and gfx12 are families, and so is sm."""
+    if match := re.fullmatch(r"cuda:sm_(\d+)", name):
+        return "sm", int(match[1])
+    if match := re.fullmatch(r"rocm:gfx(\d+)([0-9a-f]{2})", name):
+        return f"gfx{match[1]}", int(match[2], 16)
+    return name, 0
 
 
 def _name_of(device: torch.device) -> str:

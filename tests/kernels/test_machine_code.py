@@ -10,6 +10,7 @@ import triton
 from benchmarks import __main__ as benchmarks
 from benchmarks import machine_code
 from benchmarks.machine_code import Specimen, compile_launch, gpu_target, plan, specialize
+from fixpass.lowering.target import TARGETS
 from fixpass.runtime.errors import ConfigError
 from fixpass.runtime.kernels.launch import rounding
 from fixpass.runtime.kernels.rms_norm import plan_norm
@@ -90,6 +91,26 @@ def test_a_masked_size_loads_wide_too():
 @pytest.mark.parametrize("target", machine_code.DOCUMENTED_TARGETS)
 def test_every_masked_size_loads_wide_too(target, specimen):
     assert_wide(target, specimen)
+
+
+OTHERS = [
+    target.name
+    for target in TARGETS
+    if target.device_type == "cuda" and target.name not in machine_code.DOCUMENTED_TARGETS
+]
+
+
+@pytest.mark.parametrize("target", OTHERS)
+def test_the_other_targets_load_wide_too(target):
+    assert_wide(target, Specimen("qk_norm", 128))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("specimen", machine_code.specimens(), ids=str)
+@pytest.mark.parametrize("target", OTHERS)
+def test_every_kernel_of_the_other_targets_loads_wide(target, specimen):
+    code = compile_launch(plan(specimen, gpu_target(target).warp_size), gpu_target(target))
+    assert (code.narrowest(), code.spills) == (WIDTHS[specimen.pitch], 0)
 
 
 def test_the_document_names_every_kernel_of_every_target():

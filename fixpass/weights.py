@@ -8,7 +8,15 @@ import warnings
 from typing import Any
 
 from fixpass.runtime.weights.checkpoint_view import checkpoint_layout
-from fixpass.runtime.weights.layouts import Alias, Bytes, Pad, Permute, Stride, WeightLayout
+from fixpass.runtime.weights.layouts import (
+    Alias,
+    Bytes,
+    Pad,
+    Permute,
+    Stride,
+    SwapHalves,
+    WeightLayout,
+)
 from fixpass.runtime.weights.load import load, reload
 from fixpass.runtime.weights.lock import read_lock, version, write_lock
 from fixpass.runtime.weights.mapping import (
@@ -62,6 +70,7 @@ __all__ = [
     "Stacked",
     "Stage",
     "Stride",
+    "SwapHalves",
     "TensorParallel",
     "UnseenWriteWarning",
     "Update",

@@ -7,7 +7,7 @@ list. Nothing here moves bytes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from math import prod
@@ -20,6 +20,7 @@ from fixpass.runtime.weights.layouts import (
     Pad,
     Permute,
     Stride,
+    SwapHalves,
     WeightLayout,
 )
 from fixpass.runtime.weights.stored import dense_strides
@@ -33,7 +34,14 @@ class Axis:
     step: int
     """From one of its elements to the next in the logical index."""
     apart: int = 0
-    """From one of its elements to the next in memory."""
+    """From one of its elements to the next in memory; negative where it is reversed."""
+    reversed: bool = False
+    """Whether its last element comes first in memory."""
+
+    @property
+    def start(self) -> int:
+        """Where its first element lies, from the start of the memory that it spans."""
+        return -min(self.apart, 0) * (self.size - 1)
 
 
 @dataclass(frozen=True)
@@ -68,8 +76,9 @@ class LayoutPlan:
         for axis in self.memory:
             if axis.size == 1:
                 continue
-            if merged and merged[-1].step == axis.size * axis.step:
-                axis = Axis(merged.pop().size * axis.size, axis.step)
+            alike = merged and merged[-1].reversed == axis.reversed
+            if alike and merged[-1].step == axis.size * axis.step:
+                axis = replace(axis, size=merged.pop().size * axis.size)
             merged.append(axis)
         placed = _with_places(merged)
         return tuple(sorted(placed, key=lambda axis: -axis.step))
@@ -77,7 +86,12 @@ class LayoutPlan:
     @cached_property
     def order(self) -> tuple[int, ...]:
         """The memory order of `axes`: memory is logical.view(sizes).permute(order)."""
-        return tuple(sorted(range(len(self.axes)), key=lambda i: -self.axes[i].apart))
+        return tuple(sorted(range(len(self.axes)), key=lambda i: -abs(self.axes[i].apart)))
+
+    @cached_property
+    def start(self) -> int:
+        """Where in memory the first element lies; 0 unless an axis is reversed."""
+        return sum(axis.start for axis in self.axes)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -86,6 +100,8 @@ class LayoutPlan:
     @cached_property
     def logical_strides(self) -> tuple[int, ...] | None:
         """Strides in memory of the logical tensor, or None where no strides express the layout."""
+        if self.start:
+            return None
         found = []
         for size, step in zip(self.padded, self.index_strides, strict=True):
             parts = [a for a in _with_places(self.memory) if step <= a.step < step * size]
@@ -117,7 +133,13 @@ def resolve(layout: WeightLayout, shape: tuple[int, ...], itemsize: int) -> Layo
         if isinstance(step, Pad):
             padded = _pad(layout, step, shape)
         elif isinstance(step, Permute):
-            memory = _permute(layout, step, padded, memory or _rows(padded), itemsize)
+            groups = _permute(layout, step, padded, memory or _rows(padded), itemsize)
+            memory = [axis for group in groups for axis in group]
+            if step.shows_factors:
+                shown = tuple(prod(axis.size for axis in group) for group in groups)
+                strides = dense_strides(shown)
+        elif isinstance(step, SwapHalves):
+            memory = _swap(layout, step, padded, memory or _rows(padded))
         elif isinstance(step, Stride):
             memory, shown, strides = _stride(layout, step, padded)
     if shown is None:
@@ -131,7 +153,10 @@ def _rows(shape: Sequence[int]) -> list[Axis]:
 
 def _with_places(memory: Sequence[Axis]) -> list[Axis]:
     apart = dense_strides([axis.size for axis in memory])
-    return [Axis(a.size, a.step, place) for a, place in zip(memory, apart, strict=True)]
+    return [
+        replace(axis, apart=-place if axis.reversed else place)
+        for axis, place in zip(memory, apart, strict=True)
+    ]
 
 
 def _refuse(layout: WeightLayout, shape: Sequence[int], why: str) -> LayoutError:
@@ -163,7 +188,8 @@ def _stride(
 
 def _permute(
     layout: WeightLayout, step: Permute, shape: tuple[int, ...], memory: list[Axis], itemsize: int
-) -> list[Axis]:
+) -> list[list[Axis]]:
+    """The axes of each dimension that is kept and of each factor, in memory order."""
     kept = len(shape) - len(step.split)
     if kept < 0:
         raise _refuse(layout, shape, f"it splits {len(step.split)} dimensions")
@@ -179,7 +205,19 @@ def _permute(
         raise _refuse(layout, shape, f"{step.order} is no order of {len(wanted)} factors")
     groups = _regroup(layout, shape, memory, [*shape[:kept], *wanted])
     order = [*range(kept), *(kept + index for index in step.order)]
-    return [axis for index in order for axis in groups[index]]
+    return [groups[index] for index in order]
+
+
+def _swap(
+    layout: WeightLayout, step: SwapHalves, shape: tuple[int, ...], memory: list[Axis]
+) -> list[Axis]:
+    if not -len(shape) <= step.dim < 0 or shape[step.dim] % 2:
+        raise _refuse(layout, shape, f"it has no halves along dimension {step.dim}")
+    sizes = [*shape[: step.dim], 2, shape[step.dim] // 2, *shape[len(shape) + step.dim + 1 :]]
+    groups = _regroup(layout, shape, memory, sizes)
+    halves = len(shape) + step.dim
+    groups[halves] = [replace(axis, reversed=not axis.reversed) for axis in groups[halves]]
+    return [axis for group in groups for axis in group]
 
 
 def _factors(
@@ -212,8 +250,8 @@ def _regroup(
                 if axis.size % size:
                     raise _refuse(layout, shape, "its steps split the same dimension differently")
                 rest = axis.size // size
-                left.append(Axis(rest, axis.step))
-                axis = Axis(size, axis.step * rest)
+                left.append(replace(axis, size=rest))
+                axis = replace(axis, size=size, step=axis.step * rest)
             if size % axis.size:
                 raise _refuse(layout, shape, "its steps split the same dimension differently")
             size //= axis.size

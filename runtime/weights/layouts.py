@@ -1,7 +1,7 @@
 """What a weight layout is: a name and reversible steps, from checkpoint order to kernel order.
 
-`layout_plan` resolves Stride, Permute and Pad for a shape. Alias ties several parameters to one
-pack: see `pack`. Nothing here moves bytes.
+`layout_plan` resolves all steps but Alias for a shape. Alias ties several parameters to one pack:
+see `pack`. Nothing here moves bytes.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Stride:
 class Permute:
     """A permuted reshape: the last dimensions are split into factors, and the factors reordered.
 
-    The kernel sees the logical shape.
+    The kernel sees the logical shape, unless `shows_factors` is set.
     """
 
     split: tuple[tuple[Factor, ...], ...]
@@ -44,6 +44,17 @@ class Permute:
     """The order in memory of all factors, which are counted from 0 in logical order."""
     whole: tuple[int, ...] = ()
     """Further numbers that must divide the sizes of the last dimensions."""
+    shows_factors: bool = False
+    """Whether the kernel sees a dimension for each factor, in memory order, as in the 4-D blocks
+    `Permute(((-1,), (-1, 128)), (1, 0, 2), shows_factors=True)`."""
+
+
+@dataclass(frozen=True)
+class SwapHalves:
+    """The halves of one dimension exchanged: gate above up becomes up above gate, w13 to w31."""
+
+    dim: int = -2
+    """Counted from the last dimension: -1, -2 and so on."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class Alias:
     dim: int = 0
 
 
-LayoutStep = Stride | Permute | Pad | Alias
+LayoutStep = Stride | Permute | SwapHalves | Pad | Alias
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,9 @@ class WeightLayout:
             raise LayoutError(f"layout {self.name}: Alias stands alone")
         if Pad in kinds[1:]:
             raise LayoutError(f"layout {self.name}: Pad comes first, or its padding would move")
-        if Stride in kinds and (kinds.count(Stride) > 1 or Permute in kinds):
+        if any(isinstance(step, Permute) and step.shows_factors for step in self.steps[:-1]):
+            raise LayoutError(f"layout {self.name}: a Permute that shows its factors comes last")
+        if Stride in kinds and (kinds.count(Stride) > 1 or {Permute, SwapHalves} & {*kinds}):
             raise LayoutError(
                 f"layout {self.name}: Stride stands alone or behind Pad; write it as a Permute"
             )
@@ -109,6 +122,7 @@ NAMED: tuple[WeightLayout, ...] = (
     WeightLayout("transposed_dense", (Stride((1, 0), (1, 0)),)),
     # Values and shape stay, K is outermost in memory: `weight.t()` is contiguous.
     WeightLayout("column_major", (Stride((0, 1), (1, 0)),)),
+    WeightLayout("up_gate", (SwapHalves(),)),
     WeightLayout("gate_up_interleaved", (_GATE_UP,)),
     WeightLayout("gate_up_interleaved_16x16", (_GATE_UP, _AITER)),
     WeightLayout("qkv_pack", (Alias(0),)),

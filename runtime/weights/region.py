@@ -1,21 +1,20 @@
-"""Read, write and permute weights that have a layout.
+"""Read and write weights that have a layout.
 
 A strided part that follows the axes of the plan is a permuted view of the memory: one copy. Any
 other part is gathered or scattered by computed positions, 32,768 elements at a time, which is
-slower. A permute in place takes at most 4 MiB of staging: it goes block by block, and a block that
-is larger is a series of transposes of grids of cells.
+slower.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import gcd, prod
+from math import prod
 
 import torch
 from torch import Tensor
 
 from fixpass.runtime.weights.layout_plan import LayoutPlan
 from fixpass.runtime.weights.stored import dense_strides
-from fixpass.runtime.weights.tile_copy import STAGING, permute_blocks, raw_dtype, wide_copy, widest
+from fixpass.runtime.weights.tile_copy import raw_dtype, wide_copy
 
 _PIECE = 32768
 """Elements. Their positions take 8 bytes each, and several copies of them exist at a time."""
@@ -42,7 +41,7 @@ def write(memory: Tensor, plan: LayoutPlan, region: Region, values: Tensor) -> N
     if (parts := _along_axes(plan, region)) is None:
         _scatter(memory, plan, region, values)
     else:
-        wide_copy(_part_of(memory, parts), _split(values, parts))
+        wide_copy(_part_of(memory, parts), _in_order(_split(values, parts), parts))
 
 
 def read(memory: Tensor, plan: LayoutPlan, region: Region) -> Tensor:
@@ -53,7 +52,7 @@ def read(memory: Tensor, plan: LayoutPlan, region: Region) -> Tensor:
     if (parts := _along_axes(plan, region)) is None:
         _gather(memory, plan, region, out)
     else:
-        wide_copy(_split(out, parts), _part_of(memory, parts))
+        wide_copy(_split(out, parts), _in_order(_part_of(memory, parts), parts))
     return out
 
 
@@ -79,7 +78,7 @@ def _along_axes(plan: LayoutPlan, region: Region) -> _Parts | None:
     if any(extent >= axis.size for extent, axis in zip(extents, plan.axes, strict=True)):
         return None
     offset = sum(d * axis.apart for d, axis in zip(digits, plan.axes, strict=True))
-    return _Parts(tuple(dims), offset)
+    return _Parts(tuple(dims), plan.start + offset)
 
 
 def _dimension(
@@ -109,9 +108,18 @@ def _dimension(
 
 
 def _part_of(memory: Tensor, parts: _Parts) -> Tensor:
+    """A view of the memory; dimensions of negative strides are in reverse order."""
     pairs = [pair for dim in parts.dims for pair in dim]
-    shape, strides = [size for size, _ in pairs], [stride for _, stride in pairs]
-    return memory.as_strided(shape, strides, memory.storage_offset() + parts.offset)
+    shape, strides = [size for size, _ in pairs], [abs(stride) for _, stride in pairs]
+    offset = parts.offset + sum((size - 1) * min(stride, 0) for size, stride in pairs)
+    return memory.as_strided(shape, strides, memory.storage_offset() + offset)
+
+
+def _in_order(values: Tensor, parts: _Parts) -> Tensor:
+    """The values with the order of the other side of a copy; torch has no negative strides."""
+    strides = [stride for dim in parts.dims for _, stride in dim]
+    backwards = [dim for dim, stride in enumerate(strides) if stride < 0]
+    return values.flip(backwards) if backwards else values
 
 
 def _split(values: Tensor, parts: _Parts) -> Tensor:
@@ -151,7 +159,7 @@ def _pieces(
         piece = slice(start, min(total, start + _PIECE))
         index = torch.arange(piece.start, piece.stop, device=device)
         index = _positions(index, region.shape, region.strides) + region.offset
-        yield piece, _positions(index, plan.sizes, apart)
+        yield piece, _positions(index, plan.sizes, apart) + plan.start
 
 
 def _positions(index: Tensor, sizes: Sequence[int], strides: Sequence[int]) -> Tensor:
@@ -160,140 +168,3 @@ def _positions(index: Tensor, sizes: Sequence[int], strides: Sequence[int]) -> T
     for size, step, stride in zip(sizes, dense_strides(sizes), strides, strict=True):
         positions += index // step % size * stride
     return positions
-
-
-_CHUNK = 512 << 10
-"""Bytes of small blocks that are moved at once: they fit a processor's second cache."""
-_LARGE_CELL = 8 << 10
-"""Cells of at least so many bytes are moved one by one."""
-
-
-def permute_in_place(
-    flat: Tensor, sizes: tuple[int, ...], order: tuple[int, ...], *, inverse: bool = False
-) -> None:
-    """Reorder memory so that `flat.view(sizes)` becomes its `.permute(order)`.
-
-    Args:
-        flat: 1-D and contiguous, and not read meanwhile: see `write_lock`.
-        sizes: of the axes before.
-        order: the axes as they lie afterwards.
-        inverse: undo that permute instead.
-
-    """
-    if inverse:
-        sizes = tuple(sizes[axis] for axis in order)
-        order = tuple(sorted(range(len(order)), key=lambda place: order[place]))
-    if flat.numel() == 0 or order == tuple(range(len(order))):
-        return
-    moved = [place for place, axis in enumerate(order) if place != axis]
-    first, last = moved[0], moved[-1] + 1
-    batch, cell = prod(sizes[:first]), prod(sizes[last:])
-    dtype = widest(cell * flat.element_size(), flat)
-    cells, inner = flat.view(torch.uint8).view(dtype), cell * flat.element_size() // dtype.itemsize
-    sizes = sizes[first:last]
-    order = tuple(axis - first for axis in order[first:last])
-    block = cells.numel() // batch
-    if block * cells.element_size() <= STAGING:
-        _through_staging(cells.view(batch, *sizes, inner), order)
-    else:
-        _by_transposes(cells, batch, sizes, order, inner)
-
-
-def _through_staging(blocks: Tensor, order: tuple[int, ...]) -> None:
-    """Permute the `sizes` of each block of (batch, *sizes, inner) in place."""
-    nbytes = blocks[0].numel() * blocks.element_size()
-    group = max(1, min(blocks.shape[0], _CHUNK // nbytes))
-    moved = (0, *(axis + 1 for axis in order), blocks.dim() - 1)
-    if permute_blocks(blocks, moved, STAGING):
-        return
-    shape = (group, *(blocks.shape[axis] for axis in moved[1:]))
-    staging = torch.empty(shape, dtype=blocks.dtype, device=blocks.device)
-    for start in range(0, blocks.shape[0], group):
-        part = blocks[start : start + group]
-        stage = staging[: part.shape[0]]
-        stage.copy_(part.permute(moved))
-        part.view(-1).copy_(stage.view(-1))
-
-
-def _by_transposes(
-    cells: Tensor, batch: int, sizes: tuple[int, ...], order: tuple[int, ...], inner: int
-) -> None:
-    """Bring the axes to their places one after another, each by one transpose."""
-    current = list(range(len(sizes)))
-    for place, axis in enumerate(order):
-        found = current.index(axis)
-        if found == place:
-            continue
-        outer = batch * prod(sizes[a] for a in current[:place])
-        rows = prod(sizes[a] for a in current[place:found])
-        behind = inner * prod(sizes[a] for a in current[found + 1 :])
-        _transpose(cells, outer, rows, sizes[axis], behind)
-        current.insert(place, current.pop(found))
-
-
-def _transpose(cells: Tensor, batch: int, rows: int, columns: int, inner: int) -> None:
-    """Transpose each of `batch` grids of (rows, columns) cells of `inner` elements."""
-    width = cells.element_size()
-    if rows * columns * inner * width <= STAGING:
-        _through_staging(cells.view(batch, rows, columns, inner), (1, 0))
-        return
-    # One row and one column must fit, or the passes would need more than the staging buffer.
-    long = max(rows, columns) * _bytes_a_cell(inner, width) > STAGING
-    for grid in cells.view(batch, rows * columns, inner):
-        if long or inner * width >= _LARGE_CELL:
-            _follow_cycles(grid, rows, columns)
-        else:
-            _rotate_and_shuffle(grid, rows, columns, inner)
-
-
-def _follow_cycles(grid: Tensor, rows: int, columns: int) -> None:
-    """Transpose the grid (rows * columns, inner) by moving whole cells along its cycles."""
-    held = torch.empty_like(grid[0])
-    done = bytearray(rows * columns)
-    for start in range(rows * columns):
-        if done[start]:
-            continue
-        held.copy_(grid[start])
-        place = start
-        while True:
-            done[place] = 1
-            source = place % rows * columns + place // rows
-            if source == start:
-                grid[place].copy_(held)
-                break
-            grid[place].copy_(grid[source])
-            place = source
-
-
-def _rotate_and_shuffle(grid: Tensor, rows: int, columns: int, inner: int) -> None:
-    """Transpose in three passes, each of which permutes within columns or within rows.
-
-    With c = gcd(rows, columns): rotate column j by j // (columns / c); shuffle each row so that no
-    two of its elements have the same target column; shuffle each column.
-    """
-    common = gcd(rows, columns)
-    a, b = rows // common, columns // common
-    square = grid.view(rows, columns, inner)
-    i = torch.arange(rows, device=grid.device)[:, None]
-    j = torch.arange(columns, device=grid.device)[None, :]
-    per_cell = _bytes_a_cell(inner, grid.element_size())
-    wide, high = STAGING // (per_cell * rows), STAGING // (per_cell * columns)
-    for start in range(0, columns if common > 1 else 0, wide):
-        part = j[:, start : start + wide]
-        _permute_along(square[:, start : start + wide], 0, (i + part // b) % rows)
-    for start in range(0, rows, high):
-        part = i[start : start + high]
-        target = ((part + j // b) % rows + j * rows) % columns
-        _permute_along(square[start : start + high], 1, target.argsort(1))
-    for start in range(0, columns, wide):
-        part = j[:, start : start + wide]
-        _permute_along(square[:, start : start + wide], 0, (part + i * columns - i // a) % rows)
-
-
-def _bytes_a_cell(inner: int, width: int) -> int:
-    """Bytes that a pass needs per cell: its copy, and its index of 8 bytes in several stages."""
-    return inner * width + 48
-
-
-def _permute_along(part: Tensor, dim: int, index: Tensor) -> None:
-    part.copy_(part.gather(dim, index[..., None].expand(part.shape)))

@@ -20,7 +20,8 @@ from fixpass.runtime.errors import LayoutError
 from fixpass.runtime.weights.layout_plan import LayoutPlan, resolve
 from fixpass.runtime.weights.layouts import Alias, Pad, Stride, WeightLayout, named
 from fixpass.runtime.weights.lock import closed, over
-from fixpass.runtime.weights.region import Region, permute_in_place, read, write
+from fixpass.runtime.weights.permute import move_in_place
+from fixpass.runtime.weights.region import Region, read, write
 
 _PATIENCE = 30.0
 """Seconds that `restride` waits for calls under way."""
@@ -152,7 +153,7 @@ def set_layout(param: Tensor, layout: str | WeightLayout, name: str = "the param
             param.data = _padded(param.detach(), plan)
         else:
             for step in _steps(plan, param.element_size()):
-                permute_in_place(memory_of(param, plan), step.sizes, step.order)
+                move_in_place(memory_of(param, plan), step)
             _show(param, plan.shown, plan.strides)
     torch.autograd.graph.increment_version(param)
     record(param, LayoutRecord(plan, param.data_ptr(), before))
@@ -171,7 +172,7 @@ def reset_layout(param: Tensor, name: str = "the parameter") -> bool:
             param.data = logical(param)
         else:
             for step in reversed(_steps(plan, param.element_size())):
-                permute_in_place(memory_of(param, plan), step.sizes, step.order, inverse=True)
+                move_in_place(memory_of(param, plan), step, inverse=True)
             _show(param, *found.before)
     torch.autograd.graph.increment_version(param)
     forget(param)

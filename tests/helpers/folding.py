@@ -43,6 +43,7 @@ REFERENCES = {
     "transposed": lambda weight: weight.mT,
     "transposed_dense": lambda weight: weight.mT,
     "column_major": lambda weight: weight,
+    "up_gate": lambda weight: torch.cat(weight.chunk(2, -2)[::-1], -2),
     "gate_up_interleaved": interleaved,
     "gate_up_interleaved_16x16": lambda weight: aiter(interleaved(weight)),
 }

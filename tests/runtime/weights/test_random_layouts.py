@@ -9,7 +9,7 @@ from torch import nn
 
 from fixpass.runtime.weights.checkpoint_view import checkpoint_layout
 from fixpass.runtime.weights.layout_plan import resolve
-from fixpass.runtime.weights.layouts import Pad, Permute, WeightLayout
+from fixpass.runtime.weights.layouts import Pad, Permute, SwapHalves, WeightLayout
 from fixpass.runtime.weights.relayout import logical, reset_layout, set_layout
 
 
@@ -60,6 +60,9 @@ def test_random_writes_in_the_checkpoint_layout_land_in_their_places(seed):
     choose = random.Random(1000 + seed)
     shape, split, order = random_permute(choose)
     steps = (Permute(split, order),)
+    even = [-place for place in range(1, len(split) + 1) if split[-place][0] % 2 == 0]
+    if even:
+        steps = (SwapHalves(choose.choice(even)), *steps)
     if choose.random() < 0.3:
         steps = (Pad(shape), *steps)
         shape = tuple(choose.randint(1, size) for size in shape)

@@ -19,7 +19,8 @@ from fixpass.runtime.weights.layouts import (
 )
 from fixpass.runtime.weights.load import load, reload
 from fixpass.runtime.weights.lock import read_lock, version, write_lock
-from fixpass.runtime.weights.mapping import (
+from fixpass.runtime.weights.mapping import Mapping
+from fixpass.runtime.weights.mapping_rules import (
     FUSED_EXPERTS,
     GATE_UP,
     GATED_EXPERTS,
@@ -28,7 +29,6 @@ from fixpass.runtime.weights.mapping import (
     QKV,
     ExpertPart,
     Experts,
-    Mapping,
     Rename,
     Stacked,
     Stage,

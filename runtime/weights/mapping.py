@@ -10,122 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
-from itertools import pairwise
 from typing import Literal, NamedTuple
 
+from fixpass.runtime.weights.mapping_rules import Experts, Rename, Stacked, Stage, TensorParallel
+
 Branch = Literal["filter", "stage", "scale", "stacked", "expert", "tied", "default"]
-
-
-@dataclass(frozen=True)
-class Rename:
-    """`old` becomes `new`: at the start of a name, at its end, inside it, or as an expression.
-
-    A `new` of None drops the tensor.
-    """
-
-    old: str
-    new: str | None
-    where: Literal["prefix", "suffix", "inside", "regex"] = "prefix"
-
-    def apply(self, name: str) -> str | None:
-        """The new name, the same one where nothing matches, or None where the tensor is dropped."""
-        pattern = re.escape(self.old) if self.where != "regex" else self.old
-        pattern = {"prefix": f"^{pattern}", "suffix": f"{pattern}$"}.get(self.where, pattern)
-        if self.new is None:
-            return None if re.search(pattern, name) else name
-        new = self.new
-        return re.sub(pattern, new if self.where == "regex" else lambda _: new, name)
-
-
-@dataclass(frozen=True)
-class Stacked:
-    """Modules `parts` of a checkpoint are one module `into` of the model, joined along `dim`.
-
-    `shards` are what the parameter's own weight_loader calls the parts; numbers by default.
-    """
-
-    into: str
-    parts: tuple[str, ...]
-    shards: tuple[str | int, ...] = ()
-    dim: int = 0
-
-
-@dataclass(frozen=True)
-class ExpertPart:
-    """A matrix of each expert, and the parameter of the container that holds it for all of them.
-
-    `into` may have `{leaf}` for the last part of the stored name. Without it the weight goes to
-    `into`, and any other leaf, such as a scale, to `into_leaf`. `half` is (which, of how many)
-    where matrices are joined. `shard` is what the parameter's own weight_loader calls it.
-    """
-
-    stored: str
-    into: str
-    shard: str
-    half: tuple[int, int] = (0, 1)
-
-    def target(self, leaf: str) -> str:
-        """The name of the parameter for a leaf, `weight` or other."""
-        if "{leaf}" in self.into:
-            return self.into.replace("{leaf}", leaf)
-        return self.into if leaf == "weight" else f"{self.into}_{leaf}"
-
-
-@dataclass(frozen=True)
-class Experts:
-    """Names `<container>.<index>.<part>.<leaf>`; the first dimension of a target is the index.
-
-    `first` and `count` are the experts that this rank holds; a count of None is all of them.
-    """
-
-    parts: tuple[ExpertPart, ...]
-    container: str = "experts"
-    first: int = 0
-    count: int | None = None
-
-    def local(self, index: int) -> int | None:
-        """The index on this rank; None for an expert of another rank."""
-        here = index - self.first
-        mine = self.count is None or 0 <= here < self.count
-        return here if mine else None
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The layers that a pipeline stage holds, under whatever the containers are called."""
-
-    layers: range
-    containers: tuple[str, ...] = ("layers", "blocks", "h")
-    is_first: bool = False
-    is_last: bool = False
-    first_only: tuple[str, ...] = ("embed_tokens", "wte")
-    last_only: tuple[str, ...] = ("model.norm", "norm_f", "lm_head")
-
-    def holds(self, name: str) -> bool:
-        """Whether this stage has the tensor."""
-        parts = name.split(".")
-        for container, index in pairwise(parts):
-            if container in self.containers and index.isdigit():
-                return int(index) in self.layers
-        dotted = f".{name}."
-        if any(f".{module}." in dotted for module in self.first_only):
-            return self.is_first
-        if any(f".{module}." in dotted for module in self.last_only):
-            return self.is_last
-        return True
-
-
-@dataclass(frozen=True)
-class TensorParallel:
-    """Plain parameters that hold one rank's slice: patterns of their names, and along which dim."""
-
-    rank: int
-    size: int
-    dims: tuple[tuple[str, int], ...]
-
-    def dim(self, target: str) -> int | None:
-        """The dimension of `target` that is sliced, of its full shape; None where none is."""
-        return next((dim for pattern, dim in self.dims if fnmatchcase(target, pattern)), None)
 
 
 class Candidate(NamedTuple):
@@ -139,6 +28,14 @@ class Candidate(NamedTuple):
     """(which, of how many) along `dim`."""
     dim: int = 0
     """Counted without the dimension of experts."""
+    entry: int | None = None
+    """The entry of the stored tensor's first dimension that it takes; None for the whole tensor."""
+    half: tuple[int, int] = (0, 1)
+    """(which, of how many) of that entry, along its first dimension."""
+    transposed: bool = False
+    """Whether the last two dimensions of the stored tensor are exchanged first."""
+    broadcast: bool = False
+    """Whether a single stored value fills all of its part."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +53,9 @@ class Mapping:
 
     Applied in this order: renames, filters (patterns to drop), scale_renames, stage, then stacked
     and experts. `scales` are the names of parameters that scale a weight: one that the model does
-    not have is skipped, and one that the model has must be loaded.
+    not have is skipped, and one that the model has must be loaded. `transposed` are patterns of
+    renamed tensors that are stored with their last two dimensions exchanged: a square one does not
+    show it. `broadcast` are patterns of parameters that a single stored value fills.
     """
 
     renames: tuple[Rename, ...] = ()
@@ -166,6 +65,8 @@ class Mapping:
     stacked: tuple[Stacked, ...] = ()
     experts: tuple[Experts, ...] = ()
     tensor_parallel: TensorParallel | None = None
+    transposed: tuple[str, ...] = ()
+    broadcast: tuple[str, ...] = ()
     scales: tuple[str, ...] = field(
         default=(
             "*_scale",
@@ -180,8 +81,7 @@ class Mapping:
 
     def is_scale(self, name: str) -> bool:
         """Whether a name is that of a scale."""
-        leaf = name.rpartition(".")[2]
-        return any(fnmatchcase(leaf, pattern) for pattern in self.scales)
+        return _matches(name.rpartition(".")[2], self.scales)
 
     @cached_property
     def keeps_names(self) -> bool:
@@ -192,10 +92,46 @@ class Mapping:
         """The parameters that may take the stored tensor `name`, the most specific first."""
         if self.keeps_names:
             return (Candidate("default", name),)
+        renamed = self._renamed(name)
+        if isinstance(renamed, Dropped):
+            return renamed
+        experts = self._experts(renamed)
+        if isinstance(experts, Dropped):
+            return experts
+        found = (*experts, *self._stacked(renamed), Candidate("default", renamed))
+        return tuple(self._marked(candidate, renamed) for candidate in found)
+
+    def entries(self, name: str, count: int) -> Iterator[list[Candidate]]:
+        """The parameters that each take one expert of the stored tensor `name`, for each part."""
+        renamed = self._renamed(name)
+        if isinstance(renamed, Dropped):
+            return
+        for rule in self.experts:
+            if (match := _stacked_name(rule.container).match(renamed)) is None:
+                continue
+            leaves = [(part, part.leaf(match["rest"])) for part in rule.parts]
+            ways = [(f"{p.stored}.{leaf}", p.shard, p.half) for p, leaf in leaves if leaf]
+            indices = [(i, at) for i in range(count) if (at := rule.local(i)) is not None]
+            for rest, shard, half in (*ways, (match["rest"], None, (0, 1))):
+                yield [
+                    self._marked(Candidate("expert", target, shard, entry=i, half=half), renamed)
+                    for i, at in indices
+                    if (target := f"{match['prefix']}{rule.container}.{at}.{rest}")
+                ]
+
+    def _marked(self, candidate: Candidate, renamed: str) -> Candidate:
+        if not (self.transposed or self.broadcast):
+            return candidate
+        return candidate._replace(
+            transposed=_matches(renamed, self.transposed),
+            broadcast=_matches(candidate.target, self.broadcast),
+        )
+
+    def _renamed(self, name: str) -> str | Dropped:
         renamed = _rename(self.renames, name)
         if renamed is None:
             return Dropped("filter", name, "a rename drops it")
-        if any(fnmatchcase(renamed, pattern) for pattern in self.filters):
+        if _matches(renamed, self.filters):
             return Dropped("filter", renamed, "a filter drops it")
         if self.scale_renames and self.is_scale(renamed):
             scale = _rename(self.scale_renames, renamed)
@@ -204,10 +140,7 @@ class Mapping:
             renamed = scale
         if self.stage is not None and not self.stage.holds(renamed):
             return Dropped("stage", renamed, "another pipeline stage holds it")
-        experts = self._experts(renamed)
-        if isinstance(experts, Dropped):
-            return experts
-        return (*experts, *self._stacked(renamed), Candidate("default", renamed))
+        return renamed
 
     def _stacked(self, name: str) -> Iterator[Candidate]:
         parts = name.split(".")
@@ -247,6 +180,15 @@ def _expert_name(container: str) -> re.Pattern[str]:
     )
 
 
+@cache
+def _stacked_name(container: str) -> re.Pattern[str]:
+    return re.compile(rf"(?P<prefix>(?:.*\.)?){re.escape(container)}\.(?P<rest>\D.*)$")
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def _rename(renames: tuple[Rename, ...], name: str) -> str | None:
     for rename in renames:
         renamed = rename.apply(name)
@@ -257,36 +199,3 @@ def _rename(renames: tuple[Rename, ...], name: str) -> str | None:
 
 
 SAME_NAMES = Mapping()
-
-# Parts of mappings that many models share.
-
-QKV = Stacked("qkv_proj", ("q_proj", "k_proj", "v_proj"), ("q", "k", "v"))
-GATE_UP = Stacked("gate_up_proj", ("gate_proj", "up_proj"))
-
-# The experts of transformers: `gate_up_proj` and `down_proj`, one parameter for all experts.
-GATED_EXPERTS = Experts(
-    (
-        ExpertPart("gate_proj", "gate_up_proj", "w1", (0, 2)),
-        ExpertPart("up_proj", "gate_up_proj", "w3", (1, 2)),
-        ExpertPart("down_proj", "down_proj", "w2"),
-    )
-)
-MIXTRAL_EXPERTS = Experts(
-    (
-        ExpertPart("w1", "gate_up_proj", "w1", (0, 2)),
-        ExpertPart("w3", "gate_up_proj", "w3", (1, 2)),
-        ExpertPart("w2", "down_proj", "w2"),
-    )
-)
-# NemotronH: no gate.
-PLAIN_EXPERTS = Experts(
-    (ExpertPart("up_proj", "up_proj", "w1"), ExpertPart("down_proj", "down_proj", "w2"))
-)
-# The experts of serving engines: `w13_weight`, `w2_weight`, `w13_input_scale` and so on.
-FUSED_EXPERTS = Experts(
-    (
-        ExpertPart("gate_proj", "w13_{leaf}", "w1", (0, 2)),
-        ExpertPart("up_proj", "w13_{leaf}", "w3", (1, 2)),
-        ExpertPart("down_proj", "w2_{leaf}", "w2"),
-    )
-)

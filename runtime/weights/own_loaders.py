@@ -21,7 +21,8 @@ from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.checkpoint_view import Destination, shows_checkpoint, written_arguments
 from fixpass.runtime.weights.files import OpenFile
 from fixpass.runtime.weights.formats.open import from_iterator
-from fixpass.runtime.weights.read import Copy, copies, in_memory
+from fixpass.runtime.weights.placement import Placed, taken
+from fixpass.runtime.weights.read import Copy, copies, read
 from fixpass.runtime.weights.relayout import logical
 from fixpass.runtime.weights.route import Routed
 from fixpass.runtime.weights.stored import Box, MemoryPiece, Stored
@@ -88,7 +89,7 @@ def _result(load: OwnLoads, threads: int, covered: dict[str, tuple[int, int]]) -
     stand_in = former.like(before.clone())
     with _Coverage(stand_in) as coverage:
         for item in load.routed:
-            _call(load, stand_in, item, in_memory(item.stored, threads))
+            _call(load, stand_in, item, _value(item, threads))
     values = stand_in.detach()
     if tuple(values.shape) != where.whole or values.dtype != where.tensor.dtype:
         raise CheckpointError(f"the weight_loader of {load.target.name!r} changed its layout")
@@ -99,6 +100,16 @@ def _result(load: OwnLoads, threads: int, covered: dict[str, tuple[int, int]]) -
         covered[load.target.name] = int(written.sum()) * size, values.numel() * size
         if isinstance(param, DTensor):
             values = torch.where(written.to(values.device), values, where.tensor)
+    return values
+
+
+def _value(item: Routed, threads: int) -> Tensor:
+    """The values of a stored tensor that a loader gets, in the order of its parameter."""
+    part = taken(item.stored.shape, item.candidate)
+    values = torch.empty(part.shape, dtype=item.stored.dtype, device="cpu")
+    whole = Placed(item.stored, part, part, item.candidate)
+    source, as_stored = whole.as_stored(part, values)
+    read(item.stored, as_stored, source, threads=threads)
     return values
 
 

@@ -4,15 +4,18 @@ Experts go by their index and parts by their name, never by the order in which t
 written.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fixpass.runtime.errors import CheckpointError
-from fixpass.runtime.weights.mapping import Candidate, TensorParallel
+from fixpass.runtime.weights.mapping import Candidate
+from fixpass.runtime.weights.mapping_rules import TensorParallel
 from fixpass.runtime.weights.route import Routed
 from fixpass.runtime.weights.stored import Box, FilePiece, MemoryPiece, Shape, Stored, describe
 from fixpass.runtime.weights.targets import is_quantised
@@ -23,11 +26,40 @@ Slot = tuple[int | None, int]  # an expert and a part
 
 
 class Placed(NamedTuple):
-    """The box `source` of a stored tensor, which has the parameter's rank, fills `box` of it."""
+    """The box `source` of a stored tensor fills `box` of a parameter, which has the same rank."""
 
     stored: Stored
     source: Box
+    """In the order of the parameter's dimensions; see `as_stored`."""
     box: Box
+    candidate: Candidate | None = None
+
+    def as_stored(self, source: Box, view: Tensor) -> tuple[Box, Tensor]:
+        """A part of `source`, and the view of the parameter that takes it, as they are stored."""
+        start, shape = source
+        if self.candidate is not None and self.candidate.entry is not None:
+            start, shape = (self.candidate.entry, *start), (1, *shape)
+            view = view.unsqueeze(0)
+        if self.candidate is not None and self.candidate.transposed:
+            start, shape, view = _transposed(start), _transposed(shape), view.mT
+        return Box(start, shape), view
+
+
+def taken(shape: Shape, candidate: Candidate) -> Box:
+    """The box of a stored tensor of this shape that a parameter takes, in the parameter's order."""
+    if candidate.transposed:
+        shape = _transposed(shape)
+    if candidate.entry is not None:
+        shape = shape[1:]
+    which, many = candidate.half
+    if many == 1 or not shape or shape[0] % many:
+        return Box.whole(shape)
+    length, rest = shape[0] // many, shape[1:]
+    return Box((which * length, *(0 for _ in rest)), (length, *rest))
+
+
+def _transposed(shape: Shape) -> Shape:
+    return (*shape[:-2], *reversed(shape[-2:]))
 
 
 @dataclass
@@ -71,10 +103,12 @@ def place(
                 f"{fitted[slot][0].stored} and {item.stored} are for the same place of {name!r}"
             )
         stored = _lifted(item, whole)
-        if len(stored.shape) != len(whole):
+        source = taken(stored.shape, item.candidate)
+        if len(source.shape) != len(whole):
             raise _unfit(name, whole, item)
-        source = Box.whole(stored.shape)
-        if sliced is not None and parallel is not None:
+        if item.candidate.broadcast and source.numel == 1:
+            source = Box.whole(_room(whole, item.candidate))
+        elif sliced is not None and parallel is not None:
             source = _slice(source, sliced, parallel, item)
         fitted[slot] = item, stored, source
     result = Placement()
@@ -83,9 +117,28 @@ def place(
         if start is None:
             result.unplaced.append(item)
         else:
-            result.placed.append(Placed(stored, source, Box(start, source.shape)))
+            result.placed.extend(_placed(stored, source, start, item.candidate))
     result.missing = _missing(whole, fitted)
     return result
+
+
+def _room(whole: Shape, candidate: Candidate) -> Shape:
+    """The shape that one of equal parts, or an expert, has in a parameter."""
+    room = list(whole)
+    if candidate.expert is not None:
+        room[0] = 1
+    if (dim := _part_dim(candidate)) < len(room):
+        room[dim] //= candidate.part[1]
+    return tuple(room)
+
+
+def _placed(stored: Stored, source: Box, start: Shape, candidate: Candidate) -> Iterator[Placed]:
+    if math.prod(stored.shape) == source.numel or not candidate.broadcast:
+        yield Placed(stored, source, Box(start, source.shape), candidate)
+        return
+    one = (1,) * len(start)
+    for index in itertools.product(*map(range, source.shape)):
+        yield Placed(stored, Box.whole(one), Box(start, one).moved(index), candidate)
 
 
 def missing_parts(routed: Sequence[Routed]) -> str:
@@ -100,6 +153,8 @@ def missing_parts(routed: Sequence[Routed]) -> str:
 def _lifted(item: Routed, whole: Shape) -> Stored:
     """The stored tensor with the rank that it has in the parameter."""
     stored, rank = item.stored, len(whole)
+    if item.candidate.entry is not None:
+        return stored
     more = 0 if item.candidate.expert is None else 1
     if math.prod(stored.shape) == 1 and len(stored.shape) + more != rank:
         # A scale is stored as [] or [1], and kept as either.
@@ -112,25 +167,15 @@ def _reshaped(stored: Stored, shape: Shape) -> Stored:
         return stored
     cut = len(shape) - len(stored.shape)
 
-    def boxed(box: Box) -> Box:
-        if cut < 0 or math.prod(shape) == 1:
-            return Box.whole(shape)
-        return Box((0,) * cut + box.start, (1,) * cut + box.shape)
+    def reshaped(piece: FilePiece | MemoryPiece) -> Any:
+        is_one = cut < 0 or math.prod(shape) == 1
+        box = Box((0,) * cut + piece.box.start, (1,) * cut + piece.box.shape)
+        box = Box.whole(shape) if is_one else box
+        if isinstance(piece, MemoryPiece):
+            return MemoryPiece(piece.tensor.reshape(box.shape), box)
+        return piece._replace(box=box)
 
-    pieces: list[FilePiece] | list[MemoryPiece]
-    if stored.pieces and isinstance(stored.pieces[0], MemoryPiece):
-        pieces = [
-            MemoryPiece(piece.tensor.reshape(box.shape), box)
-            for piece in stored.pieces
-            if isinstance(piece, MemoryPiece) and (box := boxed(piece.box))
-        ]
-        return stored._replace(shape=shape, pieces=tuple(pieces))
-    pieces = [
-        piece._replace(box=boxed(piece.box))
-        for piece in stored.pieces
-        if isinstance(piece, FilePiece)
-    ]
-    return stored._replace(shape=shape, pieces=tuple(pieces))
+    return stored._replace(shape=shape, pieces=tuple(map(reshaped, stored.pieces)))
 
 
 def _slice(source: Box, dim: int, parallel: TensorParallel, item: Routed) -> Box:
@@ -138,7 +183,7 @@ def _slice(source: Box, dim: int, parallel: TensorParallel, item: Routed) -> Box
     if rest:
         raise CheckpointError(f"{item.stored} has no {parallel.size} equal parts along dim {dim}")
     start, shape = list(source.start), list(source.shape)
-    start[dim], shape[dim] = parallel.rank * length, length
+    start[dim], shape[dim] = start[dim] + parallel.rank * length, length
     return Box(tuple(start), tuple(shape))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.checkpoint_view import Destination, destination
-from fixpass.runtime.weights.mapping import Mapping
+from fixpass.runtime.weights.mapping import Candidate, Mapping
 from fixpass.runtime.weights.options import Initialised, LoadReport, Missing, Options, Skipped, some
 from fixpass.runtime.weights.own_loaders import OwnLoads, own_loader
 from fixpass.runtime.weights.placement import (
@@ -184,7 +184,8 @@ def _add_plain(
     Whether it is that. `_add_placed` finds the same copy in three times as long.
     """
     (stored, candidate), *more = routed
-    if more or candidate.branch != "default" or mapping.tensor_parallel is not None:
+    is_whole = candidate == Candidate("default", candidate.target)
+    if more or not is_whole or mapping.tensor_parallel is not None:
         return False
     if type(tensor) not in PLAIN or len(stored.pieces) != 1 or record_of(tensor) is not None:
         return False
@@ -220,6 +221,7 @@ def _placed_copies(placed: Placed, where: Destination, name: str, position: int)
         return []
     source = part.relative(placed.box.start).moved(placed.source.start)
     inside = part.relative(where.box.start).of(where.tensor)
+    source, inside = placed.as_stored(source, inside)
     found = list(copies(placed.stored, source, inside, position, where.view))
     if sum(copy.source.numel for copy in found) != source.numel:
         # Only a state dict of DTensors holds less than all of a tensor.

@@ -56,12 +56,30 @@ def route(checkpoint: Checkpoint, mapping: Mapping, targets: Named[str, Target])
         taker = next((found for found in candidates if found.target in targets), None)
         if taker is not None:
             found.setdefault(taker.target, []).append(Routed(stored, taker))
+        elif split := _split(stored, mapping, targets, routes.unexpected):
+            for one in split:
+                found.setdefault(one.target, []).append(Routed(stored, one))
         elif (left := _left_out(stored.name, candidates, mapping)) is not None:
             routes.skipped.append(left)
         else:
             routes.unexpected.append(stored.name)
     _untie(routes, found)
     return routes
+
+
+def _split(
+    stored: Stored, mapping: Mapping, targets: Named[str, Target], unexpected: list[str]
+) -> list[Candidate]:
+    """The parameters that take the experts of a stored tensor, one each."""
+    taken: list[Candidate] = []
+    for part in mapping.entries(stored.name, stored.shape[0]) if stored.shape else ():
+        here = [one for one in part if one.target in targets]
+        taken.extend(here)
+        if here:
+            unexpected.extend(
+                f"{stored.name}[{one.entry}]" for one in part if one.target not in targets
+            )
+    return taken
 
 
 def _left_out(name: str, candidates: tuple[Candidate, ...], mapping: Mapping) -> Skipped | None:

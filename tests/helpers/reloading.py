@@ -5,7 +5,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fixpass.runtime.weights.load import reload
-from fixpass.runtime.weights.mapping import Mapping, Stacked
+from fixpass.runtime.weights.mapping import Mapping
+from fixpass.runtime.weights.mapping_rules import Stacked
 from fixpass.runtime.weights.relayout import logical
 
 MODES = ("buffered", "double_buffer", "undo_log")

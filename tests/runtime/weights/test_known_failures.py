@@ -15,7 +15,8 @@ from fixpass.runtime.errors import CheckpointError, UpdateError
 from fixpass.runtime.weights.checkpoint_view import checkpoint_layout
 from fixpass.runtime.weights.load import reload
 from fixpass.runtime.weights.lock import version
-from fixpass.runtime.weights.mapping import FUSED_EXPERTS, Mapping
+from fixpass.runtime.weights.mapping import Mapping
+from fixpass.runtime.weights.mapping_rules import FUSED_EXPERTS
 from fixpass.runtime.weights.module_hooks import set_layouts
 from fixpass.runtime.weights.rebind import copy_or_rebind
 from fixpass.runtime.weights.relayout import logical, set_layout

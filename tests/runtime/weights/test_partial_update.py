@@ -6,7 +6,8 @@ from torch import nn
 
 from fixpass.runtime.errors import CheckpointError, VersionError
 from fixpass.runtime.weights.lock import version
-from fixpass.runtime.weights.mapping import FUSED_EXPERTS, Mapping
+from fixpass.runtime.weights.mapping import Mapping
+from fixpass.runtime.weights.mapping_rules import FUSED_EXPERTS
 from fixpass.runtime.weights.module_hooks import set_layouts
 from fixpass.runtime.weights.relayout import logical
 from fixpass.runtime.weights.state_file import digest

@@ -1,4 +1,4 @@
-"""The command line: `python -m fixpass explain | passes | kernels | doctor`."""
+"""The command line: `python -m fixpass explain | check | diff | passes | kernels | doctor`."""
 
 import argparse
 import importlib
@@ -23,6 +23,9 @@ from fixpass.passes import default_passes, entry_passes
 from fixpass.pipelines import check_torch, installed_kernels, installed_passes
 from fixpass.runtime.errors import ConfigError, FixpassError
 from fixpass.runtime.providers import TRITON
+from fixpass.runtime.weights.compare import diff
+from fixpass.runtime.weights.doctor import check
+from fixpass.runtime.weights.mapping import Mapping
 
 _LIBRARY = {"_C": "vllm"}
 """The package that registers the ops of a namespace, where the names differ."""
@@ -35,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `python -m fixpass`. None takes those of this process.
 
     Returns:
-        The exit status: 0, or 2 where the command cannot be carried out.
+        The exit status: 0; 1 where `check` finds faults or `diff` differences; 2 where the command
+        cannot be carried out.
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -67,6 +71,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--target", help=f"a device that need not be here: {names}")
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
+    function = "FILE.py:FUNCTION or MODULE:FUNCTION"
+    sub = command("check", _check, "say what is wrong with a checkpoint for a model, from headers")
+    sub.add_argument("checkpoint", help="a safetensors file, index, folder or pattern, and others")
+    sub.add_argument("model", help=f"{function}; it returns the model, and is run on device meta")
+    sub.add_argument("--mapping", help=f"{function}; it returns a fixpass.weights.Mapping")
+    sub.add_argument("--cast", action="store_true", help="the load may round between float dtypes")
+    sub = command("diff", _diff, "compare the values of two checkpoints")
+    sub.add_argument("first", help="a checkpoint")
+    sub.add_argument("second", help="another checkpoint")
+    for side in ("first", "second"):
+        sub.add_argument(f"--mapping-{side}", help=f"{function}; the mapping of the {side} one")
+    sub.add_argument("--sampled", action="store_true", help="read 12,000 values of each tensor")
     command("passes", _passes, "list the passes in the order in which they run")
     command("kernels", _kernels, "list the norm kernels and the constraints of each")
     command("doctor", _doctor, "list what works on this machine, and the way out where it does not")
@@ -85,6 +101,31 @@ def _explain(arguments: argparse.Namespace) -> int:
         report = fixpass.explain(model, *args, target=arguments.target, **kwargs)
     print(report.to_json() if arguments.json else report)
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    with torch.device("meta"):
+        model = load_function(arguments.model)()
+    model = model[0] if isinstance(model, tuple) else model
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(f"{arguments.model} returned a {type(model).__name__}, not a module")
+    found = check(arguments.checkpoint, model, _mapping(arguments.mapping), cast=arguments.cast)
+    print(found)
+    return int(bool(found.faults))
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    mappings = _mapping(arguments.mapping_first), _mapping(arguments.mapping_second)
+    found = diff(arguments.first, arguments.second, mappings, sampled=arguments.sampled)
+    print(found)
+    return int(not found.is_equal)
+
+
+def _mapping(name: str | None) -> Mapping:
+    found = Mapping() if name is None else load_function(name)()
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{name} returned a {type(found).__name__}, not a Mapping")
+    return found
 
 
 def load_function(name: str) -> Callable[[], Any]:

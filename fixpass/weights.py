@@ -8,6 +8,8 @@ import warnings
 from typing import Any
 
 from fixpass.runtime.weights.checkpoint_view import checkpoint_layout
+from fixpass.runtime.weights.compare import Comparison, diff, stored_tensors
+from fixpass.runtime.weights.doctor import Diagnosis, check
 from fixpass.runtime.weights.layouts import (
     Alias,
     Bytes,
@@ -58,6 +60,8 @@ __all__ = [
     "QKV",
     "Alias",
     "Bytes",
+    "Comparison",
+    "Diagnosis",
     "ExpertPart",
     "Experts",
     "LoadReport",
@@ -78,8 +82,10 @@ __all__ = [
     "WeightLayout",
     "Writes",
     "announce_loads",
+    "check",
     "checkpoint_layout",
     "copy_or_rebind",
+    "diff",
     "digest",
     "forget",
     "layout_of",
@@ -95,6 +101,7 @@ __all__ = [
     "set_layout",
     "set_layouts",
     "shuffle_weight",
+    "stored_tensors",
     "unpack",
     "update",
     "version",

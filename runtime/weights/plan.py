@@ -28,7 +28,8 @@ from fixpass.runtime.weights.placement import (
 )
 from fixpass.runtime.weights.read import Copy, copies
 from fixpass.runtime.weights.relayout import record_of
-from fixpass.runtime.weights.route import Routed, look_alikes, route, scales_left_out
+from fixpass.runtime.weights.renames import suggest
+from fixpass.runtime.weights.route import Routed, route, scales_left_out
 from fixpass.runtime.weights.stored import Box, Checkpoint, MemoryPiece, Shape, Stored, describe
 from fixpass.runtime.weights.targets import PLAIN, Target
 
@@ -142,7 +143,7 @@ def make_plan(
         unexpected = {
             name: checkpoint[name].shape for name in plan.unexpected if name in checkpoint
         }
-        plan.hints = look_alikes(shapes, unexpected)
+        plan.hints = list(map(str, suggest(shapes, unexpected)[:MOST_FAULTS]))
     check_faults(plan, options)
     return plan
 
@@ -210,11 +211,11 @@ def _add_placed(
         plan.skipped.append(Skipped(item.stored.name, target.name, candidate.branch, why))
     position = plan.position(index, where.memory)
     for placed in placement.placed:
-        plan.copies.extend(_placed_copies(placed, where, target.name, position))
+        plan.copies.extend(placed_copies(placed, where, target.name, position))
     return placement.missing
 
 
-def _placed_copies(placed: Placed, where: Destination, name: str, position: int) -> list[Copy]:
+def placed_copies(placed: Placed, where: Destination, name: str, position: int) -> list[Copy]:
     """The copies that bring a placed tensor into the part of the parameter that is here."""
     part = placed.box.intersection(where.box)
     if part is None:
@@ -263,7 +264,7 @@ def _add_parts(
     check_apart(placed, name)
     position = plan.position(index, where.memory)
     for item in placed:
-        plan.copies.extend(_placed_copies(item, where, name, position))
+        plan.copies.extend(placed_copies(item, where, name, position))
     done = sum(item.box.numel for item in placed) * dtype.itemsize
     total = math.prod(where.whole) * dtype.itemsize
     if done == total:

@@ -13,9 +13,9 @@ import torch
 
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.mapping import Candidate, Dropped, Mapping
-from fixpass.runtime.weights.options import LoadReport, Skipped, printable
+from fixpass.runtime.weights.options import LoadReport, Skipped
 from fixpass.runtime.weights.read import STAGING, read
-from fixpass.runtime.weights.stored import Box, Checkpoint, Shape, Stored
+from fixpass.runtime.weights.stored import Box, Checkpoint, Stored
 from fixpass.runtime.weights.targets import Target, is_quantised
 
 NO_PARAMETER = "the model has no such parameter"
@@ -109,28 +109,6 @@ def _untie(routes: Routes, found: dict[str, list[Routed]]) -> None:
         for item in routed:
             if twin := loaded.get((item.candidate.expert, item.candidate.part)):
                 routes.twins.append((twin.stored, item.stored))
-
-
-MOST_HINTS = 3
-
-
-def look_alikes(missing: Named[str, Shape], unexpected: Named[str, Shape]) -> list[str]:
-    """Pairs of a missing and an unexpected tensor that differ in a part of the name alone."""
-    found: list[tuple[int, str]] = []
-    for name, shape in list(unexpected.items())[:1000]:
-        for wanted in [n for n, other in missing.items() if other == shape][:1000]:
-            old, new = name.split("."), wanted.split(".")
-            common = len(old) + len(new)
-            while old and new and old[-1] == new[-1]:
-                old, new = old[:-1], new[:-1]
-            while old and new and old[0] == new[0]:
-                old, new = old[1:], new[1:]
-            common -= len(old) + len(new)
-            if common and len(old) <= 1 and len(new) <= 1:
-                rename = f"Rename({'.'.join(old)!r}, {'.'.join(new)!r}, 'inside')"
-                text = f"{name!r} looks like {wanted!r}, which has the same shape: {rename}?"
-                found.append((-common, text))
-    return [printable(text) for _, text in sorted(found)[:MOST_HINTS]]
 
 
 def scales_left_out(scales: Iterable[str], written: Iterable[Target]) -> list[str]:

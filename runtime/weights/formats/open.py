@@ -19,7 +19,7 @@ from fixpass.runtime.weights.files import OpenFile
 from fixpass.runtime.weights.formats import dcp
 from fixpass.runtime.weights.formats import safetensors as safetensors_files
 from fixpass.runtime.weights.formats.safetensors import Files
-from fixpass.runtime.weights.stored import Box, FilePiece, MemoryPiece, Stored
+from fixpass.runtime.weights.stored import Box, Checkpoint, FilePiece, MemoryPiece, Stored
 from fixpass.runtime.weights.targets import is_freed, local_box, local_part
 
 A_STATE_DICT = "a state dict"
@@ -78,6 +78,9 @@ def check_values(name: object, tensor: object, origin: str = A_STATE_DICT) -> No
 
 Source = str | Path | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
+StoredSource = str | Path | Mapping[str, Tensor]
+"""A source that holds all of its tensors at once."""
+
 # Files of torch.save, which are pickles.
 PICKLES = (".pt", ".pth", ".bin")
 
@@ -116,6 +119,16 @@ def opened(
     raise CheckpointError(
         f"{path} holds no .safetensors file, no index of them and no {dcp.METADATA}"
     )
+
+
+def checkpoint_of(source: StoredSource) -> Checkpoint:
+    """The stored tensors of a path or a state dict by name, from headers where there are some."""
+    found = opened(source) if isinstance(source, str | Path) else source
+    if isinstance(found, Files):
+        return found.tensors()
+    if isinstance(found, list):
+        return {stored.name: stored for stored in found}
+    return {name: in_memory(name, tensor) for name, tensor in found.items()}
 
 
 def _from_torch_save(path: Path, weights_only: bool) -> Mapping[str, Tensor]:

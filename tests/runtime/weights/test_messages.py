@@ -11,9 +11,9 @@ from fixpass.weights import load, update
 @pytest.mark.parametrize(
     ("stored", "rename"),
     [
-        ("detector.vision_encoder.weight", "Rename('vision_encoder', 'vision', 'inside')"),
-        ("model.detector.vision.weight", "Rename('model', '', 'inside')"),
-        ("detector.vision.kernel", "Rename('kernel', 'weight', 'inside')"),
+        ("detector.vision_encoder.weight", "Rename('.vision_encoder.', '.vision.', 'inside')"),
+        ("model.detector.vision.weight", "Rename('model.', '')"),
+        ("detector.vision.kernel", "Rename('.kernel', '.weight', 'suffix')"),
     ],
 )
 def test_a_tensor_of_another_name_and_the_same_shape_is_pointed_out(stored, rename):

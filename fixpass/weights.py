@@ -42,6 +42,7 @@ from fixpass.runtime.weights.rebind import Rebound, copy_or_rebind, pack, unpack
 from fixpass.runtime.weights.relayout import forget, layout_of, logical, reset_layout, set_layout
 from fixpass.runtime.weights.state_file import SavedState, digest, resume
 from fixpass.runtime.weights.update import Update, UpdateReport, update
+from fixpass.runtime.weights.update_group import UpdateGroup, group_version
 from fixpass.runtime.weights.weight_ops import shuffle_weight
 from fixpass.runtime.weights.weight_version import (
     UnseenWriteWarning,
@@ -78,6 +79,7 @@ __all__ = [
     "TensorParallel",
     "UnseenWriteWarning",
     "Update",
+    "UpdateGroup",
     "UpdateReport",
     "WeightLayout",
     "Writes",
@@ -88,6 +90,7 @@ __all__ = [
     "diff",
     "digest",
     "forget",
+    "group_version",
     "layout_of",
     "load",
     "logical",

@@ -179,6 +179,7 @@ class Commit:
         self.manifest.check({target.name: target.tensor for target in walk(self.model)[0]})
         self._save("committing", before, to)
         try:
+            self.options.agree(before, to)
             _synchronize(self.work.tensors)
             interrupt = write(locks)
             _synchronize(self.work.tensors)

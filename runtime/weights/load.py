@@ -5,6 +5,7 @@ from collections.abc import Mapping as Named
 from dataclasses import replace
 from pathlib import Path
 
+import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
@@ -20,6 +21,7 @@ from fixpass.runtime.weights.options import (
     mode_named,
 )
 from fixpass.runtime.weights.update import UpdateReport, open_update
+from fixpass.runtime.weights.update_group import UpdateGroup
 
 
 def load(
@@ -96,6 +98,7 @@ def reload(
     timeout: float | None = None,
     threads: int = 0,
     state_file: str | Path | None = None,
+    group: dist.ProcessGroup | UpdateGroup | None = None,
     progress: bool | None = None,
     weights_only: bool = True,
 ) -> UpdateReport:
@@ -114,6 +117,7 @@ def reload(
     options = Options(
         mode_named(mode), version, base, scope, mapping, cast, finite, timeout, threads, path
     )
+    options = replace(options, group=group)
     return _run(model, source, options, "reloading", progress, weights_only)
 
 

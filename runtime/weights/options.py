@@ -6,10 +6,15 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from fixpass.runtime.errors import CheckpointError, UpdateError
 from fixpass.runtime.weights.mapping import SAME_NAMES, Branch, Mapping
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from fixpass.runtime.weights.update_group import UpdateGroup
 
 Strict = Literal["none", "missing", "complete", "exact"]
 
@@ -127,7 +132,7 @@ Missed = Literal["error", "ones", "zeros"]
 _FORMER = {"staged": "buffered", "journal": "undo_log", "double": "double_buffer"}
 
 
-def _ignore(count: int) -> None:
+def _ignore(*numbers: int) -> None:
     return None
 
 
@@ -148,6 +153,10 @@ class Options:
     strict: Strict | None = None
     """The level at which a load raises; None raises as `scope` says."""
     missing: Missed = "error"
+    group: "dist.ProcessGroup | UpdateGroup | None" = None
+    """The ranks that make the update with this one: a process group, or an UpdateGroup."""
+    agree: Callable[[int, int], object] = _ignore
+    """Called before the first byte changes, with the versions before and after; may raise."""
     advance: Callable[[int], object] = _ignore
     """Called with the number of bytes that were moved."""
     began: float = field(default_factory=time.perf_counter)

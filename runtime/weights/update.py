@@ -18,11 +18,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fixpass.runtime.errors import CheckpointError, PoisonedError, UpdateError, VersionError
 from fixpass.runtime.weights.commit import Commit
 from fixpass.runtime.weights.formats.safetensors import Files
+from fixpass.runtime.weights.group_commit import taking_part
 from fixpass.runtime.weights.lock import WeightsLock, closed, lock_of, over
 from fixpass.runtime.weights.mapping import SAME_NAMES, Mapping
 from fixpass.runtime.weights.module_hooks import protect
@@ -43,6 +45,7 @@ from fixpass.runtime.weights.route import check_twins, scales_without_taker
 from fixpass.runtime.weights.state_file import digest, resume
 from fixpass.runtime.weights.stored import Stored
 from fixpass.runtime.weights.targets import reshard, tensors_of, walk
+from fixpass.runtime.weights.update_group import UpdateGroup
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,7 @@ def update(
     timeout: float | None = None,
     threads: int = 0,
     state_file: str | Path | None = None,
+    group: "dist.ProcessGroup | UpdateGroup | None" = None,
 ) -> AbstractContextManager[Update]:
     """Open an update of a model's weights, written when the context ends without an exception.
 
@@ -232,6 +236,7 @@ def update(
         timeout: seconds to wait for calls under way.
         threads: 0 for one a processor, at most 4.
         state_file: for a model in a file or in shared memory, see state_file.
+        group: commit only where all ranks of this process group, or UpdateGroup, commit.
 
     Raises:
         CheckpointError: a tensor does not fit; the weights are those of before.
@@ -240,12 +245,10 @@ def update(
 
     """
     path = None if state_file is None else Path(state_file)
-    return open_update(
-        model,
-        Options(
-            mode_named(mode), version, base, scope, mapping, cast, finite, timeout, threads, path
-        ),
+    options = Options(
+        mode_named(mode), version, base, scope, mapping, cast, finite, timeout, threads, path
     )
+    return open_update(model, replace(options, group=group))
 
 
 @contextmanager
@@ -256,15 +259,16 @@ def open_update(model: nn.Module, options: Options) -> Iterator[Update]:
         raise UpdateError("another update of this model is open")
     lock.updating = True
     try:
-        _check_base(model, lock, options)
-        base = lock.version
-        reshard(model)
-        if any_layout_set():
-            protect(model)
-            _bring_back_packed(model, options)
-        tx = Update(model, base, options)
-        yield tx
-        tx.commit()
+        with taking_part(options) as options:
+            _check_base(model, lock, options)
+            base = lock.version
+            reshard(model)
+            if any_layout_set():
+                protect(model)
+                _bring_back_packed(model, options)
+            tx = Update(model, base, options)
+            yield tx
+            tx.commit()
     finally:
         lock.updating = False
 

@@ -25,13 +25,13 @@ class RankFailed(RuntimeError):
 
 
 class Ranks:
-    """`size` processes with one process group; `run` gives up after `seconds`."""
+    """`size` processes, with one process group or none; `run` gives up after `seconds`."""
 
-    def __init__(self, size, seconds=SECONDS):
-        self.size, self.seconds = size, seconds
+    def __init__(self, size, seconds=SECONDS, *, group=True):
+        self.size, self.seconds, self.group = size, seconds, group
 
     def __enter__(self):
-        port = free_port()
+        port = free_port() if self.group else None
         self.pipes, self.processes = [None] * self.size, [None] * self.size
         for rank in range(self.size):
             self.spawn(rank, port)
@@ -57,8 +57,11 @@ class Ranks:
                 process.join()
 
     def start(self, worker, *args):
-        for pipe in self.pipes:
-            pipe.send((worker, args))
+        for rank in range(self.size):
+            self.send(rank, worker, *args)
+
+    def send(self, rank, worker, *args):
+        self.pipes[rank].send((worker, args))
 
     def collect(self, ranks=None):
         """The results of those ranks; raises RankFailed where one raised or did not answer."""
@@ -91,11 +94,13 @@ def join_group(rank, size, port):
 def _serve(pipe, rank, size, port):
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     torch.set_num_threads(1)
-    join_group(rank, size, port)
+    if port is not None:
+        join_group(rank, size, port)
     while (job := pipe.recv()) is not None:
         worker, args = job
         try:
             pipe.send(("result", worker(*args)))
         except Exception:
             pipe.send(("failure", f"rank {rank}: {traceback.format_exc()}"))
-    dist.destroy_process_group()
+    if port is not None:
+        dist.destroy_process_group()

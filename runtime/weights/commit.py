@@ -159,6 +159,7 @@ class Commit:
     def _closed(self, write: Callable[[Collection[WeightsLock]], BaseException | None]) -> float:
         own = lock_of(self.model)
         locks = {own, *over_ids([id(target.tensor) for target in self.written], own)}
+        self.options.staged()
         with closed(locks, self.options.timeout):
             began = time.perf_counter()
             run_section(partial(self._section, locks, write))

@@ -2,25 +2,27 @@
 
     rank 0          rank 1          store
     join            join            join/<rank>      the process, as soon as an update is open
-    stage           stage                            validate, read, cast; close the lock
-    vote yes        vote yes        vote/<rank>      versions before and after
-    decide          wait            <e>/decision     written once, by compare_set
-    write           write                            from memory
-    confirm         confirm         <e>/done         a count
+    stage           stage           <n>/staged       a count of ranks that have validated and read
+    close the lock  close the lock
+    vote            vote            <n>/yes          a count; vote/<rank> has the versions
+    decide          wait            <n>/decision     written once, by compare_set
+    write           write                            from memory; open the lock
+    confirm         confirm         <n>/done         a count
 
-Ranks count attempts from 1, by the letter e. The last rank to vote decides "commit". A rank that
-raises decides "abort", and so does a rank whose patience ends. There is one decision, whoever comes
-first. `docs/ranks.md` has the cases, and what is not promised.
+Attempts are numbered from 1: n. The last rank to vote decides "commit". A rank that raises decides
+"abort", and so does a rank that waits too long. The first decision is the only one.
+`docs/ranks.md` has the cases, and what is not promised.
 """
 
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fixpass.runtime.errors import UpdateError
+from fixpass.runtime.weights.lock import WeightsLock
 from fixpass.runtime.weights.options import Options
 from fixpass.runtime.weights.processes import has_ended, is_stopped
 from fixpass.runtime.weights.update_group import Decision, UpdateGroup
@@ -31,7 +33,7 @@ _LOOK = 0.25
 
 
 @contextmanager
-def taking_part(options: Options) -> Iterator[Options]:
+def taking_part(options: Options, lock: WeightsLock) -> Iterator[Options]:
     """The options of an update that commits only where all ranks of its group do.
 
     Raises:
@@ -47,9 +49,13 @@ def taking_part(options: Options) -> Iterator[Options]:
     timeout = attempt.ranks.timeout if options.timeout is None else options.timeout
     try:
         attempt.join()
-        yield replace(options, agree=attempt.agree, timeout=timeout)
+        yield replace(options, staged=attempt.staged, agree=attempt.agree, timeout=timeout)
     except BaseException as error:
         attempt.refuse(error)
+        # An interrupt is raised when the update is finished.
+        if attempt.agreed_on == lock.version:
+            with suppress(RuntimeError):
+                attempt.done()
         raise
     try:
         attempt.confirm()
@@ -73,6 +79,8 @@ class _Attempt:
 
     ranks: UpdateGroup
     has_voted: bool = False
+    agreed_on: int | None = None
+    """The version that all ranks commit; None before they agree."""
 
     def join(self) -> None:
         with _store_lost("nothing was changed"):
@@ -81,6 +89,17 @@ class _Attempt:
             self.ranks.attempt += 1
             self.ranks.note("join")
 
+    def staged(self) -> None:
+        """Wait until all ranks have staged. The lock is open, so calls go on meanwhile."""
+        ranks, key = self.ranks, f"{self.ranks.attempt}/staged"
+        with _store_lost("nothing was changed"):
+            ranks.note("staged")
+            if ranks.store.add(key, 1) >= ranks.size:
+                return
+            self._wait(lambda: self._is_decided() or ranks.store.add(key, 0) >= ranks.size)
+            if self._is_decided() or ranks.store.add(key, 0) < ranks.size:
+                self._check(self._outcome("staged", "is not ready"))
+
     def agree(self, base: int, to: int) -> None:
         """Vote to commit; UpdateError where the ranks do not."""
         ranks = self.ranks
@@ -88,10 +107,16 @@ class _Attempt:
             ranks.note("vote", base=base, to=to)
             self.has_voted = True
             is_last = ranks.store.add(f"{ranks.attempt}/yes", 1) >= ranks.size
-            found = self._counted(to) if is_last else self._waited()
-            if not found.commit:
-                ranks.catch_up()
-                raise UpdateError(f"no rank was updated: {found.why}")
+            self._check(self._counted(to) if is_last else self._waited())
+            self.agreed_on = to
+
+    def _check(self, found: Decision) -> None:
+        if not found.commit:
+            self.ranks.catch_up()
+            raise UpdateError(f"no rank was updated: {found.why}")
+
+    def _is_decided(self) -> bool:
+        return bool(self.ranks.store.check([f"{self.ranks.attempt}/decision"]))
 
     def refuse(self, error: BaseException) -> None:
         """Abort for all ranks, unless this one has voted: then the decision holds."""
@@ -102,12 +127,15 @@ class _Attempt:
         except RuntimeError as lost:
             error.add_note(f"the other ranks were not told: {lost}")
 
+    def done(self) -> bool:
+        """Say that this rank has written its weights; whether all have."""
+        self.ranks.note("done")
+        return self.ranks.store.add(f"{self.ranks.attempt}/done", 1) >= self.ranks.size
+
     def confirm(self) -> None:
         """Wait until each rank has written its weights; warn of those that have not."""
-        ranks = self.ranks
-        ranks.note("done")
-        key = f"{ranks.attempt}/done"
-        if ranks.store.add(key, 1) < ranks.size and not self._wait(
+        ranks, key = self.ranks, f"{self.ranks.attempt}/done"
+        if not self.done() and not self._wait(
             lambda: ranks.store.add(key, 0) >= ranks.size, "done"
         ):
             texts = self._absent("done", "has not confirmed the update")
@@ -115,7 +143,7 @@ class _Attempt:
             warnings.warn(text, stacklevel=6)
         if ranks.rank == 0:
             ranks.store.set("last", str(ranks.attempt))
-            for old in ("yes", "done"):
+            for old in ("staged", "yes", "done"):
                 ranks.store.delete_key(f"{ranks.attempt - 2}/{old}")
 
     def _counted(self, to: int) -> Decision:
@@ -139,13 +167,17 @@ class _Attempt:
 
     def _waited(self) -> Decision:
         """The decision of another rank, or an abort where none comes in time."""
+        self._wait(self._is_decided)
+        return self._outcome("vote", "did not vote")
+
+    def _outcome(self, kind: str, what: str) -> Decision:
+        """The decision, or else an abort for want of notes of a kind."""
         ranks = self.ranks
-        self._wait(lambda: ranks.store.check([f"{ranks.attempt}/decision"]))
         if (found := ranks.decision(ranks.attempt)) is not None:
             return found
-        texts = self._absent("vote", f"did not vote within {ranks.timeout:g} s")
-        why = "; ".join(texts) or f"all voted, and no rank decided within {ranks.timeout:g} s"
-        return self.ranks.decide(Decision(False, 0, why))
+        texts = self._absent(kind, f"{what} within {ranks.timeout:g} s")
+        why = "; ".join(texts) or f"no rank decided within {ranks.timeout:g} s"
+        return ranks.decide(Decision(False, 0, why))
 
     def _wait(self, is_there: Callable[[], bool], kind: str = "") -> bool:
         """Wait for the others.

@@ -155,6 +155,8 @@ class Options:
     missing: Missed = "error"
     group: "dist.ProcessGroup | UpdateGroup | None" = None
     """The ranks that make the update with this one: a process group, or an UpdateGroup."""
+    staged: Callable[[], object] = _ignore
+    """Called before the lock closes; may raise."""
     agree: Callable[[int, int], object] = _ignore
     """Called before the first byte changes, with the versions before and after; may raise."""
     advance: Callable[[int], object] = _ignore

@@ -259,7 +259,7 @@ def open_update(model: nn.Module, options: Options) -> Iterator[Update]:
         raise UpdateError("another update of this model is open")
     lock.updating = True
     try:
-        with taking_part(options) as options:
+        with taking_part(options, lock) as options:
             _check_base(model, lock, options)
             base = lock.version
             reshard(model)

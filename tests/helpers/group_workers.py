@@ -21,7 +21,14 @@ from fixpass.runtime.weights.mapping_rules import TensorParallel
 from fixpass.runtime.weights.update import update
 from fixpass.runtime.weights.update_group import UpdateGroup, group_version
 
-PHASES = ("staging", "before the vote", "after the vote", "after the decision", "after the write")
+PHASES = (
+    "staging",
+    "staged",
+    "before the vote",
+    "after the vote",
+    "after the decision",
+    "after the write",
+)
 here = {}
 """The model and the group of this process, from one job to the next."""
 
@@ -70,7 +77,7 @@ def fault(kind):
 def failing(phase, kind):
     """Fail once, in a phase of the next update."""
     attempt = group_commit._Attempt
-    name = {"after the write": "confirm", "after the vote": "_waited"}.get(phase, "agree")
+    name = {"after the write": "confirm", "staged": "staged"}.get(phase, "agree")
     names = ("_waited", "_counted") if phase == "after the vote" else (name,)
     originals = {each: getattr(attempt, each) for each in names}
 

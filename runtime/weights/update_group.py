@@ -1,14 +1,39 @@
-"""The ranks that update their models together, and what they know of one another in a Store."""
+"""The ranks that update their models together, and what they tell one another in a Store.
+
+Each rank has one key, which says how far it is. Each attempt to update has one key more, for its
+decision.
+"""
 
 import json
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_process_group_store
 
-from fixpass.runtime.weights.processes import this_process
+from fixpass.runtime.weights.processes import Process, this_process
+
+Step = Literal["joined", "staged", "voted", "done"]
+_STEPS: tuple[Step, ...] = ("joined", "staged", "voted", "done")
+
+
+class Progress(NamedTuple):
+    """How far a rank is."""
+
+    rank: int
+    attempt: int
+    """The number of the update, from 1; 0 for a rank that has not taken part yet."""
+    step: Step
+    base: int
+    """The version before the update, and `to` the one after it; both of a rank that votes."""
+    to: int
+    process: Process
+
+    def reached(self, attempt: int, step: Step) -> bool:
+        """Whether the rank has come to this step of an attempt, or is behind it."""
+        here, there = (self.attempt, _STEPS.index(self.step)), (attempt, _STEPS.index(step))
+        return here >= there
 
 
 class Decision(NamedTuple):
@@ -39,21 +64,23 @@ class UpdateGroup:
             store: a TCPStore or FileStore of all ranks. It must outlive each rank.
             rank: of this process, from 0.
             size: the number of ranks.
-            timeout: seconds that a rank waits for the votes of the others.
+            timeout: seconds that a rank waits for the others.
             name: tells apart the models that are updated over one store.
 
         Example:
-            >>> store = torch.distributed.TCPStore(host, port)
+            >>> store = torch.distributed.TCPStore(host, port, is_master=False)
             >>> group = UpdateGroup(store, rank=engine_index, size=num_engines)
             >>> reload(model, "checkpoint/", group=group)
 
         """
-        self.store = PrefixStore(f"fixpass/{name}", store)
         self.rank, self.size, self.timeout = rank, size, timeout
-        self.process = this_process()
         self.attempt = 0
         """The last one that this process took part in."""
-        self.note("join")
+        self._store = PrefixStore(f"fixpass/{name}", store)
+        self._process = this_process()
+        self._keys = [f"rank/{each}" for each in range(size)]
+        self._met = False
+        self.tell("joined")
 
     @staticmethod
     def of(group: "dist.ProcessGroup | UpdateGroup") -> "UpdateGroup":
@@ -65,35 +92,37 @@ class UpdateGroup:
             _OF_GROUPS[group] = UpdateGroup(store, group.rank(), group.size())
         return _OF_GROUPS[group]
 
+    def tell(self, step: Step, base: int = 0, to: int = 0) -> None:
+        """Say how far this rank is."""
+        progress = Progress(self.rank, self.attempt, step, base, to, self._process)
+        self._store.set(self._keys[self.rank], json.dumps(progress))
+
+    def progress(self) -> list[Progress]:
+        """How far each rank is, but for ranks that were never there."""
+        keys = self._keys
+        self._met = self._met or bool(self._store.check(keys))
+        if not self._met:
+            keys = [key for key in keys if self._store.check([key])]
+        return [Progress(*json.loads(text)) for text in self._store.multi_get(keys)]
+
     def decision(self, attempt: int) -> Decision | None:
         """The decision of an attempt; None before there is one."""
-        key = f"{attempt}/decision"
-        return Decision(*json.loads(self.store.get(key))) if self.store.check([key]) else None
+        key = f"decision/{attempt}"
+        return Decision(*json.loads(self._store.get(key))) if self._store.check([key]) else None
 
     def decide(self, wanted: Decision) -> Decision:
         """Propose the decision of the present attempt; the one that came first."""
-        key = f"{self.attempt}/decision"
-        return Decision(*json.loads(self.store.compare_set(key, "", json.dumps(wanted))))
+        key = f"decision/{self.attempt}"
+        found = Decision(*json.loads(self._store.compare_set(key, "", json.dumps(wanted))))
+        self._store.set("last", str(self.attempt))
+        return found
 
     def catch_up(self) -> None:
         """Go on behind the last attempt that is decided."""
-        if not self.attempt and self.store.check(["last"]):
-            self.attempt = int(self.store.get("last"))
-        while self.store.check([f"{self.attempt + 1}/decision"]):
+        if not self.attempt and self._store.check(["last"]):
+            self.attempt = int(self._store.get("last"))
+        while self.decision(self.attempt + 1) is not None:
             self.attempt += 1
-
-    def notes(self, kind: str, *, of: int = 0) -> dict[int, Any]:
-        """The last notes of a kind, by rank; only those `of` one attempt, where it is given."""
-        keys = [f"{kind}/{rank}" for rank in range(self.size)]
-        if not self.store.check(keys):
-            keys = [key for key in keys if self.store.check([key])]
-        found = [json.loads(text) for text in (self.store.multi_get(keys) if keys else ())]
-        return {note["rank"]: note for note in found if of in (0, note["attempt"])}
-
-    def note(self, kind: str, **facts: Any) -> None:
-        """Write facts of this rank for the present attempt."""
-        facts |= {"rank": self.rank, "attempt": self.attempt, "process": self.process}
-        self.store.set(f"{kind}/{self.rank}", json.dumps(facts))
 
 
 _OF_GROUPS: "WeakKeyDictionary[dist.ProcessGroup, UpdateGroup]" = WeakKeyDictionary()

@@ -18,6 +18,7 @@ from fixpass.runtime.weights.load import reload
 from fixpass.runtime.weights.lock import read_lock, version
 from fixpass.runtime.weights.mapping import Mapping
 from fixpass.runtime.weights.mapping_rules import TensorParallel
+from fixpass.runtime.weights.processes import has_ended, is_stopped
 from fixpass.runtime.weights.update import update
 from fixpass.runtime.weights.update_group import UpdateGroup, group_version
 
@@ -98,6 +99,21 @@ def failing(phase, kind):
         setattr(attempt, each, planted(each))
 
 
+def vote_late(who):
+    """In the next update, vote when a rank has voted and does not run any more."""
+    attempt, original = group_commit._Attempt, group_commit._Attempt.agree
+
+    def agree(self, base, to):
+        attempt.agree = original
+        while not (victim := self.ranks.progress()[who]).reached(self.ranks.attempt, "voted"):
+            time.sleep(0.01)
+        while not (has_ended(victim.process) or is_stopped(victim.process)):
+            time.sleep(0.01)
+        return original(self, base, to)
+
+    attempt.agree = agree
+
+
 def step(value, who=None, phase=None, kind=None, mode="buffered", timeout=None):
     """Update to a value; one rank may fail. What was raised or warned, and the state after it."""
     said = []
@@ -107,6 +123,8 @@ def step(value, who=None, phase=None, kind=None, mode="buffered", timeout=None):
         try:
             if is_victim and phase not in (None, "staging"):
                 failing(phase, kind)
+            elif phase == "after the vote":
+                vote_late(who)
             with update(here["model"], mode, timeout=timeout, group=here["group"]) as tx:
                 tx.load_state_dict(weights(value))
                 if is_victim and phase == "staging":

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from fixpass.runtime import extension, linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LAYOUTS = ("rows", "columns", "pitched rows", "pitched columns", "every other", "expanded")
+LAYOUTS = (
+    "rows",
+    "columns",
+    "pitched rows",
+    "pitched columns",
+    "every other",
+    "expanded",
+    "overlapping",
+)
 skinny_linear = torch.ops.fixpass.skinny_linear.default
 skinny_linears = torch.ops.fixpass.skinny_linears.default
 
@@ -27,6 +35,10 @@ def matrix(rows, columns, dtype, layout="rows"):
     values = torch.randn(rows, columns, dtype=torch.float64)
     if layout == "expanded":
         return values[:, :1].to(dtype).expand(rows, columns)
+    if layout == "overlapping":
+        return (
+            torch.randn(rows + columns, dtype=torch.float64).to(dtype).unfold(0, columns, 1)[:rows]
+        )
     if layout == "every other":
         storage = torch.full((rows, 2 * columns), float("nan"), dtype=dtype)
         return storage[:, ::2].copy_(values)
@@ -71,15 +83,32 @@ def test_values_are_those_of_float64(rows, depth, size, dtype, x_layout, layout,
     finally:
         torch.set_num_threads(before)
     assert_as_exact_as_torch(got, x, weight, bias)
-    is_torchs = rows > linear.MOST_ROWS or layout in ("every other", "expanded")
+    is_torchs = rows > linear.MOST_ROWS or layout in ("every other", "expanded", "overlapping")
     if not is_torchs:
         torch.testing.assert_close(skinny_linear(x, weight, bias), got, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
+def test_long_sums_round_no_more_than_those_of_mm(rows, layout):
+    torch.manual_seed(0)
+    x, weight = matrix(rows, 14336, torch.float32), matrix(14336, 256, torch.float32, layout)
+    exact = x.double() @ weight.double()
+    ours, theirs = (
+        (y - exact).square().mean() for y in (skinny_linear(x, weight, None), x @ weight)
+    )
+    assert ours <= theirs
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_a_row_has_the_same_bits_in_every_batch(dtype, layout):
-    x, weight = matrix(16, 1030, dtype), matrix(1030, 600, dtype, layout)
+    # x of these depths fits into the first cache, does not fit, and has one block and many.
+    for depth in (30, 1030, 6150):
+        assert_same_bits(matrix(16, depth, dtype), matrix(depth, 130, dtype, layout))
+
+
+def assert_same_bits(x, weight):
     alone = torch.cat([skinny_linear(row[None], weight, None) for row in x])
     for rows in range(2, 17):
         got = skinny_linear(x[:rows], weight, None)

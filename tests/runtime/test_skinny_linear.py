@@ -193,6 +193,40 @@ def test_an_output_shares_no_memory_and_the_next_call_reads_an_updated_weight():
     assert torch.equal(first, kept)
 
 
+WAYS = {"operator": lambda: torch.ops.fixpass.skinny_linear.out, "direct": linear.direct_call}
+
+
+@pytest.mark.parametrize("rows", [1, 5, 17])
+@pytest.mark.parametrize("bias", [None, torch.randn(9)])
+def test_an_output_that_is_given_gets_the_same_values(rows, bias):
+    x, weight = torch.randn(rows, 40), torch.randn(40, 9)
+    wanted = skinny_linear(x, weight, bias)
+    for way in WAYS.values():
+        # torch writes the last one, whose rows have gaps.
+        for out in (torch.empty(rows, 9), torch.empty(rows, 18)[:, ::2]):
+            way()(x, weight, bias, out=out)
+            torch.testing.assert_close(out, wanted)
+
+
+@pytest.mark.parametrize("way", ["operator", "direct"])
+@pytest.mark.parametrize("rows", [9, 17])
+def test_an_output_over_an_operand_is_refused(way, rows):
+    x, weight, bias = torch.randn(rows, rows), torch.randn(rows, rows), torch.randn(rows)
+    for out in (x, weight, bias.expand(rows, rows)):
+        with pytest.raises(RuntimeError, match="to a single memory location"):
+            WAYS[way]()(x, weight, bias, out=out)
+
+
+@pytest.mark.parametrize("way", ["operator", "direct"])
+def test_operands_that_do_not_fit_an_output_raise(way):
+    with pytest.raises(RuntimeError, match="shape"):
+        WAYS[way]()(torch.randn(3, 5), torch.randn(4, 7), None, out=torch.empty(3, 7))
+
+
+def test_generated_code_calls_the_kernel_without_the_dispatcher():
+    assert type(linear.direct_call()).__name__ == "builtin_function_or_method"
+
+
 @pytest.mark.parametrize("op", [skinny_linear, skinny_linears])
 def test_the_ops_keep_the_rules_of_custom_ops(op):
     args = (torch.randn(3, 40), torch.randn(40, 9), torch.randn(9))
@@ -240,6 +274,7 @@ def test_a_process_without_a_compiler_computes_with_torch():
         "x, w = torch.randn(2, 5), torch.randn(5, 7)\n"
         "assert torch.equal(torch.ops.fixpass.skinny_linear(x, w, None), x @ w)\n"
         "assert torch.equal(torch.ops.fixpass.skinny_linears(x, [w], [None])[0], x @ w)\n"
+        "assert torch.equal(linear.direct_call()(x, w, None, out=torch.empty(2, 7)), x @ w)\n"
     )
     subprocess.run([sys.executable, "-P", "-c", script], check=True, timeout=120)
 

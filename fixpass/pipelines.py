@@ -185,11 +185,12 @@ def has_groups() -> bool:
 
 
 def register_lowerings() -> None:
-    """Tell Inductor how our collectives are lowered, where there can be any."""
-    if has_groups():
-        from fixpass.lowering.inductor import register
+    """Tell Inductor how our linear layers are lowered, and our collectives where there are any."""
+    from fixpass.lowering import inductor
 
-        register()
+    inductor.register_linear()
+    if has_groups():
+        inductor.register()
 
 
 def present_target(example_inputs: Sequence[object], config: Config) -> Target:

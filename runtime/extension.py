@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sysconfig
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,7 @@ from filelock import FileLock
 
 CSRC = Path(__file__).parent / "csrc"
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-fno-math-errno")
+LIBRARIES = ("-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10")
 SECONDS = 600
 """A compiler that runs longer than this counts as one that failed."""
 
@@ -74,9 +76,10 @@ def _cached(name: str, uses_torch: bool) -> Path:
     flags: tuple[str, ...] = FLAGS
     if uses_torch:
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-        includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+        paths = (*cpp_extension.include_paths(), sysconfig.get_path("include"))
+        includes = [f"-isystem{path}" for path in paths]
         libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
-        flags += ("-fopenmp", abi, *includes, *libraries, "-ltorch", "-ltorch_cpu", "-lc10")
+        flags += ("-fopenmp", abi, *includes, *libraries, *LIBRARIES)
     key = _key(name, compiler, flags)
     folder = Path(cpp_extension._get_build_directory("fixpass", verbose=False))
     library = folder / f"{name}-{key}{cpp_extension.LIB_EXT}"

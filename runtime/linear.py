@@ -6,7 +6,9 @@ weight is read by the next call. More rows than MOST_ROWS, and whatever else the
 take, PyTorch computes. Gradients are PyTorch's.
 """
 
+import ctypes
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +24,22 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def unavailable() -> str:
     """Why this process has no C++ kernel; empty where it has one. The first call builds it."""
     return extension.load("skinny_linear", uses_torch=True).reason
+
+
+@cache
+def direct_call() -> Callable[..., Any]:
+    """Return what generated code calls: `skinny_linear.out` without the dispatcher."""
+    library = extension.load("skinny_linear", uses_torch=True).library
+    op: Callable[..., Any] = torch.ops.fixpass.skinny_linear.out
+    if library is None:
+        return op
+    try:
+        function = ctypes.PYFUNCTYPE(ctypes.py_object)(("skinny_linear_function", library))
+    # It was built without Python's headers.
+    except AttributeError:
+        return op
+    found: Callable[..., Any] = function()
+    return found
 
 
 def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -45,6 +63,14 @@ def _run_one(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return skinny_linear(x, weight, bias)
 
 
+def _run_into(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> Tensor:
+    if x.device.type == "cpu" and not unavailable():
+        result: Tensor = torch.ops.fixpass.skinny_linear.out(x, weight, bias, out=out)
+        return result
+    torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias, x, weight, out=out)
+    return out
+
+
 def _run_all(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
     return [_run_one(x, *layer) for layer in zip(weights, biases, strict=True)]
 
@@ -58,6 +84,9 @@ def _fake_all(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> 
 
 
 _ONE = "skinny_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
+# With the tag `out` Inductor would lower the op itself, which fails in torch 2.13 where a size is a
+# symbol.
+_INTO = "skinny_linear.out(Tensor x, Tensor weight, Tensor? bias, *, Tensor(a!) out) -> Tensor(a!)"
 _ALL = "skinny_linears(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]"
 
 
@@ -74,4 +103,5 @@ def _define(
 
 
 _define(ops.DEFINITIONS, _ONE, _run_one, _fake_one)
+_define(ops.DEFINITIONS, _INTO, _run_into, lambda *_, out: out)
 _define(ops.DEFINITIONS, _ALL, _run_all, _fake_all)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers.ranks import Ranks
-from helpers.row_parallel import run_block
+from helpers.row_parallel import few_rows, run_block
 from helpers.symmetric_workers import stats
 
 pytestmark = pytest.mark.inductor
@@ -46,6 +46,14 @@ def test_lengths_that_change_use_one_graph_and_meet_no_more_than_once(two):
     for (outputs, _, remarks), (expected, _, _) in zip(got, want, strict=True):
         torch.testing.assert_close(outputs, expected)
         assert remarks
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17])
+def test_few_rows_are_multiplied_by_the_kernel_of_linear_layers(two, rows):
+    for got, by_kernel, by_mm in two.run(few_rows, rows):
+        assert torch.equal(got, by_kernel)
+        # These round differently for few rows: the result is one of the two.
+        assert torch.equal(by_kernel, by_mm) is (rows == 17)
 
 
 def stats_of(ranks):

@@ -4,6 +4,7 @@
 // Nothing is packed but x. Each output is summed by one thread in an order that depends on K alone,
 // so that neither the number of threads nor that of rows changes a bit. Operands that the kernel
 // does not take go to torch. Their schemas are defined in Python.
+#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
@@ -16,6 +17,11 @@
 
 #include <memory>
 #include <vector>
+
+#if __has_include(<Python.h>)
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#endif
 
 #include "skinny_linear/columns.h"
 #include "skinny_linear/rows.h"
@@ -95,12 +101,24 @@ void* scratch(int64_t bytes) {
   return memory.get() + (kAlign - address % kAlign) % kAlign;
 }
 
-// As torch computes it. Where no derivative can be asked for, without another dispatch.
+// Whether no derivative can be asked for, so that torch's kernels need no other dispatch.
+bool is_plain(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  return !records_gradient(x) && !records_gradient(weight) && weight.device().is_cpu() &&
+         (!bias || !records_gradient(*bias));
+}
+
+// As torch computes it.
 Tensor ordinary(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  const bool is_plain = !records_gradient(x) && !records_gradient(weight) &&
-                        weight.device().is_cpu() && (!bias || !records_gradient(*bias));
-  if (!is_plain) return bias ? at::addmm(*bias, x, weight) : at::mm(x, weight);
+  if (!is_plain(x, weight, bias)) return bias ? at::addmm(*bias, x, weight) : at::mm(x, weight);
   return bias ? at::cpu::addmm(*bias, x, weight) : at::cpu::mm(x, weight);
+}
+
+Tensor& ordinary_out(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                     Tensor& out) {
+  if (!is_plain(x, weight, bias) || records_gradient(out) || !out.device().is_cpu()) {
+    return bias ? at::addmm_out(out, *bias, x, weight) : at::mm_out(out, x, weight);
+  }
+  return bias ? at::cpu::addmm_out(out, *bias, x, weight) : at::cpu::mm_out(out, x, weight);
 }
 
 Matrix matrix_of(const Form& form, const Tensor& weight, const OptionalTensor& bias,
@@ -162,19 +180,62 @@ std::vector<Tensor> skinny_linears(const Tensor& input, at::TensorList weights,
   return results;
 }
 
+void multiply_one(const Form& form, const Tensor& input, const Tensor& weight,
+                  const OptionalTensor& bias, const Tensor& out) {
+  const Tensor x = input.stride(1) == 1 || input.size(1) == 1 ? input : input.contiguous();
+  multiply(form, x, matrix_of(form, weight, bias, out));
+}
+
 Tensor skinny_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   const Form* form = form_of(input, weight, bias);
   if (!form) return ordinary(input, weight, bias);
-  const Tensor x = input.stride(1) == 1 || input.size(1) == 1 ? input : input.contiguous();
-  Tensor out = at::empty({x.size(0), weight.size(1)}, x.options());
-  multiply(*form, x, matrix_of(*form, weight, bias, out));
+  Tensor out = at::empty({input.size(0), weight.size(1)}, input.options());
+  multiply_one(*form, input, weight, bias, out);
   return out;
 }
 
+Tensor& skinny_linear_out(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                          Tensor& out) {
+  at::assert_no_overlap(out, input);
+  at::assert_no_overlap(out, weight);
+  if (bias) at::assert_no_overlap(out, *bias);
+  const bool fits = out.is_contiguous() && out.scalar_type() == input.scalar_type() &&
+                        out.device().is_cpu() && !records_gradient(out) && out.dim() == 2 &&
+                        out.size(0) == input.size(0) && out.size(1) == weight.size(-1);
+  const Form* form = fits ? form_of(input, weight, bias) : nullptr;
+  if (!form) return ordinary_out(input, weight, bias, out);
+  multiply_one(*form, input, weight, bias, out);
+  return out;
+}
+
+#if __has_include(<Python.h>)
+// skinny_linear.out for generated code: (x, weight, bias, out=out). The dispatcher would parse the
+// arguments against the schema, which takes longer than a small layer.
+PyObject* call_from_python(PyObject*, PyObject* const* args, Py_ssize_t, PyObject*) {
+  HANDLE_TH_ERRORS
+  const Tensor &x = THPVariable_Unpack(args[0]), &weight = THPVariable_Unpack(args[1]);
+  const OptionalTensor bias =
+      args[2] == Py_None ? OptionalTensor() : OptionalTensor(THPVariable_Unpack(args[2]));
+  Tensor out = THPVariable_Unpack(args[3]);
+  pybind11::gil_scoped_release no_gil;
+  skinny_linear_out(x, weight, bias, out);
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef function{"skinny_linear_out", reinterpret_cast<PyCFunction>(call_from_python),
+                     METH_FASTCALL | METH_KEYWORDS, nullptr};
+#endif
+
 }  // namespace
+
+#if __has_include(<Python.h>)
+extern "C" PyObject* skinny_linear_function() { return PyCFunction_New(&function, nullptr); }
+#endif
 
 TORCH_LIBRARY_IMPL(fixpass, CPU, m) {
   m.impl("skinny_linear", skinny_linear);
+  m.impl("skinny_linear.out", skinny_linear_out);
   m.impl("skinny_linears", skinny_linears);
 }
 

@@ -22,6 +22,8 @@ from transformers.models.llama.modeling_llama import (
 )
 
 import fixpass
+import fixpass.symmetric_memory as symmetric
+from fixpass.runtime import linear
 
 MLP = {"gate_proj": ColwiseParallel, "up_proj": ColwiseParallel, "down_proj": RowwiseParallel}
 ATTENTION = {
@@ -94,3 +96,18 @@ def run_block(part, backend, hidden_size, counts, dtype=torch.float32, dynamic=N
         if remark.pass_name == "place-symmetric-memory"
     ]
     return [output.detach().clone() for output in outputs], [o.stride() for o in outputs], remarks
+
+
+def few_rows(rows):
+    """A row-parallel product of `rows` rows: all-reduced, and as two kernels compute the sum."""
+    assert linear.unavailable() == ""
+    context = symmetric.context()
+    assert context.symmetric
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, rows, 3000), torch.randn(2, 3000, 40)
+    rank, group = dist.get_rank(), context.group.group_name
+    got = torch.ops.fixpass.matmul_all_reduce(x[rank], weight[rank], None, 1, 1, "sum", group)
+    by_kernel = [
+        torch.ops.fixpass.skinny_linear(*pair, None) for pair in zip(x, weight, strict=True)
+    ]
+    return got, sum(by_kernel), sum(a @ b for a, b in zip(x, weight, strict=True))

@@ -1,12 +1,17 @@
 """The contract of skinny_linear: every constraint stops what it should, and none adds a guard."""
 
+import pytest
 import torch
+from torch import nn
+from torch._inductor.select_algorithm import extern_kernels
+from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from fixpass.lowering import inductor
 from fixpass.lowering.layout import Layout
 from fixpass.lowering.linear_kernel import SKINNY_LINEAR
 from fixpass.lowering.site import Site
-from fixpass.runtime import providers
+from fixpass.runtime import linear, providers
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 
@@ -54,3 +59,23 @@ def test_unknown_rows_are_taken_and_an_unknown_pitch_is_not_proved():
 
 def test_the_row_names_a_function():
     assert callable(providers.load(SKINNY_LINEAR.callable))
+
+
+@torch.no_grad()
+@pytest.mark.inductor
+def test_inductor_gives_the_kernel_a_buffer_and_a_cached_graph_finds_it():
+    torch._dynamo.reset()
+    layers = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8, bias=False))
+    compiled = torch.compile(layers, backend="fixpass", dynamic=True)
+    for rows in (3, 40):
+        x = torch.randn(rows, 8)
+        (result, code) = run_and_get_code(compiled, x)
+        torch.testing.assert_close(result, layers(x))
+        if code:
+            assert code[0].count(f"extern_kernels.{inductor.NAME}(") == 2
+    # As in a process that has compiled nothing.
+    inductor.register_linear.cache_clear()
+    inductor.register_linear()
+    assert getattr(extern_kernels, inductor.NAME) is not linear.direct_call()
+    torch.testing.assert_close(compiled(x), layers(x))
+    assert getattr(extern_kernels, inductor.NAME) is linear.direct_call()

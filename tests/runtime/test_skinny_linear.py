@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from fixpass.runtime import extension, linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LAYOUTS = ("rows", "columns", "pitched rows", "pitched columns", "every other", "expanded")
+LAYOUTS = (
+    "rows",
+    "columns",
+    "pitched rows",
+    "pitched columns",
+    "every other",
+    "expanded",
+    "overlapping",
+)
 skinny_linear = torch.ops.fixpass.skinny_linear.default
 skinny_linears = torch.ops.fixpass.skinny_linears.default
 
@@ -27,6 +35,10 @@ def matrix(rows, columns, dtype, layout="rows"):
     values = torch.randn(rows, columns, dtype=torch.float64)
     if layout == "expanded":
         return values[:, :1].to(dtype).expand(rows, columns)
+    if layout == "overlapping":
+        return (
+            torch.randn(rows + columns, dtype=torch.float64).to(dtype).unfold(0, columns, 1)[:rows]
+        )
     if layout == "every other":
         storage = torch.full((rows, 2 * columns), float("nan"), dtype=dtype)
         return storage[:, ::2].copy_(values)
@@ -71,15 +83,32 @@ def test_values_are_those_of_float64(rows, depth, size, dtype, x_layout, layout,
     finally:
         torch.set_num_threads(before)
     assert_as_exact_as_torch(got, x, weight, bias)
-    is_torchs = rows > linear.MOST_ROWS or layout in ("every other", "expanded")
+    is_torchs = rows > linear.MOST_ROWS or layout in ("every other", "expanded", "overlapping")
     if not is_torchs:
         torch.testing.assert_close(skinny_linear(x, weight, bias), got, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
+def test_long_sums_round_no_more_than_those_of_mm(rows, layout):
+    torch.manual_seed(0)
+    x, weight = matrix(rows, 14336, torch.float32), matrix(14336, 256, torch.float32, layout)
+    exact = x.double() @ weight.double()
+    ours, theirs = (
+        (y - exact).square().mean() for y in (skinny_linear(x, weight, None), x @ weight)
+    )
+    assert ours <= theirs
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_a_row_has_the_same_bits_in_every_batch(dtype, layout):
-    x, weight = matrix(16, 1030, dtype), matrix(1030, 600, dtype, layout)
+    # x of these depths fits into the first cache, does not fit, and has one block and many.
+    for depth in (30, 1030, 6150):
+        assert_same_bits(matrix(16, depth, dtype), matrix(depth, 130, dtype, layout))
+
+
+def assert_same_bits(x, weight):
     alone = torch.cat([skinny_linear(row[None], weight, None) for row in x])
     for rows in range(2, 17):
         got = skinny_linear(x[:rows], weight, None)
@@ -164,6 +193,40 @@ def test_an_output_shares_no_memory_and_the_next_call_reads_an_updated_weight():
     assert torch.equal(first, kept)
 
 
+WAYS = {"operator": lambda: torch.ops.fixpass.skinny_linear.out, "direct": linear.direct_call}
+
+
+@pytest.mark.parametrize("rows", [1, 5, 17])
+@pytest.mark.parametrize("bias", [None, torch.randn(9)])
+def test_an_output_that_is_given_gets_the_same_values(rows, bias):
+    x, weight = torch.randn(rows, 40), torch.randn(40, 9)
+    wanted = skinny_linear(x, weight, bias)
+    for way in WAYS.values():
+        # torch writes the last one, whose rows have gaps.
+        for out in (torch.empty(rows, 9), torch.empty(rows, 18)[:, ::2]):
+            way()(x, weight, bias, out=out)
+            torch.testing.assert_close(out, wanted)
+
+
+@pytest.mark.parametrize("way", ["operator", "direct"])
+@pytest.mark.parametrize("rows", [9, 17])
+def test_an_output_over_an_operand_is_refused(way, rows):
+    x, weight, bias = torch.randn(rows, rows), torch.randn(rows, rows), torch.randn(rows)
+    for out in (x, weight, bias.expand(rows, rows)):
+        with pytest.raises(RuntimeError, match="to a single memory location"):
+            WAYS[way]()(x, weight, bias, out=out)
+
+
+@pytest.mark.parametrize("way", ["operator", "direct"])
+def test_operands_that_do_not_fit_an_output_raise(way):
+    with pytest.raises(RuntimeError, match="shape"):
+        WAYS[way]()(torch.randn(3, 5), torch.randn(4, 7), None, out=torch.empty(3, 7))
+
+
+def test_generated_code_calls_the_kernel_without_the_dispatcher():
+    assert type(linear.direct_call()).__name__ == "builtin_function_or_method"
+
+
 @pytest.mark.parametrize("op", [skinny_linear, skinny_linears])
 def test_the_ops_keep_the_rules_of_custom_ops(op):
     args = (torch.randn(3, 40), torch.randn(40, 9), torch.randn(9))
@@ -211,6 +274,7 @@ def test_a_process_without_a_compiler_computes_with_torch():
         "x, w = torch.randn(2, 5), torch.randn(5, 7)\n"
         "assert torch.equal(torch.ops.fixpass.skinny_linear(x, w, None), x @ w)\n"
         "assert torch.equal(torch.ops.fixpass.skinny_linears(x, [w], [None])[0], x @ w)\n"
+        "assert torch.equal(linear.direct_call()(x, w, None, out=torch.empty(2, 7)), x @ w)\n"
     )
     subprocess.run([sys.executable, "-P", "-c", script], check=True, timeout=120)
 

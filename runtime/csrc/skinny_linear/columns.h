@@ -46,7 +46,8 @@ static void multiply_columns(const Work& work, const Matrix& matrix, int64_t beg
   using T = typename E::T;
   constexpr int kVectors = kColumnVectors<E>, kWidth = kVectors * E::kStep;
   constexpr int kSums = kVectors * E::kParts;
-  constexpr int64_t kSide = 2048 / (kWidth * int64_t(sizeof(T))), kBlock = 32;
+  constexpr int64_t kSide = 2048 / (kWidth * int64_t(sizeof(T))), kBlock = 128;
+  constexpr int64_t kRowsAhead = 32;
   const auto* x = static_cast<const float*>(work.x);
   Floats totals[kSide][kMaxRows][kSums];
   for (int64_t first = begin; first < end; first += kSide) {
@@ -73,7 +74,7 @@ static void multiply_columns(const Work& work, const Matrix& matrix, int64_t beg
         for (int tile = 0; tile < work.tiles; ++tile) {
           const int64_t m = work.first_row(tile), size = work.first_row(tile + 1) - m;
           const float* part = x + m * work.padded + k * size;
-          const int64_t ahead = tile == 0 && width >= kWidth ? kBlock * pitch : 0;
+          const int64_t ahead = tile == 0 && width >= kWidth ? kRowsAhead * pitch : 0;
           auto* sums = totals[group - first] + m;
           switch (size) {
             case 1: add_rows<E, 1, kVectors>(sums, w, pitch, part, depth, ahead); break;

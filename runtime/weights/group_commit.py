@@ -39,9 +39,7 @@ def taking_part(options: Options, lock: WeightsLock) -> Iterator[Options]:
         UpdateError: a rank raised, did not vote in time, or ended. The weights are those of before.
 
     """
-    if options.group is None:
-        yield options
-        return
+    assert options.group is not None
     if options.mode not in _STAGED:
         raise UpdateError(f"group=... needs one of the modes {', '.join(_STAGED)}")
     attempt = _Attempt(UpdateGroup.of(options.group))

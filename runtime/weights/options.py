@@ -126,6 +126,9 @@ Mode = Literal["direct", "buffered", "undo_log", "double_buffer"]
 Scope = Literal["model", "parameters", "parts"]
 """What must be whole: all of the model, each parameter that is written, or only the given parts."""
 
+OnStale = Literal["warn", "raise", "ignore"]
+"""What an update does about tensors that it leaves stale: warn after it, or raise before it."""
+
 Missed = Literal["error", "ones", "zeros"]
 """What becomes of a parameter that nothing is stored for."""
 
@@ -153,6 +156,7 @@ class Options:
     strict: Strict | None = None
     """The level at which a load raises; None raises as `scope` says."""
     missing: Missed = "error"
+    on_stale: OnStale = "ignore"
     group: "dist.ProcessGroup | UpdateGroup | None" = None
     """The ranks that make the update with this one: a process group, or an UpdateGroup."""
     staged: Callable[[], object] = _ignore
@@ -169,6 +173,7 @@ class Options:
         for what, value, known in (
             ("mode", self.mode, get_args(Mode)),
             ("scope", self.scope, get_args(Scope)),
+            ("on_stale", self.on_stale, get_args(OnStale)),
         ):
             if value not in known:
                 raise UpdateError(f"{what} is one of {', '.join(known)}, not {value!r}")

@@ -23,12 +23,21 @@ from torch import Tensor, nn
 
 from fixpass.runtime.errors import CheckpointError, PoisonedError, UpdateError, VersionError
 from fixpass.runtime.weights.commit import Commit
+from fixpass.runtime.weights.derived import DECLARED, SEARCHED, Staged, declared_tensors
 from fixpass.runtime.weights.formats.safetensors import Files
 from fixpass.runtime.weights.group_commit import taking_part
 from fixpass.runtime.weights.lock import WeightsLock, closed, lock_of, over
 from fixpass.runtime.weights.mapping import SAME_NAMES, Mapping
 from fixpass.runtime.weights.module_hooks import protect
-from fixpass.runtime.weights.options import LoadReport, Mode, Options, Scope, mode_named, some
+from fixpass.runtime.weights.options import (
+    LoadReport,
+    Mode,
+    OnStale,
+    Options,
+    Scope,
+    mode_named,
+    some,
+)
 from fixpass.runtime.weights.own_loaders import run_own_loaders
 from fixpass.runtime.weights.pending_update import PendingUpdate
 from fixpass.runtime.weights.plan import make_plan
@@ -42,6 +51,7 @@ from fixpass.runtime.weights.read import Work
 from fixpass.runtime.weights.rebind import has_left_pack, return_to_pack
 from fixpass.runtime.weights.relayout import any_layout_set
 from fixpass.runtime.weights.route import check_twins, scales_without_taker
+from fixpass.runtime.weights.stale import stale_after, views_of, warning_of
 from fixpass.runtime.weights.state_file import digest, resume
 from fixpass.runtime.weights.stored import Stored
 from fixpass.runtime.weights.targets import reshard, tensors_of, walk
@@ -60,9 +70,15 @@ class UpdateReport:
     """Seconds for which calls were held back."""
     covered: Named[str, tuple[int, int]]
     """Bytes written and all bytes of each parameter that was not written whole."""
+    derived: tuple[str, ...] = ()
+    """The declared tensors that were refreshed."""
+    stale: tuple[str, ...] = ()
+    """Other tensors that follow from written weights: they have their old values."""
 
     def __str__(self) -> str:
         parts = [f"{name}: {a:,} of {b:,} bytes" for name, (a, b) in self.covered.items()]
+        for what, names in (("refreshed", self.derived), ("may be stale", self.stale)):
+            parts += [f"{what} {len(names):,}: {some(names)}"] if names else []
         return "\n".join(
             [
                 str(self.load),
@@ -97,7 +113,14 @@ class Update:
         self._base = base
         self._options = options
         self._given = PendingUpdate(model, copies=options.mode == "buffered")
-        self._live = walk(model)[0]
+        self._live, transient = walk(model)
+        self._views: list[Tensor] = []
+        if options.mode == "double_buffer":
+            weights = [target.tensor for target in self._live]
+            self._views = views_of(model, [*weights, *transient])
+        if DECLARED:
+            derived = set(map(id, declared_tensors(model)))
+            self._live = [target for target in self._live if id(target.tensor) not in derived]
         self._manifest = Manifest.of({target.name: target.tensor for target in self._live})
 
     def load(self, name: str, tensor: Tensor, *, start: Sequence[int] | None = None) -> None:
@@ -141,21 +164,30 @@ class Update:
         resume_gc = gc.enable if gc.isenabled() else gc.disable
         gc.disable()
         try:
-            found = self._cached() or self._planned()
+            cached = self._cached()
+            found = cached or self._planned()
         finally:
             resume_gc()
         self.num_bytes = found.report.num_bytes
+        written = [self._live[index] for index in found.written]
+        stale: tuple[str, ...] = ()
+        if options.on_stale != "ignore" and (cached is None or SEARCHED.get(self._model, True)):
+            signature, names = ModelSignature.of(self._manifest), [t.name for t in written]
+            stale = stale_after(self._model, signature, names, options.on_stale)
+        staged = Staged([target.tensor for target in written], found.work) if DECLARED else None
         covers_all = options.strict is not None or options.scope == "model"
         commit = Commit(
             self._model,
             options,
             self._base,
             self._manifest,
-            [self._live[index] for index in found.written],
+            written,
             found.work,
             given.opened,
             covers_all=covers_all and not found.report.missing and not found.covered,
             is_whole=found.is_whole,
+            views=self._views,
+            staged=staged,
         )
         try:
             seconds = commit.run()
@@ -164,10 +196,15 @@ class Update:
             raise
         report = replace(found.report, seconds=time.perf_counter() - options.began)
         number = lock_of(self._model).version
-        self.report = UpdateReport(report, number, options.mode, seconds, found.covered)
+        derived = () if staged is None else staged.names(self._model)
+        self.report = UpdateReport(
+            report, number, options.mode, seconds, found.covered, derived, stale
+        )
         self._warn("scales that were not loaded", found.scales)
         unused = scales_without_taker(report, options.mapping)
         self._warn("scales that no parameter takes", unused)
+        if stale:
+            warnings.warn(warning_of(stale), stacklevel=6)
 
     def _warn(self, what: str, names: Sequence[str]) -> None:
         if names:
@@ -197,6 +234,8 @@ class Update:
             plan.note_covered(covered, options)
             copies = [*copies, *own]
         work = Work.of(copies, plan.tensors, sources, batched=not options.finite)
+        if options.on_stale == "ignore":
+            SEARCHED.pop(self._model, None)
         # A source that the signature does not know is none that the next update can have.
         source = given.signature if len(work.given) == len(sources) else None
         keep_plan(self._model, source, ModelSignature.of(self._manifest), options, plan, work)
@@ -220,6 +259,7 @@ def update(
     threads: int = 0,
     state_file: str | Path | None = None,
     group: "dist.ProcessGroup | UpdateGroup | None" = None,
+    on_stale: OnStale = "warn",
 ) -> AbstractContextManager[Update]:
     """Open an update of a model's weights, written when the context ends without an exception.
 
@@ -237,6 +277,8 @@ def update(
         threads: 0 for one a processor, at most 4.
         state_file: for a model in a file or in shared memory, see state_file.
         group: commit only where all ranks of this process group, or UpdateGroup, commit.
+        on_stale: "warn" after the update of tensors that follow from its weights and are not
+            declared with `derive`; "raise" before it; "ignore" them.
 
     Raises:
         CheckpointError: a tensor does not fit; the weights are those of before.
@@ -248,7 +290,7 @@ def update(
     options = Options(
         mode_named(mode), version, base, scope, mapping, cast, finite, timeout, threads, path
     )
-    return open_update(model, replace(options, group=group))
+    return open_update(model, replace(options, group=group, on_stale=on_stale))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fixpass.runtime.modules import INNER, unwrapped
 from fixpass.runtime.weights.data_flow import DataFlow
-from fixpass.runtime.weights.derived import SEARCHED, declared_tensors
+from fixpass.runtime.weights.derived import SEARCHED, declared_in
 from fixpass.runtime.weights.reachable import Held, reachable
 from fixpass.runtime.weights.relations import FEW, Relation, Source, relation_of
 from fixpass.runtime.weights.targets import is_freed, local_part, walk
@@ -163,7 +163,7 @@ class _Search:
         self._weights = {target.name: target.tensor for target in found}
         self._ids = set(map(id, self._weights.values()))
         self._buffers = set(map(id, transient))
-        self._declared = set(map(id, declared_tensors(model)))
+        self._declared, self._declared_names = declared_in(model)
         self._scopes: dict[str, list[Source]] = {}
         self._skipped: list[str] = []
 
@@ -200,7 +200,8 @@ class _Search:
         is_buffer = id(value) in self._buffers
         kind = "weight" if is_weight else "buffer" if is_buffer else _kind(first)
         names = tuple(dict.fromkeys(one.name for one in group))
-        return Entry(names, kind, value, shares, relation, id(value) in self._declared)
+        is_declared = id(value) in self._declared or not here.isdisjoint(self._declared_names)
+        return Entry(names, kind, value, shares, relation, is_declared)
 
     def _relation(self, group: list[Held], *, is_weight: bool) -> Relation | None:
         name, value, module = group[0]

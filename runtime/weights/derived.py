@@ -101,12 +101,14 @@ def declared(module: nn.Module) -> list[Derivation]:
     return list(vars(module).get(_KEY, {}).values())
 
 
-def declared_tensors(model: nn.Module) -> list[Tensor]:
-    """The tensors that were declared in a model and in its modules."""
-    modules = model.modules() if DECLARED else ()
-    pairs = [(module, one) for module in modules for one in declared(module)]
-    held = [resolve(module, one.name)[1] for module, one in pairs]
-    return [value for value in held if isinstance(value, Tensor)]
+def declared_in(model: nn.Module) -> tuple[set[int], set[str]]:
+    """The ids of the tensors that were declared in a model's modules, and the paths of all."""
+    ids, names = set(), set()
+    for path, module in model.named_modules() if DECLARED else ():
+        for one in declared(module):
+            ids.add(id(resolve(module, one.name)[1]))
+            names.add(f"{path}.{one.name}".removeprefix("."))
+    return ids, names
 
 
 def _has(module: nn.Module, name: str) -> bool:

@@ -6,7 +6,6 @@ follows them. Not followed: objects of torch other than modules, generators, wea
 arrays, and memory that only C++ code holds.
 """
 
-import ast
 import functools
 import gc
 import re
@@ -87,14 +86,17 @@ def resolve(module: nn.Module, name: str) -> tuple[Callable[[Any], None], Any]:
             owner = _get(owner, *token[1:])
         last = tokens[-1][1:]
         return functools.partial(_set, owner, *last), _get(owner, *last)
-    except (AttributeError, LookupError, ValueError, TypeError) as error:
+    except (AttributeError, LookupError, ValueError, TypeError, StopIteration) as error:
         raise WeightError(
             f"{type(module).__name__} has no {name!r} ({error}); a value in an lru_cache has no "
             "path: call cache_clear of that function after an update"
         ) from error
 
 
-_TOKEN = re.compile(r"(\.?([A-Za-z_0-9]+)|\[('(?:[^'\\]|\\.)*'|[^\]']+)\]|<([A-Za-z_]\w*)>)")
+# An attribute, a key or an index in brackets, or a variable of a closure.
+_TOKEN = re.compile(
+    r"""(\.?([A-Za-z_0-9]+)|\[((?:'(?:[^'\\]|\\.)*'|\[[^\]]*\]|[^\[\]'])+)\]|<([A-Za-z_]\w*)>)"""
+)
 
 
 def _get(owner: Any, attribute: str, item: str, variable: str) -> Any:
@@ -102,16 +104,23 @@ def _get(owner: Any, attribute: str, item: str, variable: str) -> Any:
         if isinstance(owner, nn.Module) and attribute in owner._modules:
             return owner._modules[attribute]
         return getattr(owner, attribute)
-    return owner[ast.literal_eval(item)] if item else _cell(owner, variable).cell_contents
+    return owner[_key(owner, item)] if item else _cell(owner, variable).cell_contents
 
 
 def _set(owner: Any, attribute: str, item: str, variable: str, value: Any) -> None:
     if attribute:
         setattr(owner, attribute, value)
     elif item:
-        owner[ast.literal_eval(item)] = value
+        owner[_key(owner, item)] = value
     else:
         _cell(owner, variable).cell_contents = value
+
+
+def _key(owner: Any, item: str) -> Any:
+    """The index of a sequence, or the key of a dict that prints as `item`."""
+    if not isinstance(owner, dict):
+        return int(item)
+    return next(key for key in owner if repr(key) == item)
 
 
 def _cell(function: Any, variable: str) -> Any:

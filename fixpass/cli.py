@@ -1,4 +1,4 @@
-"""The command line: `python -m fixpass explain | check | diff | audit | passes | kernels | doctor`."""
+"""The command line: `python -m fixpass explain`, check, diff, audit, passes, kernels, doctor."""
 
 import argparse
 import importlib

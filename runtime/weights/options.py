@@ -1,9 +1,10 @@
-"""The options of a load, an update and a reload, and the report of a load."""
+"""The options of a load, an update and a reload, and their reports."""
 
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from collections.abc import Mapping as Named
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -182,6 +183,36 @@ class Options:
                 "finite=True needs a mode that leaves the old weights: 'buffered', 'undo_log' or "
                 "'double_buffer'"
             )
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """The result of an update."""
+
+    load: LoadReport
+    version: int
+    """The version that the update made."""
+    mode: Mode
+    closed: float
+    """Seconds for which calls were held back."""
+    covered: Named[str, tuple[int, int]]
+    """Bytes written and all bytes of each parameter that was not written whole."""
+    derived: tuple[str, ...] = ()
+    """The declared tensors that were refreshed."""
+    stale: tuple[str, ...] = ()
+    """Other tensors that follow from written weights: they have their old values."""
+
+    def __str__(self) -> str:
+        parts = [f"{name}: {a:,} of {b:,} bytes" for name, (a, b) in self.covered.items()]
+        for what, names in (("refreshed", self.derived), ("may be stale", self.stale)):
+            parts += [f"{what} {len(names):,}: {some(names)}"] if names else []
+        return "\n".join(
+            [
+                str(self.load),
+                f"version {self.version}, {self.mode}, calls held back for {self.closed:.3f} s",
+                *parts,
+            ]
+        )
 
 
 def mode_named(mode: str) -> Mode:

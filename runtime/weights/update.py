@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as Named
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from fixpass.runtime.weights.commit import Commit
 from fixpass.runtime.weights.derived import DECLARED, SEARCHED, Staged, declared_in
 from fixpass.runtime.weights.formats.safetensors import Files
 from fixpass.runtime.weights.group_commit import taking_part
-from fixpass.runtime.weights.lock import WeightsLock, closed, lock_of, over
+from fixpass.runtime.weights.lock import WeightsLock, lock_of
 from fixpass.runtime.weights.mapping import SAME_NAMES, Mapping
 from fixpass.runtime.weights.module_hooks import protect
 from fixpass.runtime.weights.options import (
@@ -35,57 +35,23 @@ from fixpass.runtime.weights.options import (
     OnStale,
     Options,
     Scope,
+    UpdateReport,
     mode_named,
     some,
 )
 from fixpass.runtime.weights.own_loaders import run_own_loaders
 from fixpass.runtime.weights.pending_update import PendingUpdate
 from fixpass.runtime.weights.plan import make_plan
-from fixpass.runtime.weights.plan_cache import (
-    Manifest,
-    ModelSignature,
-    cached_plan,
-    keep_plan,
-)
+from fixpass.runtime.weights.plan_cache import Manifest, ModelSignature, cached_plan, keep_plan
 from fixpass.runtime.weights.read import Work
-from fixpass.runtime.weights.rebind import has_left_pack, return_to_pack
+from fixpass.runtime.weights.rebind import bring_back_packed
 from fixpass.runtime.weights.relayout import any_layout_set
 from fixpass.runtime.weights.route import check_twins, scales_without_taker
 from fixpass.runtime.weights.stale import stale_after, views_of, warning_of
 from fixpass.runtime.weights.state_file import digest, resume
 from fixpass.runtime.weights.stored import Stored
-from fixpass.runtime.weights.targets import reshard, tensors_of, walk
+from fixpass.runtime.weights.targets import reshard, walk
 from fixpass.runtime.weights.update_group import UpdateGroup
-
-
-@dataclass(frozen=True)
-class UpdateReport:
-    """The result of an update."""
-
-    load: LoadReport
-    version: int
-    """The version that the update made."""
-    mode: Mode
-    closed: float
-    """Seconds for which calls were held back."""
-    covered: Named[str, tuple[int, int]]
-    """Bytes written and all bytes of each parameter that was not written whole."""
-    derived: tuple[str, ...] = ()
-    """The declared tensors that were refreshed."""
-    stale: tuple[str, ...] = ()
-    """Other tensors that follow from written weights: they have their old values."""
-
-    def __str__(self) -> str:
-        parts = [f"{name}: {a:,} of {b:,} bytes" for name, (a, b) in self.covered.items()]
-        for what, names in (("refreshed", self.derived), ("may be stale", self.stale)):
-            parts += [f"{what} {len(names):,}: {some(names)}"] if names else []
-        return "\n".join(
-            [
-                str(self.load),
-                f"version {self.version}, {self.mode}, calls held back for {self.closed:.3f} s",
-                *parts,
-            ]
-        )
 
 
 class _Prepared(NamedTuple):
@@ -171,6 +137,7 @@ class Update:
         self.num_bytes = found.report.num_bytes
         written = [self._live[index] for index in found.written]
         stale: tuple[str, ...] = ()
+        # A search that found nothing is good for all updates with the plan that is kept.
         if options.on_stale != "ignore" and (cached is None or SEARCHED.get(self._model, True)):
             signature, names = ModelSignature.of(self._manifest), [t.name for t in written]
             stale = stale_after(self._model, signature, names, options.on_stale)
@@ -194,22 +161,25 @@ class Update:
         except CheckpointError as error:
             given.note_cut_off(error)
             raise
-        report = replace(found.report, seconds=time.perf_counter() - options.began)
-        number = lock_of(self._model).version
         derived = () if staged is None else staged.names(self._model)
+        self._finish(found, seconds, derived, stale)
+
+    def _finish(
+        self, found: _Prepared, seconds: float, derived: tuple[str, ...], stale: tuple[str, ...]
+    ) -> None:
+        """Make the report, and warn."""
+        options, number = self._options, lock_of(self._model).version
+        report = replace(found.report, seconds=time.perf_counter() - options.began)
         self.report = UpdateReport(
             report, number, options.mode, seconds, found.covered, derived, stale
         )
-        self._warn("scales that were not loaded", found.scales)
         unused = scales_without_taker(report, options.mapping)
-        self._warn("scales that no parameter takes", unused)
+        for what, names in (("were not loaded", found.scales), ("no parameter takes", unused)):
+            if names:
+                # The frames between are those of context managers.
+                warnings.warn(f"scales that {what}: {some(tuple(names), 5)}", stacklevel=6)
         if stale:
             warnings.warn(warning_of(stale), stacklevel=6)
-
-    def _warn(self, what: str, names: Sequence[str]) -> None:
-        if names:
-            # The frames between are those of context managers.
-            warnings.warn(f"{what}: {some(tuple(names), 5)}", stacklevel=6)
 
     def _cached(self) -> _Prepared | None:
         """The update by the plan of the last one, where it is like that."""
@@ -307,7 +277,7 @@ def open_update(model: nn.Module, options: Options) -> Iterator[Update]:
             reshard(model)
             if any_layout_set():
                 protect(model)
-                _bring_back_packed(model, options)
+                bring_back_packed(model, options.timeout)
             tx = Update(model, base, options)
             yield tx
             tx.commit()
@@ -327,12 +297,3 @@ def _check_base(model: nn.Module, lock: WeightsLock, options: Options) -> None:
     found = digest(model) if isinstance(options.base, str) else lock.version
     if found != options.base:
         raise VersionError(f"the update changes {options.base}, and the weights are {found}")
-
-
-def _bring_back_packed(model: nn.Module, options: Options) -> None:
-    """Parameters of a pack that were given other memory go back to it: kernels read the pack."""
-    away = [tensor for tensor in tensors_of(model) if has_left_pack(tensor)]
-    if away:
-        with closed(over(away), options.timeout):
-            for tensor in away:
-                return_to_pack(tensor)

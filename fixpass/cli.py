@@ -1,4 +1,4 @@
-"""The command line: `python -m fixpass explain | check | diff | passes | kernels | doctor`."""
+"""The command line: `python -m fixpass explain`, check, diff, audit, passes, kernels, doctor."""
 
 import argparse
 import importlib
@@ -23,6 +23,7 @@ from fixpass.passes import default_passes, entry_passes
 from fixpass.pipelines import check_torch, installed_kernels, installed_passes
 from fixpass.runtime.errors import ConfigError, FixpassError
 from fixpass.runtime.providers import TRITON
+from fixpass.runtime.weights.audit import audit
 from fixpass.runtime.weights.compare import diff
 from fixpass.runtime.weights.doctor import check
 from fixpass.runtime.weights.mapping import Mapping
@@ -38,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `python -m fixpass`. None takes those of this process.
 
     Returns:
-        The exit status: 0; 1 where `check` finds faults or `diff` differences; 2 where the command
-        cannot be carried out.
+        The exit status: 0; 1 where `check` or `audit` finds faults or `diff` differences; 2 where
+        the command cannot be carried out.
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -83,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     for side in ("first", "second"):
         sub.add_argument(f"--mapping-{side}", help=f"{function}; the mapping of the {side} one")
     sub.add_argument("--sampled", action="store_true", help="read 12,000 values of each tensor")
+    sub = command("audit", _audit, "run post-processing twice and an update, and list the faults")
+    sub.add_argument("model", help=f"{function}; it returns (model, process)")
     command("passes", _passes, "list the passes in the order in which they run")
     command("kernels", _kernels, "list the norm kernels and the constraints of each")
     command("doctor", _doctor, "list what works on this machine, and the way out where it does not")
@@ -126,6 +129,18 @@ def _mapping(name: str | None) -> Mapping:
     if not isinstance(found, Mapping):
         raise ConfigError(f"{name} returned a {type(found).__name__}, not a Mapping")
     return found
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    given = load_function(arguments.model)()
+    if not isinstance(given, tuple) or len(given) != 2 or not callable(given[1]):
+        raise ConfigError(
+            f"{arguments.model} has to return (model, process): a model with loaded weights, and a "
+            "function of it, such as a loop over process_weights_after_loading"
+        )
+    found = audit(*given)
+    print(found)
+    return int(bool(found))
 
 
 def load_function(name: str) -> Callable[[], Any]:

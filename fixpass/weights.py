@@ -7,8 +7,11 @@ weights in place. `update` and `reload` give a live model other weights: all of 
 import warnings
 from typing import Any
 
+from fixpass.runtime.weights.audit import Audit, Finding, audit
+from fixpass.runtime.weights.census import Census, Entry, census
 from fixpass.runtime.weights.checkpoint_view import checkpoint_layout
 from fixpass.runtime.weights.compare import Comparison, diff, stored_tensors
+from fixpass.runtime.weights.derived import derive
 from fixpass.runtime.weights.doctor import Diagnosis, check
 from fixpass.runtime.weights.layouts import (
     Alias,
@@ -37,11 +40,12 @@ from fixpass.runtime.weights.mapping_rules import (
     TensorParallel,
 )
 from fixpass.runtime.weights.module_hooks import protect, reset_layouts, set_layouts
-from fixpass.runtime.weights.options import LoadReport
+from fixpass.runtime.weights.options import LoadReport, UpdateReport
 from fixpass.runtime.weights.rebind import Rebound, copy_or_rebind, pack, unpack
 from fixpass.runtime.weights.relayout import forget, layout_of, logical, reset_layout, set_layout
+from fixpass.runtime.weights.stale import StaleWarning
 from fixpass.runtime.weights.state_file import SavedState, digest, resume
-from fixpass.runtime.weights.update import Update, UpdateReport, update
+from fixpass.runtime.weights.update import Update, update
 from fixpass.runtime.weights.update_group import UpdateGroup, group_version
 from fixpass.runtime.weights.weight_ops import shuffle_weight
 from fixpass.runtime.weights.weight_version import (
@@ -60,11 +64,15 @@ __all__ = [
     "PLAIN_EXPERTS",
     "QKV",
     "Alias",
+    "Audit",
     "Bytes",
+    "Census",
     "Comparison",
     "Diagnosis",
+    "Entry",
     "ExpertPart",
     "Experts",
+    "Finding",
     "LoadReport",
     "Mapping",
     "Pad",
@@ -74,6 +82,7 @@ __all__ = [
     "SavedState",
     "Stacked",
     "Stage",
+    "StaleWarning",
     "Stride",
     "SwapHalves",
     "TensorParallel",
@@ -84,9 +93,12 @@ __all__ = [
     "WeightLayout",
     "Writes",
     "announce_loads",
+    "audit",
+    "census",
     "check",
     "checkpoint_layout",
     "copy_or_rebind",
+    "derive",
     "diff",
     "digest",
     "forget",

@@ -16,6 +16,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from fixpass.runtime.errors import CheckpointError, UpdateError, VersionError
 from fixpass.runtime.weights.commit_guards import DoubleBuffer, UndoLog, run_section
+from fixpass.runtime.weights.derived import Staged
 from fixpass.runtime.weights.files import OpenFile
 from fixpass.runtime.weights.lock import WeightsLock, bump, closed, lock_of, over_ids
 from fixpass.runtime.weights.options import Options
@@ -55,6 +57,10 @@ class Commit:
     """Whether every parameter of the model is written whole, so that no mixture is left."""
     is_whole: bool
     """Whether the written parameters are written whole, byte for byte."""
+    views: Sequence[Tensor] = ()
+    """Tensors outside of the walk that lie in the memory of the model's weights."""
+    staged: Staged | None = None
+    """New values of declared tensors."""
 
     def run(self) -> float:
         """Write the update; the seconds for which calls were held back."""
@@ -138,7 +144,8 @@ class Commit:
             raise
 
     def _double_buffer(self) -> float:
-        double = DoubleBuffer(self.model, [target.tensor for target in self.written])
+        written = [target.tensor for target in self.written]
+        double = DoubleBuffer(self.model, written, self.views)
         if not self.is_whole or any(t.nbytes < _owned(t) for t in self.work.tensors):
             double.copy_old()
         work = self.work.elsewhere(double.on_back)
@@ -181,10 +188,11 @@ class Commit:
         self._save("committing", before, to)
         try:
             self.options.agree(before, to)
-            _synchronize(self.work.tensors)
-            interrupt = write(locks)
-            _synchronize(self.work.tensors)
-            self._finish(locks)
+            with nullcontext() if self.staged is None else self.staged.in_place():
+                _synchronize(self.work.tensors)
+                interrupt = write(locks)
+                _synchronize(self.work.tensors)
+                self._finish(locks)
         except BaseException:
             # Weights that are whole, old or new, are committed.
             if not own.poisoned:

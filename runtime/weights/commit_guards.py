@@ -158,8 +158,12 @@ _SPARE: WeakKeyDictionary[nn.Module, list[Tensor]] = WeakKeyDictionary()
 class DoubleBuffer:
     """Other memory for some tensors of a model, and for all its tensors that share theirs."""
 
-    def __init__(self, model: nn.Module, written: Iterable[Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, written: Iterable[Tensor], views: Iterable[Tensor] = ()
+    ) -> None:
         """Take the memory that was in use before the last update, or new memory.
+
+        `views` are tensors that the model reaches beside its parameters and buffers; they follow.
 
         Raises UpdateError for a tensor whose memory can't be exchanged.
         """
@@ -180,7 +184,7 @@ class DoubleBuffer:
         found, transient = walk(self._model)
         moved = {
             id(tensor): tensor
-            for tensor in (*(target.tensor for target in found), *transient)
+            for tensor in (*(target.tensor for target in found), *transient, *views)
             if tensor.layout is torch.strided and tensor.untyped_storage().data_ptr() in self._back
         }
         packs = {id(p.pack): p.pack for t in moved.values() if (p := packed(t)) is not None}

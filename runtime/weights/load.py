@@ -15,6 +15,7 @@ from fixpass.runtime.weights.options import (
     LoadReport,
     Missed,
     Mode,
+    OnStale,
     Options,
     Scope,
     Strict,
@@ -99,6 +100,7 @@ def reload(
     threads: int = 0,
     state_file: str | Path | None = None,
     group: dist.ProcessGroup | UpdateGroup | None = None,
+    on_stale: OnStale = "warn",
     progress: bool | None = None,
     weights_only: bool = True,
 ) -> UpdateReport:
@@ -117,7 +119,7 @@ def reload(
     options = Options(
         mode_named(mode), version, base, scope, mapping, cast, finite, timeout, threads, path
     )
-    options = replace(options, group=group)
+    options = replace(options, group=group, on_stale=on_stale)
     return _run(model, source, options, "reloading", progress, weights_only)
 
 

@@ -1,9 +1,10 @@
-"""The options of a load, an update and a reload, and the report of a load."""
+"""The options of a load, an update and a reload, and their reports."""
 
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from collections.abc import Mapping as Named
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -126,6 +127,9 @@ Mode = Literal["direct", "buffered", "undo_log", "double_buffer"]
 Scope = Literal["model", "parameters", "parts"]
 """What must be whole: all of the model, each parameter that is written, or only the given parts."""
 
+OnStale = Literal["warn", "raise", "ignore"]
+"""What an update does about tensors that it leaves stale: warn after it, or raise before it."""
+
 Missed = Literal["error", "ones", "zeros"]
 """What becomes of a parameter that nothing is stored for."""
 
@@ -153,6 +157,7 @@ class Options:
     strict: Strict | None = None
     """The level at which a load raises; None raises as `scope` says."""
     missing: Missed = "error"
+    on_stale: OnStale = "ignore"
     group: "dist.ProcessGroup | UpdateGroup | None" = None
     """The ranks that make the update with this one: a process group, or an UpdateGroup."""
     staged: Callable[[], object] = _ignore
@@ -169,6 +174,7 @@ class Options:
         for what, value, known in (
             ("mode", self.mode, get_args(Mode)),
             ("scope", self.scope, get_args(Scope)),
+            ("on_stale", self.on_stale, get_args(OnStale)),
         ):
             if value not in known:
                 raise UpdateError(f"{what} is one of {', '.join(known)}, not {value!r}")
@@ -177,6 +183,36 @@ class Options:
                 "finite=True needs a mode that leaves the old weights: 'buffered', 'undo_log' or "
                 "'double_buffer'"
             )
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """The result of an update."""
+
+    load: LoadReport
+    version: int
+    """The version that the update made."""
+    mode: Mode
+    closed: float
+    """Seconds for which calls were held back."""
+    covered: Named[str, tuple[int, int]]
+    """Bytes written and all bytes of each parameter that was not written whole."""
+    derived: tuple[str, ...] = ()
+    """The declared tensors that were refreshed."""
+    stale: tuple[str, ...] = ()
+    """Other tensors that follow from written weights: they have their old values."""
+
+    def __str__(self) -> str:
+        parts = [f"{name}: {a:,} of {b:,} bytes" for name, (a, b) in self.covered.items()]
+        for what, names in (("refreshed", self.derived), ("may be stale", self.stale)):
+            parts += [f"{what} {len(names):,}: {some(names)}"] if names else []
+        return "\n".join(
+            [
+                str(self.load),
+                f"version {self.version}, {self.mode}, calls held back for {self.closed:.3f} s",
+                *parts,
+            ]
+        )
 
 
 def mode_named(mode: str) -> Mode:

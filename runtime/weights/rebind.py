@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fixpass.runtime.errors import LayoutError, WeightError
 from fixpass.runtime.weights.layouts import Alias, WeightLayout, named
+from fixpass.runtime.weights.lock import closed, over
 from fixpass.runtime.weights.relayout import (
     PackedPart,
     forget,
@@ -21,6 +22,7 @@ from fixpass.runtime.weights.relayout import (
     record,
     record_of,
 )
+from fixpass.runtime.weights.targets import tensors_of
 from fixpass.runtime.weights.tile_copy import wide_copy
 
 
@@ -84,6 +86,15 @@ def return_to_pack(param: Tensor) -> None:
     with torch.no_grad():
         found.view.copy_(param.detach())
         param.data = found.view
+
+
+def bring_back_packed(model: nn.Module, timeout: float | None) -> None:
+    """Parameters of a pack that were given other memory go back to it: kernels read the pack."""
+    away = [tensor for tensor in tensors_of(model) if has_left_pack(tensor)]
+    if away:
+        with closed(over(away), timeout):
+            for tensor in away:
+                return_to_pack(tensor)
 
 
 def _same_pack(params: Sequence[Tensor], layout: WeightLayout) -> Tensor | None:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as Named
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,53 +23,35 @@ from torch import Tensor, nn
 
 from fixpass.runtime.errors import CheckpointError, PoisonedError, UpdateError, VersionError
 from fixpass.runtime.weights.commit import Commit
+from fixpass.runtime.weights.derived import DECLARED, SEARCHED, Staged, declared_in
 from fixpass.runtime.weights.formats.safetensors import Files
 from fixpass.runtime.weights.group_commit import taking_part
-from fixpass.runtime.weights.lock import WeightsLock, closed, lock_of, over
+from fixpass.runtime.weights.lock import WeightsLock, lock_of
 from fixpass.runtime.weights.mapping import SAME_NAMES, Mapping
 from fixpass.runtime.weights.module_hooks import protect
-from fixpass.runtime.weights.options import LoadReport, Mode, Options, Scope, mode_named, some
+from fixpass.runtime.weights.options import (
+    LoadReport,
+    Mode,
+    OnStale,
+    Options,
+    Scope,
+    UpdateReport,
+    mode_named,
+    some,
+)
 from fixpass.runtime.weights.own_loaders import run_own_loaders
 from fixpass.runtime.weights.pending_update import PendingUpdate
 from fixpass.runtime.weights.plan import make_plan
-from fixpass.runtime.weights.plan_cache import (
-    Manifest,
-    ModelSignature,
-    cached_plan,
-    keep_plan,
-)
+from fixpass.runtime.weights.plan_cache import Manifest, ModelSignature, cached_plan, keep_plan
 from fixpass.runtime.weights.read import Work
-from fixpass.runtime.weights.rebind import has_left_pack, return_to_pack
+from fixpass.runtime.weights.rebind import bring_back_packed
 from fixpass.runtime.weights.relayout import any_layout_set
 from fixpass.runtime.weights.route import check_twins, scales_without_taker
+from fixpass.runtime.weights.stale import stale_after, views_of, warning_of
 from fixpass.runtime.weights.state_file import digest, resume
 from fixpass.runtime.weights.stored import Stored
-from fixpass.runtime.weights.targets import reshard, tensors_of, walk
+from fixpass.runtime.weights.targets import reshard, walk
 from fixpass.runtime.weights.update_group import UpdateGroup
-
-
-@dataclass(frozen=True)
-class UpdateReport:
-    """The result of an update."""
-
-    load: LoadReport
-    version: int
-    """The version that the update made."""
-    mode: Mode
-    closed: float
-    """Seconds for which calls were held back."""
-    covered: Named[str, tuple[int, int]]
-    """Bytes written and all bytes of each parameter that was not written whole."""
-
-    def __str__(self) -> str:
-        parts = [f"{name}: {a:,} of {b:,} bytes" for name, (a, b) in self.covered.items()]
-        return "\n".join(
-            [
-                str(self.load),
-                f"version {self.version}, {self.mode}, calls held back for {self.closed:.3f} s",
-                *parts,
-            ]
-        )
 
 
 class _Prepared(NamedTuple):
@@ -97,7 +79,14 @@ class Update:
         self._base = base
         self._options = options
         self._given = PendingUpdate(model, copies=options.mode == "buffered")
-        self._live = walk(model)[0]
+        self._live, transient = walk(model)
+        self._views: list[Tensor] = []
+        if options.mode == "double_buffer":
+            weights = [target.tensor for target in self._live]
+            self._views = views_of(model, [*weights, *transient])
+        if DECLARED:
+            derived, _ = declared_in(model)
+            self._live = [target for target in self._live if id(target.tensor) not in derived]
         self._manifest = Manifest.of({target.name: target.tensor for target in self._live})
 
     def load(self, name: str, tensor: Tensor, *, start: Sequence[int] | None = None) -> None:
@@ -141,38 +130,56 @@ class Update:
         resume_gc = gc.enable if gc.isenabled() else gc.disable
         gc.disable()
         try:
-            found = self._cached() or self._planned()
+            cached = self._cached()
+            found = cached or self._planned()
         finally:
             resume_gc()
         self.num_bytes = found.report.num_bytes
+        written = [self._live[index] for index in found.written]
+        stale: tuple[str, ...] = ()
+        # A search that found nothing is good for all updates with the plan that is kept.
+        if options.on_stale != "ignore" and (cached is None or SEARCHED.get(self._model, True)):
+            signature, names = ModelSignature.of(self._manifest), [t.name for t in written]
+            stale = stale_after(self._model, signature, names, options.on_stale)
+        staged = Staged([target.tensor for target in written], found.work) if DECLARED else None
         covers_all = options.strict is not None or options.scope == "model"
         commit = Commit(
             self._model,
             options,
             self._base,
             self._manifest,
-            [self._live[index] for index in found.written],
+            written,
             found.work,
             given.opened,
             covers_all=covers_all and not found.report.missing and not found.covered,
             is_whole=found.is_whole,
+            views=self._views,
+            staged=staged,
         )
         try:
             seconds = commit.run()
         except CheckpointError as error:
             given.note_cut_off(error)
             raise
-        report = replace(found.report, seconds=time.perf_counter() - options.began)
-        number = lock_of(self._model).version
-        self.report = UpdateReport(report, number, options.mode, seconds, found.covered)
-        self._warn("scales that were not loaded", found.scales)
-        unused = scales_without_taker(report, options.mapping)
-        self._warn("scales that no parameter takes", unused)
+        derived = () if staged is None else staged.names(self._model)
+        self._finish(found, seconds, derived, stale)
 
-    def _warn(self, what: str, names: Sequence[str]) -> None:
-        if names:
-            # The frames between are those of context managers.
-            warnings.warn(f"{what}: {some(tuple(names), 5)}", stacklevel=6)
+    def _finish(
+        self, found: _Prepared, seconds: float, derived: tuple[str, ...], stale: tuple[str, ...]
+    ) -> None:
+        """Make the report, and warn."""
+        options, number = self._options, lock_of(self._model).version
+        report = replace(found.report, seconds=time.perf_counter() - options.began)
+        self.report = UpdateReport(
+            report, number, options.mode, seconds, found.covered, derived, stale
+        )
+        unused = scales_without_taker(report, options.mapping)
+        for what, names in (("were not loaded", found.scales), ("no parameter takes", unused)):
+            if names:
+                # The frames between are those of context managers.
+                warnings.warn(f"scales that {what}: {some(tuple(names), 5)}", stacklevel=6)
+        if stale:
+            warnings.warn(warning_of(stale), stacklevel=6)
 
     def _cached(self) -> _Prepared | None:
         """The update by the plan of the last one, where it is like that."""
@@ -197,6 +204,8 @@ class Update:
             plan.note_covered(covered, options)
             copies = [*copies, *own]
         work = Work.of(copies, plan.tensors, sources, batched=not options.finite)
+        if options.on_stale == "ignore":
+            SEARCHED.pop(self._model, None)
         # A source that the signature does not know is none that the next update can have.
         source = given.signature if len(work.given) == len(sources) else None
         keep_plan(self._model, source, ModelSignature.of(self._manifest), options, plan, work)
@@ -220,6 +229,7 @@ def update(
     threads: int = 0,
     state_file: str | Path | None = None,
     group: "dist.ProcessGroup | UpdateGroup | None" = None,
+    on_stale: OnStale = "warn",
 ) -> AbstractContextManager[Update]:
     """Open an update of a model's weights, written when the context ends without an exception.
 
@@ -237,6 +247,8 @@ def update(
         threads: 0 for one a processor, at most 4.
         state_file: for a model in a file or in shared memory, see state_file.
         group: commit only where all ranks of this process group, or UpdateGroup, commit.
+        on_stale: "warn" after the update of tensors that follow from its weights and are not
+            declared with `derive`; "raise" before it; "ignore" them.
 
     Raises:
         CheckpointError: a tensor does not fit; the weights are those of before.
@@ -248,7 +260,7 @@ def update(
     options = Options(
         mode_named(mode), version, base, scope, mapping, cast, finite, timeout, threads, path
     )
-    return open_update(model, replace(options, group=group))
+    return open_update(model, replace(options, group=group, on_stale=on_stale))
 
 
 @contextmanager
@@ -266,7 +278,7 @@ def open_update(model: nn.Module, options: Options) -> Iterator[Update]:
             reshard(model)
             if any_layout_set():
                 protect(model)
-                _bring_back_packed(model, options)
+                bring_back_packed(model, options.timeout)
             tx = Update(model, base, options)
             yield tx
             tx.commit()
@@ -286,12 +298,3 @@ def _check_base(model: nn.Module, lock: WeightsLock, options: Options) -> None:
     found = digest(model) if isinstance(options.base, str) else lock.version
     if found != options.base:
         raise VersionError(f"the update changes {options.base}, and the weights are {found}")
-
-
-def _bring_back_packed(model: nn.Module, options: Options) -> None:
-    """Parameters of a pack that were given other memory go back to it: kernels read the pack."""
-    away = [tensor for tensor in tensors_of(model) if has_left_pack(tensor)]
-    if away:
-        with closed(over(away), options.timeout):
-            for tensor in away:
-                return_to_pack(tensor)

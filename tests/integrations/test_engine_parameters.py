@@ -10,37 +10,7 @@ from fixpass.integrations.sglang import engine_parameters, undo
 from fixpass.integrations.sglang.engine_parameters import keeping, restore
 from fixpass.integrations.sglang.undo import undo_of, unshuffled
 from fixpass.runtime.errors import CheckpointError
-
-FP8 = torch.float8_e4m3fn
-
-
-class Loadable(nn.Parameter):
-    """A parameter like those of engines: a class of its own, read-only properties, a loader."""
-
-    def __new__(cls, data, **kwargs):
-        return super().__new__(cls, data, requires_grad=False)
-
-    def __init__(self, data, loader=None, output_dim=0):
-        self._loader, self._output_dim = loader, output_dim
-
-    @property
-    def output_dim(self):
-        return self._output_dim
-
-    def load(self, values):
-        assert self.data.shape == values.shape
-        self.data.copy_(values)
-
-
-def weights(seed, rows=32, columns=64, dtype=FP8):
-    values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    return values.to(dtype)
-
-
-def layer(values):
-    module = nn.Module()
-    module.register_parameter("weight", Loadable(values.clone(), loader="theirs"))
-    return module
+from helpers.engine_layers import FP8, Loadable, layer, weights
 
 
 def shuffle(x):

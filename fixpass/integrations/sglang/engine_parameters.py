@@ -11,15 +11,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from fixpass.integrations.sglang.undo import Undo, as_bytes, undo_of
+from fixpass.integrations.sglang.undo import Undo, as_bytes, same_bytes, undo_of
 from fixpass.runtime.attributes import Remembered, note
 from fixpass.runtime.errors import CheckpointError
+from fixpass.runtime.weights.targets import is_freed
+from fixpass.runtime.weights.weight_version import SAMPLES, fingerprint
 
 # Random bytes at the start of a parameter whose values are lost: a load writes over them.
 MARK_BYTES = 16
@@ -46,6 +48,8 @@ class ProcessedParameter:
     """Whether the parameter has the checkpoint's layout, and waits for a load."""
     mark: Tensor | None = None
     """The random bytes at its start until the load has written over them."""
+    words: int | None = None
+    """The fingerprint after a change in place; None where the engine made another tensor."""
 
     @property
     def nbytes(self) -> int:
@@ -53,6 +57,15 @@ class ProcessedParameter:
 
     def empty(self) -> Tensor:
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
+
+class _Before(NamedTuple):
+    """A parameter before it is processed; `values` only where they are few."""
+
+    param: nn.Parameter
+    data: Tensor
+    values: Undo | None
+    words: int
 
 
 _KEPT: WeakKeyDictionary[nn.Module, dict[str, ProcessedParameter]] = WeakKeyDictionary()
@@ -66,7 +79,11 @@ def keeping(module: nn.Module) -> Iterator[None]:
     """
     kept = _KEPT.get(module, {})
     _check_loaded(module, kept)
-    before = {name: (p, p.data) for name, p in module._parameters.items() if p is not None}
+    before = {
+        name: _Before(p, p.data, _remembering(p.data), _words(p.data))
+        for name, p in module._parameters.items()
+        if p is not None
+    }
     yield
     found: dict[str, ProcessedParameter] = {}
     for name in dict.fromkeys((*before, *module._parameters)):
@@ -82,13 +99,16 @@ def restore(model: nn.Module) -> int:
 
     Where the engine's change can be undone, the parameters have their values again. Where not, the
     next load has to bring them, and the next `keeping` checks that it did.
+
+    Raises CheckpointError for a processed parameter whose memory was freed.
     """
     count = 0
     for module in model.modules():
         kept = _KEPT.get(module, {})
         for name, one in kept.items():
-            if not one.derived and not one.restored and _is_as_processed(module, name, one):
-                kept[name] = _restored(module, name, one)
+            waits = one.derived or one.restored
+            if not waits and (found := _as_processed(module, name, one)) is not None:
+                kept[name] = _restored(module, name, found)
                 count += 1
     return count
 
@@ -96,33 +116,44 @@ def restore(model: nn.Module) -> int:
 def _settle(
     module: nn.Module,
     name: str,
-    before: tuple[nn.Parameter, Tensor] | None,
+    before: _Before | None,
     prior: ProcessedParameter | None,
 ) -> ProcessedParameter | None:
     """Put the old parameter into its place with the new values; None where nothing changed."""
-    new = module._parameters.get(name)
+    new = _in_use(module, name)
     if before is None:
         # Made by the engine: kept from now on, so that its storage stays the same one.
-        is_made = new is not None and not new.is_meta
+        is_made = isinstance(new, nn.Parameter) and not new.is_meta
         return _kept(new, new.data, new.data, derived=True) if is_made and new is not None else None
-    param, old = before
+    param, old = before.param, before.data
     if new is None:
-        return _kept(param, old, None, _remembering(old))
-    if old.is_meta or new.is_meta or (new is param and _same_place(new.data, old)):
+        return _kept(param, old, None, before.values)
+    in_place = new is param and _same_place(new.data, old)
+    if old.is_meta or new.is_meta or (in_place and _words(old) == before.words):
         return prior if prior is not None and not prior.restored else None
     derived = prior is not None and prior.derived
-    undo = None if derived else undo_of(old, new.data) or _remembering(old)
+    found = None if derived or in_place else undo_of(old, new.data)
     placed = _placed(new.data, prior)
     param.data = placed
     if new is not param:
         param.__dict__.update(new.__dict__)
         param.requires_grad_(new.requires_grad)
-        _replace(module, new, param)
-    return _kept(param, old, placed, undo, derived)
+        _replace(module, name, new, param)
+    undo = None if derived else found or before.values
+    kept = _kept(param, old, placed, undo, derived)
+    return replace(kept, words=_words(placed)) if in_place else kept
+
+
+def _in_use(module: nn.Module, name: str) -> Tensor | None:
+    """The tensor under the name of a parameter; a plain one where the engine deleted that."""
+    for held in (module._parameters, module._buffers, module.__dict__):
+        if isinstance(found := held.get(name), Tensor):
+            return found
+    return None
 
 
 def _kept(
-    param: nn.Parameter,
+    param: Tensor,
     old: Tensor,
     processed: Tensor | None,
     undo: Undo | None = None,
@@ -131,6 +162,13 @@ def _kept(
     return ProcessedParameter(
         note(param), old.shape, old.dtype, old.device, processed, undo, derived
     )
+
+
+def _words(data: Tensor) -> int:
+    """The fingerprint of values: of all where they are few, else of a sample; 0 without memory."""
+    if data.is_meta or data.layout != torch.strided or is_freed(data):
+        return 0
+    return fingerprint(data, 0 if data.nbytes <= SMALL_BYTES else SAMPLES)
 
 
 def _remembering(old: Tensor) -> Undo | None:
@@ -151,20 +189,42 @@ def _placed(after: Tensor, prior: ProcessedParameter | None) -> Tensor:
     return held.copy_(after)
 
 
-def _replace(module: nn.Module, new: nn.Parameter, param: nn.Parameter) -> None:
-    """Under every name that the module has for the new parameter, the old one."""
+def _replace(module: nn.Module, name: str, new: Tensor, param: nn.Parameter) -> None:
+    """Under every name that the module has for the new tensor, the old parameter."""
+    # A plain tensor or a buffer would hide the parameter from the next load.
+    for hiding in (module._buffers, module.__dict__):
+        hiding.pop(name, None)
     for held in (module._parameters, module.__dict__):
-        for name, value in list(held.items()):
+        for other, value in list(held.items()):
             if value is new:
-                held[name] = param
+                held[other] = param
+    module._parameters[name] = param
 
 
-def _is_as_processed(module: nn.Module, name: str, one: ProcessedParameter) -> bool:
-    """Whether the engine has not undone its own step by itself."""
-    param = module._parameters.get(name)
-    if one.processed is None or param is None:
-        return one.processed is None and param is None
-    return _same_place(param.data, one.processed)
+def _as_processed(
+    module: nn.Module, name: str, one: ProcessedParameter
+) -> ProcessedParameter | None:
+    """How the parameter can be restored; None where the engine has undone its step by itself.
+
+    A parameter that was moved, to the host and back, has the layout of the processed one and
+    another address. Without its values the next load has to bring them.
+    """
+    param, held = module._parameters.get(name), one.processed
+    if held is None or param is None:
+        return one if held is None and param is None else None
+    if is_freed(held):
+        raise CheckpointError(
+            f"{type(module).__name__}: {name} was processed by the engine and its memory was freed "
+            "by an offload: bring the weights back before the next load"
+        )
+    if _same_place(param.data, held):
+        return one if one.words in (None, _words(held)) else None
+    if _layout(param) != _layout(held):
+        return None
+    if not is_freed(param.data) and same_bytes(param.data.to(held.device), held):
+        return one
+    # Of the processed shape alone, the parameter can't be the checkpoint's: its values are lost.
+    return replace(one, undo=None) if held.shape != one.shape else None
 
 
 def _restored(module: nn.Module, name: str, one: ProcessedParameter) -> ProcessedParameter:
@@ -178,6 +238,8 @@ def _restored(module: nn.Module, name: str, one: ProcessedParameter) -> Processe
     param = module._parameters.get(name)
     if param is None:
         made: Any = one.noted.like(data)
+        # The engine may have set the name to None: that would hide the parameter.
+        module.__dict__.pop(name, None)
         module._parameters[name] = made
     else:
         param.data = data
@@ -231,9 +293,8 @@ def _same_place(left: Tensor, right: Tensor) -> bool:
 
 
 def _same_layout(left: Tensor, right: Tensor) -> bool:
-    return (left.shape, left.stride(), left.dtype, left.device) == (
-        right.shape,
-        right.stride(),
-        right.dtype,
-        right.device,
-    )
+    return _layout(left) == _layout(right) and left.device == right.device
+
+
+def _layout(x: Tensor) -> tuple[object, ...]:
+    return x.shape, x.stride(), x.dtype

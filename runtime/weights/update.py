@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as Named
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -259,7 +259,8 @@ def open_update(model: nn.Module, options: Options) -> Iterator[Update]:
         raise UpdateError("another update of this model is open")
     lock.updating = True
     try:
-        with taking_part(options, lock) as options:
+        group = options.group
+        with taking_part(group, options, lock) if group else nullcontext(options) as options:
             _check_base(model, lock, options)
             base = lock.version
             reshard(model)

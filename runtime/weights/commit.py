@@ -166,7 +166,8 @@ class Commit:
     def _closed(self, write: Callable[[Collection[WeightsLock]], BaseException | None]) -> float:
         own = lock_of(self.model)
         locks = {own, *over_ids([id(target.tensor) for target in self.written], own)}
-        self.options.staged()
+        if self.options.attempt is not None:
+            self.options.attempt.staged()
         with closed(locks, self.options.timeout):
             began = time.perf_counter()
             run_section(partial(self._section, locks, write))
@@ -187,7 +188,8 @@ class Commit:
         self.manifest.check({target.name: target.tensor for target in walk(self.model)[0]})
         self._save("committing", before, to)
         try:
-            self.options.agree(before, to)
+            if self.options.attempt is not None:
+                self.options.attempt.agree(before, to)
             with nullcontext() if self.staged is None else self.staged.in_place():
                 _synchronize(self.work.tensors)
                 interrupt = write(locks)

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
+import torch.distributed as dist
+
 from fixpass.runtime.errors import UpdateError
 from fixpass.runtime.weights.lock import WeightsLock
 from fixpass.runtime.weights.options import Options
@@ -32,21 +34,22 @@ _LOOK = 0.25
 
 
 @contextmanager
-def taking_part(options: Options, lock: WeightsLock) -> Iterator[Options]:
+def taking_part(
+    group: "dist.ProcessGroup | UpdateGroup", options: Options, lock: WeightsLock
+) -> Iterator[Options]:
     """The options of an update that commits only where all ranks of its group do.
 
     Raises:
         UpdateError: a rank raised, did not vote in time, or ended. The weights are those of before.
 
     """
-    assert options.group is not None
     if options.mode not in _STAGED:
         raise UpdateError(f"group=... needs one of the modes {', '.join(_STAGED)}")
-    attempt = _Attempt(UpdateGroup.of(options.group))
+    attempt = Attempt(UpdateGroup.of(group))
     timeout = attempt.ranks.timeout if options.timeout is None else options.timeout
     try:
         attempt.join()
-        yield replace(options, staged=attempt.staged, agree=attempt.agree, timeout=timeout)
+        yield replace(options, attempt=attempt, timeout=timeout)
     except BaseException as error:
         attempt.refuse(error)
         # An interrupt is raised when the update is finished.
@@ -71,7 +74,7 @@ def _store_lost(doubt: str) -> Iterator[None]:
 
 
 @dataclass
-class _Attempt:
+class Attempt:
     """One update of a group, as this rank takes part in it."""
 
     ranks: UpdateGroup

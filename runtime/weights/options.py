@@ -15,6 +15,7 @@ from fixpass.runtime.weights.mapping import SAME_NAMES, Branch, Mapping
 if TYPE_CHECKING:
     import torch.distributed as dist
 
+    from fixpass.runtime.weights.group_commit import Attempt
     from fixpass.runtime.weights.update_group import UpdateGroup
 
 Strict = Literal["none", "missing", "complete", "exact"]
@@ -136,7 +137,7 @@ Missed = Literal["error", "ones", "zeros"]
 _FORMER = {"staged": "buffered", "journal": "undo_log", "double": "double_buffer"}
 
 
-def _ignore(*numbers: int) -> None:
+def _ignore(count: int) -> None:
     return None
 
 
@@ -160,10 +161,8 @@ class Options:
     on_stale: OnStale = "ignore"
     group: "dist.ProcessGroup | UpdateGroup | None" = None
     """The ranks that make the update with this one: a process group, or an UpdateGroup."""
-    staged: Callable[[], object] = _ignore
-    """Called before the lock closes; may raise."""
-    agree: Callable[[int, int], object] = _ignore
-    """Called before the first byte changes, with the versions before and after; may raise."""
+    attempt: "Attempt | None" = None
+    """The part that this rank has in the group's update, while one is open."""
     advance: Callable[[int], object] = _ignore
     """Called with the number of bytes that were moved."""
     began: float = field(default_factory=time.perf_counter)

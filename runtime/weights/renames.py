@@ -58,6 +58,8 @@ def suggest(
         taken: stored tensors that a parameter takes. A rename leaves their names alone.
 
     """
+    if not (missing and spare):
+        return []
     wanted, offered = _grouped(missing), _grouped(spare)
     kept = {pattern(name) for name in taken}
     by_shape: dict[Shape, list[str]] = {}

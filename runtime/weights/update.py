@@ -271,8 +271,8 @@ def open_update(model: nn.Module, options: Options) -> Iterator[Update]:
         raise UpdateError("another update of this model is open")
     lock.updating = True
     try:
-        alone = nullcontext(options)
-        with taking_part(options, lock) if options.group else alone as options:
+        group = options.group
+        with taking_part(group, options, lock) if group else nullcontext(options) as options:
             _check_base(model, lock, options)
             base = lock.version
             reshard(model)

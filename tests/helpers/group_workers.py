@@ -77,7 +77,7 @@ def fault(kind):
 
 def failing(phase, kind):
     """Fail once, in a phase of the next update."""
-    attempt = group_commit._Attempt
+    attempt = group_commit.Attempt
     name = {"after the write": "confirm", "staged": "staged"}.get(phase, "agree")
     names = ("_waited", "_counted") if phase == "after the vote" else (name,)
     originals = {each: getattr(attempt, each) for each in names}
@@ -101,7 +101,7 @@ def failing(phase, kind):
 
 def vote_late(who):
     """In the next update, vote when a rank has voted and does not run any more."""
-    attempt, original = group_commit._Attempt, group_commit._Attempt.agree
+    attempt, original = group_commit.Attempt, group_commit.Attempt.agree
 
     def agree(self, base, to):
         attempt.agree = original

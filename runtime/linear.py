@@ -75,8 +75,23 @@ def _run_all(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> l
     return [_run_one(x, *layer) for layer in zip(weights, biases, strict=True)]
 
 
+def _run_experts(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    if x.device.type == "cpu" and not unavailable():
+        result: Tensor = torch.ops.fixpass.skinny_experts(x, weight, ends)
+        return result
+    starts = [0, *ends.tolist()]
+    parts = [
+        x[start:end] @ each for start, end, each in zip(starts, starts[1:], weight, strict=False)
+    ]
+    return torch.cat([*parts, x.new_zeros((x.shape[0] - starts[-1], weight.shape[2]))])
+
+
 def _fake_one(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[1]))
+
+
+def _fake_experts(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[2]))
 
 
 def _fake_all(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
@@ -87,6 +102,7 @@ _ONE = "skinny_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
 # With the tag `out` Inductor would lower the op itself, which fails in torch 2.13 where a size is a
 # symbol.
 _INTO = "skinny_linear.out(Tensor x, Tensor weight, Tensor? bias, *, Tensor(a!) out) -> Tensor(a!)"
+_EXPERTS = "skinny_experts(Tensor x, Tensor weight, Tensor ends) -> Tensor"
 _ALL = "skinny_linears(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]"
 
 
@@ -104,4 +120,5 @@ def _define(
 
 _define(ops.DEFINITIONS, _ONE, _run_one, _fake_one)
 _define(ops.DEFINITIONS, _INTO, _run_into, lambda *_, out: out)
+_define(ops.DEFINITIONS, _EXPERTS, _run_experts, _fake_experts)
 _define(ops.DEFINITIONS, _ALL, _run_all, _fake_all)

@@ -1,4 +1,4 @@
-// The operators fixpass::skinny_linear and skinny_linears for CPU tensors: x of few rows by plain
+// The operators fixpass::skinny_linear, _linears and _experts for CPU tensors: x of few rows by plain
 // weights, at the speed at which memory gives the weights.
 //
 // Nothing is packed but x. Each output is summed by one thread in an order that depends on K alone,
@@ -11,6 +11,7 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 #include <torch/library.h>
@@ -208,6 +209,29 @@ Tensor& skinny_linear_out(const Tensor& input, const Tensor& weight, const Optio
   return out;
 }
 
+// x (S, K), sorted by expert, by weight (E, K, N): expert e has the rows of x up to ends[e].
+Tensor skinny_experts(const Tensor& x, const Tensor& weight, const Tensor& ends) {
+  TORCH_CHECK_VALUE(x.dim() == 2 && weight.dim() == 3 && ends.dim() == 1 &&
+                        x.size(1) == weight.size(1) && ends.size(0) == weight.size(0),
+                    "fixpass::skinny_experts: x ", x.sizes(), " by weight ", weight.sizes(),
+                    " with ends ", ends.sizes(), ": needs (S, K), (E, K, N) and (E)");
+  TORCH_CHECK_VALUE(is_plain(x, weight, {}), "fixpass::skinny_experts: computes no gradient");
+  const int64_t rows = x.size(0);
+  // Rows behind the last expert's are zero.
+  Tensor out = at::zeros({rows, weight.size(2)}, x.options());
+  const Tensor given = ends.to(at::kLong).contiguous();
+  const int64_t* end = given.const_data_ptr<int64_t>();
+  for (int64_t expert = 0, row = 0; expert < weight.size(0); row = end[expert++]) {
+    const int64_t count = end[expert] - row;
+    TORCH_CHECK_VALUE(count >= 0 && end[expert] <= rows, "fixpass::skinny_experts: rows of expert ",
+                      expert, " are ", row, " to ", end[expert], " of ", rows);
+    if (count == 0) continue;
+    Tensor part = out.narrow(0, row, count);
+    skinny_linear_out(x.narrow(0, row, count), weight.select(0, expert), {}, part);
+  }
+  return out;
+}
+
 #if __has_include(<Python.h>)
 // skinny_linear.out for generated code: (x, weight, bias, out=out). The dispatcher would parse the
 // arguments against the schema, which takes longer than a small layer.
@@ -237,6 +261,7 @@ TORCH_LIBRARY_IMPL(fixpass, CPU, m) {
   m.impl("skinny_linear", skinny_linear);
   m.impl("skinny_linear.out", skinny_linear_out);
   m.impl("skinny_linears", skinny_linears);
+  m.impl("skinny_experts", skinny_experts);
 }
 
 }  // namespace fixpass

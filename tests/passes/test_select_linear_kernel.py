@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers.integrations.moe  # noqa: F401  (defines the op of experts)
 from expecttest import assert_expected_inline
 from torch import nn
 from torch.nn import functional as F
@@ -10,6 +11,7 @@ import fixpass
 from fixpass import Pipeline
 from fixpass.passes.select_linear_kernel import SelectLinearKernel
 from fixpass.runtime import extension, linear
+from fixpass.runtime.providers import overload_of
 from fixpass.testing import assert_same, bf16, f32, text, trace
 
 
@@ -139,6 +141,55 @@ def test_a_dtype_that_the_kernel_does_not_take_stays():
         report,
         """\
 missed  mm: Inductor keeps the layer: skinny_linear: x.dtype in (f32, bf16, f16) does not hold for f64[4, 64]
+""",
+    )
+
+
+def test_experts_read_their_plain_weights():
+    def experts(x, weight, ends):
+        return torch._grouped_mm(x, weight.transpose(1, 2), offs=ends)
+
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+    graph, report = run(experts, bf16(5, 64), bf16(3, 128, 64), ends)
+    assert_expected_inline(
+        graph,
+        """\
+graph(weight: bf16[3, 128, 64], x: bf16[5, 64], ends: i32[3])
+    permute = permute(weight, [0, 2, 1])                       bf16[3, 64, 128][8192, 1, 64]
+    skinny_experts = fixpass.skinny_experts(x, permute, ends)  bf16[5, 128]
+    return skinny_experts
+""",
+    )
+    assert_expected_inline(
+        report,
+        """\
+applied skinny_experts: skinny_linear reads bf16[64, 128][1, 64] of each expert that has 1 to 16 rows
+""",
+    )
+
+
+def test_experts_of_transformers_are_found_too():
+    grouped = overload_of("transformers::grouped_mm_fallback")
+    ends = torch.tensor([2, 30])
+    graph, report = run(lambda *args: grouped(*args), f32(30, 64), f32(2, 64, 128), ends)
+    assert "fixpass.skinny_experts(" in graph
+    assert_expected_inline(
+        report,
+        """\
+applied skinny_experts: skinny_linear reads f32[64, 128] of each expert that has 1 to 16 rows
+""",
+    )
+
+
+def test_experts_without_rows_or_columns_stay():
+    grouped = overload_of("transformers::grouped_mm_fallback")
+    args = f32(3, 64), f32(2, 64, 256)[:, :, ::2], torch.tensor([2, 3])
+    graph, report = run(lambda *args: grouped(*args), *args)
+    assert "skinny" not in graph
+    assert_expected_inline(
+        report,
+        """\
+missed  grouped_mm_fallback: Inductor keeps the layer: skinny_linear: weight is dense along its rows or its columns does not hold for f32[64, 128][256, 2]
 """,
     )
 

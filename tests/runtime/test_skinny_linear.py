@@ -133,6 +133,36 @@ def test_several_weights_give_what_each_gives_alone(rows, sizes, layouts, dtype)
         torch.testing.assert_close(got, skinny_linear(x, weight, bias), rtol=0, atol=0)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 20), min_size=1, max_size=5),
+    behind=st.integers(0, 3),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(LAYOUTS),
+    ends_dtype=st.sampled_from([torch.int32, torch.int64]),
+)
+def test_experts_give_what_each_gives_over_its_rows(counts, behind, dtype, layout, ends_dtype):
+    x = matrix(sum(counts) + behind, 70, dtype)
+    matrices = [matrix(70, 33, dtype, layout) for _ in counts]
+    # One storage for all, which keeps the layout of each.
+    stacked = torch.stack([each.t() for each in matrices]).transpose(1, 2)
+    weight = stacked if "rows" in layout else torch.stack(matrices)
+    ends = torch.tensor(counts).cumsum(0).to(ends_dtype)
+    got = torch.ops.fixpass.skinny_experts(x, weight, ends)
+    parts = x.split([*counts, behind])
+    for part, each, result in zip(parts, matrices, got.split([*counts, behind]), strict=False):
+        if len(part):
+            assert_as_exact_as_torch(result, part, each)
+    assert not got[len(x) - behind :].any()
+
+
+@pytest.mark.parametrize("ends", [[2, 1], [1, 4], [-1, 2], [3]])
+def test_ends_of_experts_that_do_not_fit_are_named(ends):
+    x, weight = torch.randn(3, 5), torch.randn(2, 5, 7)
+    with pytest.raises(ValueError, match="fixpass::skinny_experts: "):
+        torch.ops.fixpass.skinny_experts(x, weight, torch.tensor(ends))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_nan_and_infinity_propagate_as_in_eager(dtype, layout):
@@ -227,11 +257,15 @@ def test_generated_code_calls_the_kernel_without_the_dispatcher():
     assert type(linear.direct_call()).__name__ == "builtin_function_or_method"
 
 
-@pytest.mark.parametrize("op", [skinny_linear, skinny_linears])
+@pytest.mark.parametrize(
+    "op", [skinny_linear, skinny_linears, torch.ops.fixpass.skinny_experts.default]
+)
 def test_the_ops_keep_the_rules_of_custom_ops(op):
     args = (torch.randn(3, 40), torch.randn(40, 9), torch.randn(9))
     if op is skinny_linears:
         args = (args[0], [args[1], torch.randn(7, 40).t()], [args[2], None])
+    if op is torch.ops.fixpass.skinny_experts.default:
+        args = (args[0], torch.randn(2, 40, 9), torch.tensor([1, 3]))
     with torch.no_grad():
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
@@ -274,6 +308,9 @@ def test_a_process_without_a_compiler_computes_with_torch():
         "x, w = torch.randn(2, 5), torch.randn(5, 7)\n"
         "assert torch.equal(torch.ops.fixpass.skinny_linear(x, w, None), x @ w)\n"
         "assert torch.equal(torch.ops.fixpass.skinny_linears(x, [w], [None])[0], x @ w)\n"
+        "e = torch.stack([w, -w]); ends = torch.tensor([1, 2])\n"
+        "wanted = torch.stack([x[0] @ w, x[1] @ -w])\n"
+        "torch.testing.assert_close(torch.ops.fixpass.skinny_experts(x, e, ends), wanted)\n"
         "assert torch.equal(linear.direct_call()(x, w, None, out=torch.empty(2, 7)), x @ w)\n"
     )
     subprocess.run([sys.executable, "-P", "-c", script], check=True, timeout=120)

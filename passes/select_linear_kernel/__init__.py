@@ -18,6 +18,7 @@ from fixpass.lowering.site import Site
 from fixpass.passes.base import Pass, PassResult
 from fixpass.passes.cost import bytes_of
 from fixpass.passes.rewrite import Editor, Missed, erase_dead, find_anchors, val_of
+from fixpass.passes.select_linear_kernel.experts import Experts, experts_of, grouped_matmuls
 from fixpass.runtime.linear import MOST_ROWS, unavailable
 
 aten = torch.ops.aten
@@ -42,7 +43,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class SelectLinearKernel(Pass):
-    """`mm` and `addmm` to `fixpass::skinny_linear`."""
+    """`mm` and `addmm` to `fixpass::skinny_linear`, experts to `fixpass::skinny_experts`."""
 
     name: ClassVar[str] = "select-linear-kernel"
 
@@ -54,11 +55,12 @@ class SelectLinearKernel(Pass):
     """Why this process has no kernel, or "". It is asked where the first layer could call it."""
 
     def run(self, graph: fx.Graph, result: PassResult) -> None:
-        for node in list(find_anchors(graph, MATMULS)):
+        grouped = grouped_matmuls()
+        for node in list(find_anchors(graph, (*MATMULS, *grouped))):
             val = val_of(node)
             if val is None or val.device.type != "cpu":
                 continue
-            layer = layer_of(node)
+            layer = experts_of(node) if node.target in grouped else layer_of(node)
             if self.enabled and isinstance(layer, Missed):
                 result.missed(node, f"Inductor keeps the layer: {layer.why}")
                 continue
@@ -66,7 +68,7 @@ class SelectLinearKernel(Pass):
                 result.missed(node, f"Inductor keeps all linear layers: {reason}")
             if reason or not self.enabled:
                 return
-            if isinstance(layer, Linear) and result.take_fuel():
+            if not isinstance(layer, Missed) and result.take_fuel():
                 _replace(graph, node, layer, result)
 
 
@@ -85,12 +87,18 @@ def layer_of(node: fx.Node) -> Linear | Missed:
     return layer if verdict else Missed(str(verdict))
 
 
-def _replace(graph: fx.Graph, node: fx.Node, layer: Linear, result: PassResult) -> None:
-    args = (layer.x, layer.weight, layer.bias)
-    new = Editor(graph, node).call(torch.ops.fixpass.skinny_linear.default, args)
-    weight = layer.site.layouts["weight"]
-    text = f"{SKINNY_LINEAR.name} reads {weight} once, {bytes_of(layer.weight):,} bytes"
-    if known(layer.x.meta["val"].shape[0] <= MOST_ROWS) is not True:
+def _replace(graph: fx.Graph, node: fx.Node, layer: Linear | Experts, result: PassResult) -> None:
+    edit, weight = Editor(graph, node), layer.site.layouts["weight"]
+    if isinstance(layer, Linear):
+        args = (layer.x, layer.weight, layer.bias)
+        new = edit.call(torch.ops.fixpass.skinny_linear.default, args)
+        text = f"{SKINNY_LINEAR.name} reads {weight} once, {bytes_of(layer.weight):,} bytes"
+    else:
+        new = edit.call(
+            torch.ops.fixpass.skinny_experts.default, (layer.x, layer.weight, layer.ends)
+        )
+        text = f"{SKINNY_LINEAR.name} reads {weight} of each expert that has 1 to {MOST_ROWS} rows"
+    if isinstance(layer, Linear) and known(layer.x.meta["val"].shape[0] <= MOST_ROWS) is not True:
         text += f", in calls of at most {MOST_ROWS} rows"
     result.applied(new, text)
     node.replace_all_uses_with(new)

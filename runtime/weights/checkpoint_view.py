@@ -125,7 +125,7 @@ _SHOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def shows_checkpoint(param: Tensor) -> bool:
     """Whether `param` has a layout and shows the checkpoint's at present."""
-    return param in _SHOWN
+    return bool(_SHOWN.data) and param in _SHOWN
 
 
 @contextmanager

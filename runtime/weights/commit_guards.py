@@ -23,11 +23,11 @@ from torch.distributed.tensor import DTensor
 from fixpass.runtime.errors import UpdateError
 from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights.checkpoint_view import shows_checkpoint
-from fixpass.runtime.weights.files import OpenFile, in_turn
-from fixpass.runtime.weights.read import Work, copies
+from fixpass.runtime.weights.files import MOST_PARTS, OpenFile, in_turn
+from fixpass.runtime.weights.read import Copy, Work, copies
 from fixpass.runtime.weights.relayout import any_layout_set, packed, record, record_of
 from fixpass.runtime.weights.stored import Box, FilePiece, Stored
-from fixpass.runtime.weights.targets import walk
+from fixpass.runtime.weights.targets import PLAIN, pointers_of, same_part, walk
 
 T = TypeVar("T")
 
@@ -116,27 +116,35 @@ class UndoLog:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         """Write the values down. Raises CheckpointError where the file has no room."""
         self._tensors = tensors
-        self._stored: list[Stored] = []
-        file, end = OpenFile.temporary(), 0
+        self._starts: list[int] = []
+        self._file, self._end = OpenFile.temporary(), 0
+        waiting: list[Tensor] = []
+        end = 0
         for tensor in tensors:
-            shape = tuple(tensor.shape)
-            piece = FilePiece(file, end, Box.whole(shape))
-            self._stored.append(Stored("", tensor.dtype, shape, (piece,), "the undo log"))
+            self._starts.append(end)
             for part in _parts(tensor):
-                dense = part.cpu().resolve_conj().resolve_neg().contiguous()
-                file.write(end, dense.nbytes, in_turn((dense.data_ptr(),), (dense.nbytes,)))
-                end += dense.nbytes
+                waiting.append(part.cpu().resolve_conj().resolve_neg().contiguous())
+                end += part.nbytes
+                if len(waiting) == MOST_PARTS or end - self._end >= PART:
+                    self._write(waiting, end)
+                    waiting = []
+        self._write(waiting, end)
+
+    def _write(self, tensors: Sequence[Tensor], end: int) -> None:
+        sizes = [tensor.nbytes for tensor in tensors]
+        self._file.write(self._end, end - self._end, in_turn(pointers_of(tensors), sizes))
+        self._end = end
 
     def restore(self) -> None:
         """Write the old values back."""
-        work = (
-            copy
-            for position, (stored, tensor) in enumerate(
-                zip(self._stored, self._tensors, strict=True)
-            )
-            for copy in copies(stored, Box.whole(stored.shape), tensor, position)
-        )
-        Work.of(work, self._tensors).run(threads=1)
+        Work.of(self._copies(), self._tensors).run(threads=1)
+
+    def _copies(self) -> Iterator[Copy]:
+        for position, (start, tensor) in enumerate(zip(self._starts, self._tensors, strict=True)):
+            whole = Box.whole(tuple(tensor.shape))
+            piece = FilePiece(self._file, start, whole)
+            stored = Stored("", tensor.dtype, whole.shape, (piece,), "the undo log")
+            yield from copies(stored, whole, tensor, position)
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
@@ -151,15 +159,15 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
 
 _address = attrgetter("_cdata")
 
-_SPARE: WeakKeyDictionary[nn.Module, list[Tensor]] = WeakKeyDictionary()
-"""As bytes, the memory that was in use before the last update of a model."""
+_SPARE: WeakKeyDictionary[nn.Module, list[torch.UntypedStorage]] = WeakKeyDictionary()
+"""The memory that was in use before the last update of a model."""
 
 
 class DoubleBuffer:
     """Other memory for some tensors of a model, and for all its tensors that share theirs."""
 
     def __init__(
-        self, model: nn.Module, written: Iterable[Tensor], views: Iterable[Tensor] = ()
+        self, model: nn.Module, written: Sequence[Tensor], views: Iterable[Tensor] = ()
     ) -> None:
         """Take the memory that was in use before the last update, or new memory.
 
@@ -168,19 +176,17 @@ class DoubleBuffer:
         Raises UpdateError for a tensor whose memory can't be exchanged.
         """
         self._model = unwrapped(model)
-        self._live: dict[int, Tensor] = {}
-        self._back: dict[int, Tensor] = {}
-        spare: dict[tuple[int, torch.device], list[Tensor]] = {}
-        for tensor in reversed(list(_unshared(_SPARE.pop(self._model, [])))):
-            spare.setdefault((tensor.nbytes, tensor.device), []).append(tensor)
-        for tensor in written:
-            _check(tensor)
-            pointer = tensor.untyped_storage().data_ptr()
-            if pointer not in self._back:
-                live = _bytes_of(tensor)
-                fits = spare.get((live.nbytes, live.device))
-                self._live[pointer] = live
-                self._back[pointer] = fits.pop() if fits else torch.empty_like(live)
+        _check(written)
+        spare: dict[tuple[int, torch.device], list[torch.UntypedStorage]] = {}
+        for storage in reversed(list(_unshared(_SPARE.pop(self._model, [])))):
+            spare.setdefault((storage.nbytes(), storage.device), []).append(storage)
+        storages = map(Tensor.untyped_storage, written)
+        self._live = {storage.data_ptr(): storage for storage in storages}
+        self._back: dict[int, torch.UntypedStorage] = {}
+        for pointer, live in self._live.items():
+            size, device = live.nbytes(), live.device
+            fits = spare.get((size, device))
+            self._back[pointer] = fits.pop() if fits else torch.UntypedStorage(size, device=device)
         found, transient = walk(self._model)
         moved = {
             id(tensor): tensor
@@ -207,22 +213,18 @@ class DoubleBuffer:
 
     def on_back(self, tensor: Tensor) -> Tensor:
         """The same part of the other memory."""
-        back = self._back[tensor.untyped_storage().data_ptr()]
-        view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        return view.set_(
-            back.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
-        )
+        return same_part(tensor, self._back[tensor.untyped_storage().data_ptr()])
 
 
-def _unshared(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The tensors whose memory no other tensor and no storage object of the user holds."""
-    lone = torch.empty(1, device="cpu")
-    # All are held while they are counted, as the address of one that is not may be used again.
-    storages = list(map(Tensor.untyped_storage, (lone, *tensors)))
-    counts = map(torch._C._storage_Use_Count, map(_address, storages))
+def _unshared(storages: Sequence[torch.UntypedStorage]) -> Iterator[torch.UntypedStorage]:
+    """The storages that no tensor and nothing of the user holds."""
+    held = [torch.UntypedStorage(1), *storages]
+    counts = map(torch._C._storage_Use_Count, map(_address, held))
     # A storage has one object in Python, however many hold that.
-    once, *held = zip(counts, map(sys.getrefcount, storages), strict=True)
-    return (tensor for tensor, count in zip(tensors, held, strict=True) if count == once)
+    once, *users = zip(counts, map(sys.getrefcount, held), strict=True)
+    # Of the storages, `storages` holds one reference more than of the first.
+    alone = once[0], once[1] + 1
+    return (storage for storage, found in zip(storages, users, strict=True) if found == alone)
 
 
 def _point(tensors: Sequence[Tensor], views: Sequence[Tensor]) -> None:
@@ -234,26 +236,17 @@ def _point(tensors: Sequence[Tensor], views: Sequence[Tensor]) -> None:
             record(tensor, replace(found, pointer=tensor.data_ptr()))
 
 
-def _bytes_of(tensor: Tensor) -> Tensor:
-    """All of a tensor's memory."""
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
-
-
-def _check(tensor: Tensor) -> None:
-    what, others = f"a parameter of {tuple(tensor.shape)} ", "use mode='buffered' or 'undo_log'"
-    if tensor.is_inference():
-        raise UpdateError(
-            what + f"was made in inference mode, and its memory cannot be exchanged: {others}"
-        )
-    if isinstance(tensor, DTensor):
-        raise UpdateError(
-            what + "is a DTensor, whose memory FSDP2 holds too: not mode='double_buffer'"
-        )
-    if tensor.device.type == "cpu" and tensor.untyped_storage().is_shared():
-        raise UpdateError(
-            what + f"is in shared memory or in a file, which others go on to read: {others}"
-        )
-    if shows_checkpoint(tensor):
-        raise UpdateError(
-            what + f"shows the checkpoint's layout now, and its memory must stay: {others}"
-        )
+def _check(written: Sequence[Tensor]) -> None:
+    for tensor in written:
+        why = ""
+        if tensor.is_inference():
+            why = "was made in inference mode, and its memory cannot be exchanged"
+        elif type(tensor) not in PLAIN and isinstance(tensor, DTensor):
+            why = "is a DTensor, whose memory FSDP2 holds too"
+        elif tensor.is_cpu and tensor.is_shared():
+            why = "is in shared memory or in a file, which others go on to read"
+        elif shows_checkpoint(tensor):
+            why = "shows the checkpoint's layout now, and its memory must stay"
+        if why:
+            others = "buffered" if isinstance(tensor, DTensor) else "buffered' or 'undo_log"
+            raise UpdateError(f"a parameter of {tuple(tensor.shape)} {why}: use mode='{others}'")

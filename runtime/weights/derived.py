@@ -22,7 +22,7 @@ from fixpass.runtime.errors import UpdateError, WeightError
 from fixpass.runtime.weights.files import Batch
 from fixpass.runtime.weights.reachable import resolve
 from fixpass.runtime.weights.read import Work
-from fixpass.runtime.weights.targets import MemoryRanges, local_part
+from fixpass.runtime.weights.targets import MemoryRanges, local_part, same_part
 
 Value = Tensor | float
 Function = Callable[..., Value]
@@ -229,19 +229,12 @@ class Staged:
 
 def _with_update(tensors: Sequence[Tensor], work: Work) -> list[Tensor]:
     """Copies of some live tensors with the bytes that an update will write."""
-    copies: dict[int, Tensor] = {}
-    for tensor in map(local_part, tensors):
-        storage = tensor.untyped_storage()
-        copies.setdefault(storage.data_ptr(), _bytes_of(tensor).clone())
+    storages = (local_part(tensor).untyped_storage() for tensor in tensors)
+    copies = {storage.data_ptr(): storage.clone() for storage in storages}
 
     def place(tensor: Tensor) -> Tensor:
-        view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         copy = copies.get(tensor.untyped_storage().data_ptr())
-        if copy is None:
-            return view
-        return view.set_(
-            copy.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
-        )
+        return torch.empty(0) if copy is None else same_part(tensor, copy)
 
     wanted = {
         position
@@ -252,10 +245,6 @@ def _with_update(tensors: Sequence[Tensor], work: Work) -> list[Tensor]:
     batches = [part for batch in work.batches for part in _parts_of(batch, wanted)]
     replace(work, batches=batches, copies=parts).elsewhere(place).run(threads=1)
     return [_like(tensor, place(local_part(tensor).detach())) for tensor in tensors]
-
-
-def _bytes_of(tensor: Tensor) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
 def _parts_of(batch: Batch, wanted: set[int]) -> Iterator[Batch]:

@@ -41,11 +41,9 @@ class PendingUpdate:
         if name in self._tensors or name in self._stored or (start is None and name in self.parts):
             raise UpdateError(f"{name!r} was loaded twice in one update")
         # The model's own values are copied in any case: the commit writes over them.
+        tensor = tensor.detach()
         if self._copies or self._live.holds_any((tensor,)):
-            with torch.no_grad():
-                tensor = tensor.clone(memory_format=torch.contiguous_format)
-        else:
-            tensor = tensor.detach()
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
         if start is None:
             self._tensors[name] = tensor
         else:

@@ -148,6 +148,12 @@ def pointers_of(tensors: Sequence[Tensor]) -> list[int]:
         return [part.data_ptr() if part.layout == torch.strided else 0 for part in parts]
 
 
+def same_part(tensor: Tensor, storage: torch.UntypedStorage) -> Tensor:
+    """The part of another storage that `tensor` is of its own."""
+    view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return view.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
 @dataclass(frozen=True)
 class MemoryRanges:
     """Ranges of addresses in order, which do not overlap.

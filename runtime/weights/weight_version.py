@@ -8,8 +8,9 @@ memory finds those, unless they change few values.
 import ctypes
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from fixpass.runtime.modules import unwrapped
-from fixpass.runtime.weights.targets import local_box, local_part, targets
+from fixpass.runtime.weights.targets import local_box, local_part, local_parts, pointers_of, targets
 
 WORDS = 16
 """Words of at most 8 bytes that `WeightVersion` compares on CPU."""
@@ -90,14 +91,21 @@ def write_key(param: Tensor) -> WriteKey:
 
     torch does not count the writes of a tensor made in inference mode: its count is -1.
     """
-    local = local_part(param)
-    count = -1 if local.is_inference() else local._version
-    return count, local.data_ptr() if local.layout == torch.strided else 0
+    return write_keys((param,))[0]
 
 
-def write_keys(params: Iterable[Tensor]) -> tuple[WriteKey, ...]:
+def write_keys(params: Sequence[Tensor]) -> tuple[WriteKey, ...]:
     """The keys of several parameters."""
-    return tuple(write_key(param) for param in params)
+    parts = local_parts(params)
+    try:
+        counts = list(map(_count, parts))
+    # Tensors made in inference mode have none.
+    except RuntimeError:
+        counts = [-1 if part.is_inference() else part._version for part in parts]
+    return tuple(zip(counts, pointers_of(parts), strict=True))
+
+
+_count = attrgetter("_version")
 
 
 def fingerprint(tensor: Tensor, samples: int = SAMPLES) -> int:

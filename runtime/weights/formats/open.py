@@ -5,6 +5,7 @@ first written to a temporary file: nothing of a model may change before all of a
 to fit.
 """
 
+import ctypes
 import glob
 import os
 from collections.abc import Iterable, Mapping
@@ -54,14 +55,17 @@ def from_iterator(tensors: Iterable[tuple[str, Tensor]], file: OpenFile) -> dict
     return found
 
 
-def raw_bytes(tensor: Tensor) -> memoryview:
+def raw_bytes(tensor: Tensor) -> bytes | memoryview:
     """The values of a tensor as they lie in dense memory."""
-    dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    if dense.numel() < 2:
-        # Of which torch takes any stride for contiguous.
-        dense = dense.clone(memory_format=torch.contiguous_format)
-    data: memoryview = dense.view(torch.uint8).numpy().data
+    dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    if dense.nbytes < _SMALL:
+        return ctypes.string_at(dense.data_ptr(), dense.nbytes)
+    data: memoryview = dense.reshape(-1).view(torch.uint8).numpy().data
     return data
+
+
+_SMALL = 1 << 16
+"""Bytes up to which a copy costs less than a view in numpy."""
 
 
 def check_values(name: object, tensor: object, origin: str = A_STATE_DICT) -> None:

@@ -34,7 +34,7 @@ from fixpass.runtime.weights.plan_cache import Manifest
 from fixpass.runtime.weights.read import Work
 from fixpass.runtime.weights.state_file import SavedState, write_state
 from fixpass.runtime.weights.stored import MemoryPiece
-from fixpass.runtime.weights.targets import Target, local_box, tensors_of, walk
+from fixpass.runtime.weights.targets import Target, gc_paused, local_box, tensors_of, walk
 from fixpass.runtime.weights.weight_version import committed, write_keys
 
 _PART = 1 << 20  # elements looked at for NaN at once
@@ -145,10 +145,11 @@ class Commit:
 
     def _double_buffer(self) -> float:
         written = [target.tensor for target in self.written]
-        double = DoubleBuffer(self.model, written, self.views)
+        with gc_paused():
+            double = DoubleBuffer(self.model, written, self.views)
+            work = self.work.elsewhere(double.on_back)
         if not self.is_whole or any(t.nbytes < _owned(t) for t in self.work.tensors):
             double.copy_old()
-        work = self.work.elsewhere(double.on_back)
         self._write(work)
         if self.options.finite:
             check_finite((target.name, double.on_back(target.tensor)) for target in self.written)
@@ -185,7 +186,8 @@ class Commit:
                 f"the weights became version {before} while an update of version {self.base} was "
                 "open: begin it again"
             )
-        self.manifest.check({target.name: target.tensor for target in walk(self.model)[0]})
+        with gc_paused():
+            self.manifest.check({target.name: target.tensor for target in walk(self.model)[0]})
         self._save("committing", before, to)
         try:
             if self.options.attempt is not None:

@@ -27,7 +27,7 @@ from fixpass.runtime.weights.files import MOST_PARTS, OpenFile, in_turn
 from fixpass.runtime.weights.read import Copy, Work, copies
 from fixpass.runtime.weights.relayout import any_layout_set, packed, record, record_of
 from fixpass.runtime.weights.stored import Box, FilePiece, Stored
-from fixpass.runtime.weights.targets import PLAIN, pointers_of, same_part, walk
+from fixpass.runtime.weights.targets import PLAIN, gc_paused, pointers_of, same_part, walk
 
 T = TypeVar("T")
 
@@ -203,12 +203,13 @@ class DoubleBuffer:
 
     def flip(self) -> None:
         """Put the other memory in place. The caller has closed the lock."""
-        before = [tensor.data for tensor in self._moved]
-        try:
-            _point(self._moved, [self.on_back(tensor) for tensor in self._moved])
-        except BaseException:
-            _point(self._moved, before)
-            raise
+        with gc_paused():
+            before = [tensor.data for tensor in self._moved]
+            try:
+                _point(self._moved, [self.on_back(tensor) for tensor in self._moved])
+            except BaseException:
+                _point(self._moved, before)
+                raise
         _SPARE[self._model] = list(self._live.values())
 
     def on_back(self, tensor: Tensor) -> Tensor:

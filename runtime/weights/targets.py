@@ -4,8 +4,10 @@ Names are those of the model without its wrappers: torch.compile, activation che
 parallelism add words of their own.
 """
 
+import gc
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,6 +41,17 @@ class Target(NamedTuple):
     """The module that holds the tensor under `leaf`."""
     leaf: str
     tensor: Tensor
+
+
+@contextmanager
+def gc_paused() -> Iterator[None]:
+    """A context without garbage collection, which would look at thousands of new tuples in vain."""
+    resume = gc.enable if gc.isenabled() else gc.disable
+    gc.disable()
+    try:
+        yield
+    finally:
+        resume()
 
 
 def walk(model: nn.Module) -> tuple[list[Target], list[Tensor]]:

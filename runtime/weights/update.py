@@ -8,7 +8,6 @@ and the version rises. An exception before that leaves every byte of the model a
 way back from a failure in each of them, are in commit. `load` and `reload` are updates too.
 """
 
-import gc
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -50,7 +49,7 @@ from fixpass.runtime.weights.route import check_twins, scales_without_taker
 from fixpass.runtime.weights.stale import stale_after, views_of, warning_of
 from fixpass.runtime.weights.state_file import digest, resume
 from fixpass.runtime.weights.stored import Stored
-from fixpass.runtime.weights.targets import reshard, walk
+from fixpass.runtime.weights.targets import gc_paused, reshard, walk
 from fixpass.runtime.weights.update_group import UpdateGroup
 
 
@@ -126,14 +125,9 @@ class Update:
     def commit(self) -> None:
         """Write the update. Called once, when the context ends without an exception."""
         options, given = self._options, self._given
-        # The garbage collector would look at each of thousands of tuples, in vain.
-        resume_gc = gc.enable if gc.isenabled() else gc.disable
-        gc.disable()
-        try:
+        with gc_paused():
             cached = self._cached()
             found = cached or self._planned()
-        finally:
-            resume_gc()
         self.num_bytes = found.report.num_bytes
         written = [self._live[index] for index in found.written]
         stale: tuple[str, ...] = ()
@@ -279,7 +273,8 @@ def open_update(model: nn.Module, options: Options) -> Iterator[Update]:
             if any_layout_set():
                 protect(model)
                 bring_back_packed(model, options.timeout)
-            tx = Update(model, base, options)
+            with gc_paused():
+                tx = Update(model, base, options)
             yield tx
             tx.commit()
     finally:

@@ -276,12 +276,12 @@ def number():
 
 
 def test_the_command_line_checks_a_file_against_a_meta_model(tmp_path, capsys):
-    (tmp_path / "sizes.py").write_text(MODEL)
+    (tmp_path / "checked_model.py").write_text(MODEL)
     save_file({"old.weight": torch.ones(5, 3)}, tmp_path / "w.safetensors")
-    words = ["check", str(tmp_path / "w.safetensors"), f"{tmp_path}/sizes.py:model"]
+    words = ["check", str(tmp_path / "w.safetensors"), f"{tmp_path}/checked_model.py:model"]
     assert main(words) == 1
     assert "Rename('old.', '')" in capsys.readouterr().out
-    assert main([*words, "--mapping", f"{tmp_path}/sizes.py:mapping"]) == 0
+    assert main([*words, "--mapping", f"{tmp_path}/checked_model.py:mapping"]) == 0
     assert "1 stored tensors: no faults" in capsys.readouterr().out
-    assert main([*words, "--mapping", f"{tmp_path}/sizes.py:number"]) == 2
+    assert main([*words, "--mapping", f"{tmp_path}/checked_model.py:number"]) == 2
     assert "not a Mapping" in capsys.readouterr().err

@@ -91,11 +91,17 @@ class Attempt:
 
     def staged(self) -> None:
         """Wait until all ranks have staged. The lock is open, so calls go on meanwhile."""
-        ranks = self.ranks
+        is_ready = False
+
+        def is_over() -> bool:
+            nonlocal is_ready
+            is_ready = self._have_all("staged")
+            return is_ready or self._found() is not None
+
         with _store_lost("nothing was changed"):
-            ranks.tell("staged")
-            self._wait(lambda: self._have_all("staged") or self._found() is not None)
-            if not self._have_all("staged") or self._found() is not None:
+            self.ranks.tell("staged")
+            self._wait(is_over)
+            if not is_ready:
                 self._check(self._outcome("staged", "is not ready"))
 
     def agree(self, base: int, to: int) -> None:
@@ -176,7 +182,7 @@ class Attempt:
         False where the time is up, or where a rank has ended that has not come to `step`.
         """
         ranks = self.ranks
-        pause, most = 5e-5, 5e-4 * max(1.0, ranks.size / 8)
+        pause, most = 1e-6, 5e-4 * max(1.0, ranks.size / 8)
         now = time.monotonic()
         end, look = now + ranks.timeout, now + _LOOK
         while not is_there():
@@ -189,8 +195,10 @@ class Attempt:
                 if not late.isdisjoint(_lost(progress)):
                     return is_there()
                 look = now + _LOOK
-            time.sleep(pause)
-            pause = min(1.5 * pause, most)
+            # The kernel adds 50 us to any sleep.
+            if pause > 2e-5:
+                time.sleep(pause)
+            pause = min(1.2 * pause, most)
         return True
 
     def _absent(self, step: Step, what: str) -> list[str]:

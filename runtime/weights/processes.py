@@ -6,6 +6,7 @@ count as running.
 
 import os
 import socket
+from functools import cache
 from pathlib import Path
 from typing import TypedDict
 
@@ -46,6 +47,7 @@ def is_stopped(process: Process) -> bool:
     return state is not None and state[0] in "Tt"
 
 
+@cache
 def _place() -> str:
     try:
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"

@@ -113,16 +113,15 @@ class UpdateGroup:
     def decide(self, wanted: Decision) -> Decision:
         """Propose the decision of the present attempt; the one that came first."""
         key = f"decision/{self.attempt}"
-        found = Decision(*json.loads(self._store.compare_set(key, "", json.dumps(wanted))))
-        self._store.set("last", str(self.attempt))
-        return found
+        return Decision(*json.loads(self._store.compare_set(key, "", json.dumps(wanted))))
 
     def catch_up(self) -> None:
         """Go on behind the last attempt that is decided."""
-        if not self.attempt and self._store.check(["last"]):
-            self.attempt = int(self._store.get("last"))
-        while self.decision(self.attempt + 1) is not None:
-            self.attempt += 1
+        step = 1
+        while step:
+            is_decided = self._store.check([f"decision/{self.attempt + step}"])
+            self.attempt += step * is_decided
+            step = 2 * step if is_decided else step // 2
 
 
 _OF_GROUPS: "WeakKeyDictionary[dist.ProcessGroup, UpdateGroup]" = WeakKeyDictionary()

@@ -19,7 +19,7 @@ BEFORE = PHASES[:4]
 
 @pytest.fixture(scope="module")
 def ranks():
-    with Ranks(4) as ranks:
+    with Ranks(4, seconds=900) as ranks:
         ranks.run(workers.begin, None, None, None, None, 30.0)
         yield ranks
 
@@ -131,7 +131,7 @@ def check_killed(ranks, phase, store, place):
     assert (number, value) in before if phase in BEFORE else value == 8.0
     ranks.processes[1].join()
     ranks.spawn(1, None)
-    ranks.send(1, workers.begin, store, place, 1, ranks.size, 2.0)
+    ranks.send(1, workers.begin, store, place, 1, ranks.size, 5.0)
     ranks.collect([1])
     if number:
         ranks.send(1, workers.come_back, value)
@@ -156,7 +156,7 @@ def engines(place):
     """Two processes that share a store and no process group."""
     with Ranks(2, group=False) as ranks:
         for rank in range(2):
-            ranks.send(rank, workers.begin, *place, rank, 2, 2.0)
+            ranks.send(rank, workers.begin, *place, rank, 2, 5.0)
         ranks.pids = ranks.collect()
         yield ranks
 
@@ -164,7 +164,7 @@ def engines(place):
 @pytest.mark.parametrize("place", ["tcp"], indirect=True)
 def test_engines_without_a_group_fail_and_come_back(engines, place):
     assert states(engines.run(workers.step, 5)) == {(1, 5.0)}
-    check_stopped(engines, engines.pids, "before the vote")
+    check_stopped(engines, engines.pids, "after the vote")
     check_killed(engines, "after the vote", *place)
 
 
@@ -187,7 +187,7 @@ def test_engines_survive_a_rank_that_is_killed_in_any_phase(engines, place, phas
 @pytest.mark.parametrize("phase", PHASES)
 def test_four_ranks_survive_one_that_fails_in_any_phase(phase, kind):
     with Ranks(4) as ranks:
-        pids = ranks.run(workers.begin, None, None, None, None, 2.0)
+        pids = ranks.run(workers.begin, None, None, None, None, 5.0)
         ranks.run(workers.step, 5)
         if kind == "stop":
             check_stopped(ranks, pids, phase)

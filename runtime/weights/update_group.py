@@ -57,6 +57,7 @@ class UpdateGroup:
         *,
         timeout: float = 60.0,
         name: str = "weights",
+        attempt: int | None = None,
     ) -> None:
         """Ranks that share a store. They need no process group.
 
@@ -66,6 +67,7 @@ class UpdateGroup:
             size: the number of ranks.
             timeout: seconds that a rank waits for the others.
             name: tells apart the models that are updated over one store.
+            attempt: the last update that this rank has seen; by default the last decided one.
 
         Example:
             >>> store = torch.distributed.TCPStore(host, port, is_master=False)
@@ -74,12 +76,14 @@ class UpdateGroup:
 
         """
         self.rank, self.size, self.timeout = rank, size, timeout
-        self.attempt = 0
-        """The last one that this process took part in."""
+        self.attempt = attempt or 0
+        """The last one that this rank has seen. Updates of equal numbers belong together."""
         self._store = PrefixStore(f"fixpass/{name}", store)
         self._process = this_process()
         self._keys = [f"rank/{each}" for each in range(size)]
         self._met = False
+        if attempt is None:
+            self.catch_up()
         self.tell("joined")
 
     @staticmethod
@@ -88,8 +92,11 @@ class UpdateGroup:
         if isinstance(group, UpdateGroup):
             return group
         if group not in _OF_GROUPS:
-            store = _get_process_group_store(group)
-            _OF_GROUPS[group] = UpdateGroup(store, group.rank(), group.size())
+            store, size = PrefixStore("fixpass", _get_process_group_store(group)), group.size()
+            # A group that was destroyed and made again may have the store of the former.
+            name = f"group {(store.add('ranks', 1) - 1) // size}"
+            # Its ranks count from their first update, also where another has failed meanwhile.
+            _OF_GROUPS[group] = UpdateGroup(store, group.rank(), size, name=name, attempt=0)
         return _OF_GROUPS[group]
 
     def tell(self, step: Step, base: int = 0, to: int = 0) -> None:
@@ -116,7 +123,7 @@ class UpdateGroup:
         return Decision(*json.loads(self._store.compare_set(key, "", json.dumps(wanted))))
 
     def catch_up(self) -> None:
-        """Go on behind the last attempt that is decided."""
+        """Take the last attempt that is decided for seen."""
         step = 1
         while step:
             is_decided = self._store.check([f"decision/{self.attempt + step}"])

@@ -142,6 +142,21 @@ def come_back(value):
     return number
 
 
+def first_update_fails(who):
+    """In a new group, one rank fails before the others have begun their first update."""
+    group, model, said = dist.new_group(), model_of(), []
+    for value in (1, 2):
+        time.sleep(0.3 * (dist.get_rank() != who))
+        try:
+            with update(model, group=group) as tx:
+                if dist.get_rank() == who and value == 1:
+                    raise ValueError("as planned")
+                tx.load_state_dict(weights(value))
+        except ValueError as error:
+            said.append(str(error))
+    return said, (version(model), model[0].weight[0, 0].item())
+
+
 def bad_checkpoint(who):
     """One rank has a checkpoint that does not fit."""
     stored = weights(9)

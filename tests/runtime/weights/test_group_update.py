@@ -4,15 +4,19 @@ import os
 import signal
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from fixpass.runtime.errors import UpdateError
+from fixpass.runtime.weights import commit_guards
+from fixpass.runtime.weights.lock import version
 from fixpass.runtime.weights.update import update
-from fixpass.runtime.weights.update_group import UpdateGroup
+from fixpass.runtime.weights.update_group import UpdateGroup, group_version
 from helpers import group_workers as workers
 from helpers.ranks import Ranks
 
 PHASES = workers.PHASES
+run_section_wait = commit_guards._Section.wait
 BEFORE = PHASES[:4]
 """Phases in which there is no decision yet."""
 
@@ -53,6 +57,14 @@ def test_a_checkpoint_that_does_not_fit_one_rank_is_refused_by_all(ranks):
     assert "does not fit into '2.weight'" in results[1][0]
     for rank in (0, 2, 3):
         assert results[rank][0].startswith("no rank was updated: rank 1 raised CheckpointError(")
+
+
+def test_the_first_update_of_a_group_may_fail_before_the_others_begin(ranks):
+    results = ranks.run(workers.first_update_fails, 1)
+    assert states(results) == {(1, 2.0)}
+    for rank, (said, _) in enumerate(results):
+        assert said == ["as planned" if rank == 1 else
+                        "no rank was updated: rank 1 raised ValueError('as planned')"]  # fmt: skip
 
 
 def test_ranks_that_update_different_versions_are_told(ranks):
@@ -213,6 +225,55 @@ def test_a_mode_that_can_fail_while_it_writes_is_refused():
     refused = pytest.raises(UpdateError, match="needs one of the modes buffered, double_buffer")
     with refused, update(workers.model_of(), "undo_log", group=group):
         pass
+
+
+def test_a_rank_that_loses_the_store_before_its_vote_keeps_its_weights():
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = dist.TCPStore("127.0.0.1", server.port, is_master=False)
+    model = workers.model_of()
+    before = [param.clone() for param in model.parameters()]
+    lost = pytest.raises(
+        UpdateError, match=r"the store of the group is lost .* nothing was changed"
+    )
+    with lost as caught, update(model, group=UpdateGroup(client, 0, 2)) as tx:
+        tx.load_state_dict(workers.weights(3))
+        del server
+    assert all(map(torch.equal, model.parameters(), before))
+    assert "the other ranks were not told" in caught.value.__notes__[0]
+
+
+def test_an_interrupt_in_the_vote_is_raised_after_the_write():
+    """The other rank is not kept waiting for a confirmation."""
+    model, store, ranks = workers.model_of(), dist.HashStore(), []
+
+    def interrupted(self, wait=run_section_wait):
+        wait(self)
+        if not ranks:
+            ranks.append(None)
+            raise KeyboardInterrupt
+
+    group = UpdateGroup(store, 0, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commit_guards._Section, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt), update(model, group=group) as tx:
+            tx.load_state_dict(workers.weights(3))
+    assert version(model) == 1
+    (progress,) = group.progress()
+    assert progress.reached(1, "done")
+
+
+def test_a_new_process_finds_the_last_of_many_attempts():
+    store, model = dist.HashStore(), workers.model_of()
+    group = UpdateGroup(store, 0, 1)
+    for number in range(1, 12):
+        assert group_version(UpdateGroup(store, 0, 1)) == number - 1
+        with update(model, group=group) as tx:
+            tx.load_state_dict(workers.weights(number))
+    with pytest.raises(ValueError, match="as planned"), update(model, group=group):
+        raise ValueError("as planned")
+    late = UpdateGroup(store, 0, 1)
+    assert group_version(late) == 11
+    assert late.attempt == 12
 
 
 def test_a_group_of_one_updates_alone():

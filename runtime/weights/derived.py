@@ -20,9 +20,10 @@ from torch.distributed.tensor import DTensor
 
 from fixpass.runtime.errors import UpdateError, WeightError
 from fixpass.runtime.weights.files import Batch
+from fixpass.runtime.weights.options import Options
 from fixpass.runtime.weights.reachable import resolve
 from fixpass.runtime.weights.read import Work
-from fixpass.runtime.weights.targets import MemoryRanges, local_part, same_part
+from fixpass.runtime.weights.targets import MemoryRanges, Target, local_part, same_part
 
 Value = Tensor | float
 Function = Callable[..., Value]
@@ -109,6 +110,19 @@ def declared_in(model: nn.Module) -> tuple[set[int], set[str]]:
             ids.add(id(resolve(module, one.name)[1]))
             names.add(f"{path}.{one.name}".removeprefix("."))
     return ids, names
+
+
+def without_declared(
+    model: nn.Module, live: Sequence[Target], options: Options
+) -> tuple[list[Target], Options]:
+    """The targets of a checkpoint without declared tensors, which a checkpoint may have or not."""
+    ids, _ = declared_in(model)
+    names = [target.name for target in live if id(target.tensor) in ids]
+    if not names:
+        return list(live), options
+    mapping = replace(options.mapping, filters=(*options.mapping.filters, *names))
+    kept = [target for target in live if target.name not in names]
+    return kept, replace(options, mapping=mapping)
 
 
 def _has(module: nn.Module, name: str) -> bool:

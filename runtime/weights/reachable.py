@@ -95,7 +95,7 @@ def resolve(module: nn.Module, name: str) -> tuple[Callable[[Any], None], Any]:
 
 # An attribute, a key or an index in brackets, or a variable of a closure.
 _TOKEN = re.compile(
-    r"""(\.?([A-Za-z_0-9]+)|\[((?:'(?:[^'\\]|\\.)*'|\[[^\]]*\]|[^\[\]'])+)\]|<([A-Za-z_]\w*)>)"""
+    r"""(\.?([A-Za-z_0-9]+)|\[((?:'(?:[^'\\]|\\.)*'|\[[^\]]*\]|[^\[\]'])+)\]|<(\w+)>)"""
 )
 
 

@@ -19,9 +19,10 @@ from fixpass.runtime.weights.options import (
     Options,
     Scope,
     Strict,
+    UpdateReport,
     mode_named,
 )
-from fixpass.runtime.weights.update import UpdateReport, open_update
+from fixpass.runtime.weights.update import open_update
 from fixpass.runtime.weights.update_group import UpdateGroup
 
 

@@ -124,7 +124,7 @@ def _key(owner: Any, item: str) -> Any:
 
 
 def _cell(function: Any, variable: str) -> Any:
-    plain = function.__func__ if isinstance(function, MethodType) else function
+    plain: Any = function.__func__ if isinstance(function, MethodType) else function
     return plain.__closure__[plain.__code__.co_freevars.index(variable)]
 
 

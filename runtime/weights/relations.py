@@ -243,8 +243,8 @@ def _matrices(tensor: Tensor, sources: Sequence[Source]) -> Iterator[Relation]:
         if square and weight.shape == tensor.shape and _is_inverse(tensor, (weight,)):
             yield Relation("the inverse", (name,), _is_inverse)
     for (name, one), (other, two) in product(matrices, repeat=2):
-        for flips in product((False, True), repeat=2):
-            check = partial(_is_matmul, flips)
+        for flip, other_flip in product((False, True), repeat=2):
+            check = partial(_is_matmul, (flip, other_flip))
             if check(tensor, (one, two)):
                 yield Relation("the matrix product", (name, other), check)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fixpass.runtime.errors import UpdateError, WeightError
+from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights.files import Batch
 from fixpass.runtime.weights.options import Options
 from fixpass.runtime.weights.reachable import resolve
@@ -154,7 +155,8 @@ def _fitting(module: nn.Module, derivation: Derivation, held: Value, value: Valu
 def _facts(value: Value) -> str:
     if not isinstance(value, Tensor):
         return "a number" if isinstance(value, int | float) else f"a {type(value).__name__}"
-    return f"{value.dtype} {tuple(value.shape)} on {value.device}"
+    sharded = f", {value.placements}" if isinstance(value, DTensor) else ""
+    return f"{value.dtype} {tuple(value.shape)} on {value.device}{sharded}"
 
 
 class _Refresh(NamedTuple):
@@ -220,7 +222,7 @@ class Staged:
 
     def names(self, model: nn.Module) -> tuple[str, ...]:
         """The names of the derived tensors in a model; of the class, where they are not in it."""
-        paths = {id(module): path for path, module in model.named_modules()}
+        paths = {id(module): path for path, module in unwrapped(model).named_modules()}
         return tuple(
             f"{paths.get(id(refresh.module), type(refresh.module).__name__)}."
             f"{refresh.derivation.name}".removeprefix(".")

@@ -110,7 +110,10 @@ def audit(model: nn.Module, process: Process) -> Audit:
         _update_with_equal_values(model)
     except FixpassError as error:
         found.append(Finding("refused", type(model).__name__, str(error)))
-    found += _between(again, _states(census(model)), "changed")
+    # A declared tensor that the processing has left stale is refreshed by any update.
+    declared = {name for entry in first.entries if entry.is_declared for name in entry.names}
+    equal = {n: state for n, state in _states(census(model)).items() if n not in declared}
+    found += _between(again, equal, "changed")
     found += [Finding("stale", e.names[0], f"{e.relation}; {WHY['stale']}") for e in first.exposed]
     return Audit(tuple(dict.fromkeys(found)), first)
 

@@ -130,11 +130,13 @@ def census(
     if process is not None:
         with DataFlow(_weights(model)) as flow:
             process(model)
-        made = {h.name: r for h in reachable(model) if (r := flow.relation(h.value, process))}
-        _MADE.setdefault(model, {}).update(made)
+        present = _weights(model)
+        for held in reachable(model):
+            if (made := flow.relation(held.value, process, present)) is not None:
+                _MADE.setdefault(model, {})[held.name] = made
         SEARCHED.clear()
-    held = reachable(model, module_globals=module_globals)
-    return _Search(model, compare_weights=True).census(held)
+    found = reachable(model, module_globals=module_globals)
+    return _Search(model, compare_weights=True).census(found)
 
 
 def followers(model: nn.Module) -> list[Entry]:

@@ -5,7 +5,7 @@ in, so that `.data`, views and new Parameter objects make no difference. Numbers
 a tensor are known by their value. Not followed: numpy, other threads, kernels outside of torch.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -50,11 +50,18 @@ class DataFlow(TorchDispatchMode):
                 self._numbers[leaf] = names
         return result
 
-    def relation(self, value: Tensor | float, process: Callable[..., object]) -> Relation | None:
-        """The relation of a value that the call made of weights; None for weights themselves."""
+    def relation(
+        self, value: Tensor | float, process: Callable[..., object], present: Collection[str]
+    ) -> Relation | None:
+        """The relation of a value that the call made of weights.
+
+        None for what lies in the memory of weights that are `present` after the call.
+        """
         if isinstance(value, Tensor):
-            keys = [key for key in _keys(value) if key not in self._weights]
-            names = frozenset().union(*(self._memory.get(key, ()) for key in keys))
+            keys = _keys(value)
+            own: Names = frozenset().union(*(self._weights.get(key, ()) for key in keys))
+            names: Names = frozenset().union(*(self._memory.get(key, ()) for key in keys))
+            names = frozenset() if own.intersection(present) else names
         else:
             names = self._numbers.get(value, frozenset())
         if not names:

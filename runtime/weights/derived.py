@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fixpass.runtime.errors import UpdateError, WeightError
+from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights.files import Batch
+from fixpass.runtime.weights.options import Options
 from fixpass.runtime.weights.reachable import resolve
 from fixpass.runtime.weights.read import Work
-from fixpass.runtime.weights.targets import MemoryRanges, local_part, same_part
+from fixpass.runtime.weights.targets import MemoryRanges, Target, local_part, same_part
 
 Value = Tensor | float
 Function = Callable[..., Value]
@@ -111,6 +113,19 @@ def declared_in(model: nn.Module) -> tuple[set[int], set[str]]:
     return ids, names
 
 
+def without_declared(
+    model: nn.Module, live: Sequence[Target], options: Options
+) -> tuple[list[Target], Options]:
+    """The targets of a checkpoint without declared tensors, which a checkpoint may have or not."""
+    ids, _ = declared_in(model)
+    names = [target.name for target in live if id(target.tensor) in ids]
+    if not names:
+        return list(live), options
+    mapping = replace(options.mapping, filters=(*options.mapping.filters, *names))
+    kept = [target for target in live if target.name not in names]
+    return kept, replace(options, mapping=mapping)
+
+
 def _has(module: nn.Module, name: str) -> bool:
     registered = (module._parameters, module._buffers, module._modules, vars(module))
     return any(name in held for held in registered) or name in dir(type(module))
@@ -140,7 +155,8 @@ def _fitting(module: nn.Module, derivation: Derivation, held: Value, value: Valu
 def _facts(value: Value) -> str:
     if not isinstance(value, Tensor):
         return "a number" if isinstance(value, int | float) else f"a {type(value).__name__}"
-    return f"{value.dtype} {tuple(value.shape)} on {value.device}"
+    sharded = f", {value.placements}" if isinstance(value, DTensor) else ""
+    return f"{value.dtype} {tuple(value.shape)} on {value.device}{sharded}"
 
 
 class _Refresh(NamedTuple):
@@ -206,7 +222,7 @@ class Staged:
 
     def names(self, model: nn.Module) -> tuple[str, ...]:
         """The names of the derived tensors in a model; of the class, where they are not in it."""
-        paths = {id(module): path for path, module in model.named_modules()}
+        paths = {id(module): path for path, module in unwrapped(model).named_modules()}
         return tuple(
             f"{paths.get(id(refresh.module), type(refresh.module).__name__)}."
             f"{refresh.derivation.name}".removeprefix(".")

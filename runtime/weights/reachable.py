@@ -95,7 +95,7 @@ def resolve(module: nn.Module, name: str) -> tuple[Callable[[Any], None], Any]:
 
 # An attribute, a key or an index in brackets, or a variable of a closure.
 _TOKEN = re.compile(
-    r"""(\.?([A-Za-z_0-9]+)|\[((?:'(?:[^'\\]|\\.)*'|\[[^\]]*\]|[^\[\]'])+)\]|<([A-Za-z_]\w*)>)"""
+    r"""(\.?([A-Za-z_0-9]+)|\[((?:'(?:[^'\\]|\\.)*'|\[[^\]]*\]|[^\[\]'])+)\]|<(\w+)>)"""
 )
 
 
@@ -124,7 +124,7 @@ def _key(owner: Any, item: str) -> Any:
 
 
 def _cell(function: Any, variable: str) -> Any:
-    plain = function.__func__ if isinstance(function, MethodType) else function
+    plain: Any = function.__func__ if isinstance(function, MethodType) else function
     return plain.__closure__[plain.__code__.co_freevars.index(variable)]
 
 

@@ -158,7 +158,8 @@ def _elementwise(tensor: Tensor, sources: Sequence[Source]) -> Iterator[Relation
     for name, weight in sources:
         if weight.shape != tensor.shape or not weight.is_floating_point():
             continue
-        for how, check in (("a multiple", _is_multiple), ("the reciprocal", _is_reciprocal)):
+        multiple = partial(_is_multiple, _factor(tensor, weight))
+        for how, check in (("a multiple", multiple), ("the reciprocal", _is_reciprocal)):
             sampled = check(_sample(tensor, index), [_sample(weight, index)])
             if sampled and check(tensor, (weight,)):
                 yield Relation(how, (name,), check)
@@ -188,16 +189,18 @@ def _is_result(
     return _is_close(tensor, op(one, other.expand(one.shape)))
 
 
-def _is_multiple(tensor: Tensor, weights: Sequence[Tensor]) -> bool:
-    weight = weights[0].detach().double()
-    largest = int(weight.abs().argmax())
-    if not (divisor := float(weight.reshape(-1)[largest])):
-        return False
-    factor = float(tensor.detach().reshape(-1)[largest].double()) / divisor
-    # Any number is a multiple of any other: of single ones only these are told.
-    if tensor.numel() < 4 and factor not in (2.0, 0.5):
-        return False
-    return factor != 0 and _is_close(tensor, weight * factor)
+def _factor(tensor: Tensor, weight: Tensor) -> float:
+    """The factor that may lie between a weight and a tensor; 0 where there is none."""
+    values = weight.detach().double().reshape(-1)
+    largest = int(values.abs().argmax())
+    divisor = float(values[largest])
+    factor = float(tensor.detach().reshape(-1)[largest].double()) / divisor if divisor else 0.0
+    # Any number is a multiple of any other: of single ones only doubles and halves are told.
+    return factor if tensor.numel() > 3 or factor in (2.0, 0.5) else 0.0
+
+
+def _is_multiple(factor: float, tensor: Tensor, weights: Sequence[Tensor]) -> bool:
+    return bool(factor) and _is_close(tensor, weights[0].detach().double() * factor)
 
 
 def _is_reciprocal(tensor: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -240,8 +243,8 @@ def _matrices(tensor: Tensor, sources: Sequence[Source]) -> Iterator[Relation]:
         if square and weight.shape == tensor.shape and _is_inverse(tensor, (weight,)):
             yield Relation("the inverse", (name,), _is_inverse)
     for (name, one), (other, two) in product(matrices, repeat=2):
-        for flips in product((False, True), repeat=2):
-            check = partial(_is_matmul, flips)
+        for flip, other_flip in product((False, True), repeat=2):
+            check = partial(_is_matmul, (flip, other_flip))
             if check(tensor, (one, two)):
                 yield Relation("the matrix product", (name, other), check)
 

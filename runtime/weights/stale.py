@@ -6,17 +6,18 @@ the result is kept, and an update of a model without such tensors asks one dict.
 """
 
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fixpass.runtime.errors import UpdateError
 from fixpass.runtime.weights.census import followers
 from fixpass.runtime.weights.derived import SEARCHED
 from fixpass.runtime.weights.options import OnStale, some
 from fixpass.runtime.weights.reachable import reachable
-from fixpass.runtime.weights.targets import PLAIN
 
 
 class StaleWarning(UserWarning):
@@ -76,27 +77,34 @@ def views_of(model: nn.Module, weights: Sequence[Tensor]) -> list[Tensor]:
     The model is searched only if more tensors use the memory than the given ones: torch counts
     them. Call it before anything else holds views of the weights.
     """
-    own = [tensor for tensor in weights if type(tensor) in PLAIN and tensor.layout is torch.strided]
-    storages = list(map(Tensor.untyped_storage, own))
-    pointers = [storage.data_ptr() for storage in storages]
-    users = map(torch._C._storage_Use_Count, [storage._cdata for storage in storages])
-    lone = torch.empty(1, device="cpu").untyped_storage()
-    once = torch._C._storage_Use_Count(lone._cdata) + 1
+    own = [t for t in weights if t.layout is torch.strided and not isinstance(t, DTensor)]
+    lone = torch.empty(1, device="cpu")
+    # All are held while they are counted, as the address of one that is not may be used again.
+    storages = list(map(Tensor.untyped_storage, (lone, *own)))
+    once, *users = map(torch._C._storage_Use_Count, map(_address, storages))
     known: dict[int, set[int]] = {}
-    for tensor, pointer in zip(own, pointers, strict=True):
-        known.setdefault(pointer, set()).add(id(tensor))
-    counts = dict(zip(pointers, users, strict=True))
-    shared = {p for p, count in counts.items() if p and count - once > len(known[p]) - 1}
+    more: dict[int, int] = {}  # users beside the first
+    for tensor, storage, count in zip(own, storages[1:], users, strict=True):
+        if count != once:
+            known.setdefault(storage.data_ptr(), set()).add(id(tensor))
+            more[storage.data_ptr()] = count - once
+    shared = {
+        pointer for pointer, count in more.items() if pointer and count >= len(known[pointer])
+    }
     if not shared:
         return []
+    ids = set(map(id, own))
     found = {
-        id(held.value): held.value
-        for held in reachable(model)
-        if isinstance(held.value, Tensor)
-        and held.value.layout is torch.strided
-        and held.value.untyped_storage().data_ptr() in shared
+        id(value): value
+        for _, value, _ in reachable(model)
+        if isinstance(value, Tensor) and id(value) not in ids and _lies_in(value, shared)
     }
-    for pointer in shared:
-        for key in known[pointer]:
-            found.pop(key, None)
     return list(found.values())
+
+
+_address = attrgetter("_cdata")
+
+
+def _lies_in(tensor: Tensor, pointers: set[int]) -> bool:
+    is_strided = tensor.layout is torch.strided
+    return is_strided and tensor.untyped_storage().data_ptr() in pointers

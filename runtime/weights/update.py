@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fixpass.runtime.errors import CheckpointError, PoisonedError, UpdateError, VersionError
 from fixpass.runtime.weights.commit import Commit
-from fixpass.runtime.weights.derived import DECLARED, SEARCHED, Staged, declared_in
+from fixpass.runtime.weights.derived import DECLARED, SEARCHED, Staged, without_declared
 from fixpass.runtime.weights.formats.safetensors import Files
 from fixpass.runtime.weights.group_commit import taking_part
 from fixpass.runtime.weights.lock import WeightsLock, lock_of
@@ -84,8 +84,7 @@ class Update:
             weights = [target.tensor for target in self._live]
             self._views = views_of(model, [*weights, *transient])
         if DECLARED:
-            derived, _ = declared_in(model)
-            self._live = [target for target in self._live if id(target.tensor) not in derived]
+            self._live, self._options = without_declared(model, self._live, options)
         self._manifest = Manifest.of({target.name: target.tensor for target in self._live})
 
     def load(self, name: str, tensor: Tensor, *, start: Sequence[int] | None = None) -> None:

@@ -12,6 +12,7 @@ import torch
 from sglang.srt.model_loader import loader
 
 from fixpass.integrations.sglang import serving as integration
+from fixpass.weights import census
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("default")]
 HERE = Path(__file__).resolve().parent
@@ -114,6 +115,19 @@ def test_a_second_load_is_what_a_fresh_layer_computes(fixpass_on):
         models.append(model.layer)
     again, fresh = (layer.weight.float() * layer.weight_scale.t() for layer in models)
     assert torch.equal(again, fresh)
+
+
+@pytest.mark.parametrize("strategy", ["channel", "tensor"])
+def test_a_census_finds_nothing_stale_after_a_second_load(fixpass_on, strategy):
+    fixpass_on()
+    cpu, model, found = torch.device("cpu"), torch.nn.Module(), []
+    model.layer = linear(strategy)
+    for seed in range(2):
+        loader.DefaultModelLoader.restore_weights_before_loading(model, cpu)
+        load(model, checkpoint(strategy, seed))
+        loader.DefaultModelLoader.postprocess_weights(model, cpu)
+        found.append(census(model))
+    assert found[1].stale_since(found[0]) == ()
 
 
 def test_an_empty_update_changes_nothing(fixpass_on):

@@ -79,3 +79,10 @@ def test_folds_that_are_switched_off_stay_in_the_graph(engines):
     ours = engines.run("qwen3", fixpass=True, environ=(TILES, ("FIXPASS_FOLD_WEIGHTS", "off")))
     assert applied(ours, "fold-weights") == [[]]
     assert ours["tokens"] == fresh(engines)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_census_finds_nothing_stale_after_reloads(engines, tp):
+    ours = engines.run("qwen3", tp=tp, fixpass=True, census=True, reloads=reloads(engines))
+    assert ours["reloaded"] == [fresh(engines, seed) for seed in SEEDS]
+    assert ours["stale"] == [[]] * tp

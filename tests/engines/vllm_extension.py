@@ -15,7 +15,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from fixpass.backend import last_reports
 from fixpass.integrations.vllm import live_reload
 from fixpass.integrations.vllm.worker import Reports
-from fixpass.weights import layout_of
+from fixpass.weights import census, layout_of
 
 if os.environ.get("FIXPASS_TEST_GLOO") == "1":
     CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
@@ -37,6 +37,12 @@ class Extension(Reports):
     def test_folded(self):
         params = self.model_runner.get_model().named_parameters()
         return [name for name, param in params if layout_of(param) is not None]
+
+    def test_census(self):
+        """Take a census; the tensors that have become stale since the last one."""
+        before = vars(self).get("census")
+        self.census = census(self.model_runner.get_model())
+        return [] if before is None else list(map(str, self.census.stale_since(before)))
 
     def test_norms(self):
         modules = self.model_runner.model.named_modules()

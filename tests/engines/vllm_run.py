@@ -2,8 +2,8 @@
 
 A job: `llm` (keywords of LLM), `prompts` (lists of token numbers), `max_tokens`, `rounds` (how
 often to generate, timed), `folds` (layouts by parameter, folded then), `reloads` (checkpoints, each
-loaded into the running engine before it generates again), `keep_mode` (CPU's platform leaves the
-compilation mode that was asked for).
+loaded into the running engine before it generates again), `census` (which tensors the reloads have
+left stale), `keep_mode` (CPU's platform leaves the compilation mode that was asked for).
 """
 
 import json
@@ -34,7 +34,11 @@ def main(job_path, result_path):
     if folds := job.get("folds"):
         llm.collective_rpc("fixpass_fold", args=(folds,))
         result["folded"] = generate(llm, job)["tokens"]
+    if job.get("census"):
+        llm.collective_rpc("test_census")
     result["reloaded"] = [reload(llm, job, folder) for folder in job.get("reloads", ())]
+    if job.get("census"):
+        result["stale"] = llm.collective_rpc("test_census")
     result["layouts"] = llm.collective_rpc("test_folded")
     with open(result_path, "w") as file:
         json.dump(result, file)

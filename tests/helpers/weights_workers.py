@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from fixpass.runtime.weights import files
 from fixpass.runtime.weights import update as updating
+from fixpass.runtime.weights.derived import derive
 from fixpass.runtime.weights.load import reload
 from fixpass.runtime.weights.lock import version
 from fixpass.runtime.weights.update import update
@@ -133,6 +134,22 @@ def reload_sharded(folder):
         )
     updating.make_plan = make
     return wrong, len(plans), version(model)
+
+
+def refresh_sharded():
+    """Whether declared tensors, a whole one and a sharded one, are right after sharded reloads."""
+    model, right = sharded(), []
+    derive(model[0], "sums", lambda weight: weight.full_tensor().sum(1), of=["up.weight"])
+    derive(model[0], "twice", lambda weight: 2 * weight, of=["up.weight"])
+    for seed in (1, 2):
+        model(torch.ones(2, 16))
+        torch.manual_seed(seed)
+        new = {name: torch.randn(param.shape) for name, param in model.named_parameters()}
+        reload(model, new, progress=False, on_stale="raise")
+        weight = new["0.up.weight"]
+        right.append(torch.equal(model[0].sums, weight.sum(1)))
+        right.append(torch.equal(model[0].twice.full_tensor(), 2 * weight))
+    return right
 
 
 def write_plainly():

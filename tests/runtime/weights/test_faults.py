@@ -203,6 +203,10 @@ def two():
         yield ranks
 
 
+def test_declared_tensors_of_sharded_weights_follow(two):
+    assert two.run(workers.refresh_sharded) == [[True] * 4] * 2
+
+
 @pytest.mark.parametrize("mode", ["buffered", "undo_log"])
 @pytest.mark.parametrize("way", ["whole", "sharded"])
 def test_a_sharded_model_is_updated_from_whole_tensors_and_from_shards(two, mode, way):

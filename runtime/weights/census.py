@@ -17,9 +17,15 @@ from torch import Tensor, nn
 from fixpass.runtime.modules import INNER, unwrapped
 from fixpass.runtime.weights.data_flow import DataFlow
 from fixpass.runtime.weights.derived import SEARCHED, declared_in
-from fixpass.runtime.weights.reachable import Held, reachable
+from fixpass.runtime.weights.reachable import (
+    Held,
+    can_compare,
+    place_of,
+    plain_values,
+    reachable,
+)
 from fixpass.runtime.weights.relations import FEW, Relation, Source, relation_of
-from fixpass.runtime.weights.targets import is_freed, local_part, walk
+from fixpass.runtime.weights.targets import walk
 
 MOST_WEIGHTS = 64
 """Weights that a tensor is compared with, where it does not belong to the whole model."""
@@ -90,9 +96,9 @@ class Census:
             relation = next((relations[n] for n in entry.names if n in relations), None)
             if relation is None or any(name not in values for name in relation.of):
                 continue
-            sources = [_plain(values[name]) for name in relation.of]
+            sources = [plain_values(values[name]) for name in relation.of]
             with torch.no_grad():
-                if not relation.holds(_plain(entry.value), sources):
+                if not relation.holds(plain_values(entry.value), sources):
                     found.append(entry)
         return tuple(found)
 
@@ -184,17 +190,17 @@ class _Search:
                 numbers.append([one])
         places: dict[int, list[str]] = {}
         for name, weight in self._weights.items():
-            places.setdefault(_place(weight), []).append(name)
+            places.setdefault(place_of(weight), []).append(name)
         for group in groups.values():
             if id(group[0].value) not in self._ids:
-                places.setdefault(_place(group[0].value), []).append(group[0].name)
+                places.setdefault(place_of(group[0].value), []).append(group[0].name)
         entries = [self._entry(group, places) for group in (*groups.values(), *numbers)]
         kept = [e for e in entries if isinstance(e.value, Tensor) or e.relation is not None]
         return Census(tuple(kept), tuple(self._skipped))
 
     def _entry(self, group: list[Held], places: dict[int, list[str]]) -> Entry:
         first, value = group[0], group[0].value
-        is_weight, place = id(value) in self._ids, _place(value)
+        is_weight, place = id(value) in self._ids, place_of(value)
         here = {one.name for one in group}
         shares = tuple(other for other in places[place] if other not in here) if place else ()
         is_view = not is_weight and any(other in self._weights for other in shares)
@@ -211,11 +217,11 @@ class _Search:
         if made is not None and name in made.of:
             # A weight that was processed in its place: the checkpoint gives it.
             made = None
-        plain = _plain(value)
-        if (is_weight and not self._compare_weights) or not _has_values(plain):
+        plain = plain_values(value)
+        if (is_weight and not self._compare_weights) or not can_compare(plain):
             return made
         scope = self._under(module) if is_weight else self._scope(module)
-        sources = [(n, s) for n, s in scope if _place(s) != _place(plain)]
+        sources = [(n, s) for n, s in scope if place_of(s) != place_of(plain)]
         if not isinstance(value, Tensor):
             sources = [source for source in sources if source[1].numel() <= FEW]
         self._pairs += len(sources)
@@ -240,7 +246,7 @@ class _Search:
     def _under(self, prefix: str) -> list[Source]:
         if not self._scopes:
             for name, tensor in self._weights.items():
-                if _has_values(plain := _plain(tensor)):
+                if can_compare(plain := plain_values(tensor)):
                     parts = name.split(".")
                     for depth in range(len(parts)):
                         within = ".".join(parts[:depth])
@@ -269,22 +275,3 @@ def _kind(held: Held) -> str:
     path = held.name.removeprefix(held.module).removeprefix(".")
     marks = ((":", "global"), ("<", "closure"), ("[", "container"), (".", "object"))
     return next((kind for mark, kind in marks if mark in path), "attribute")
-
-
-def _plain(value: Tensor | float) -> Tensor:
-    """The values on this rank; a number as a tensor."""
-    if isinstance(value, Tensor):
-        return local_part(value).detach()
-    return torch.tensor(value, dtype=torch.float64)
-
-
-def _has_values(plain: Tensor) -> bool:
-    return not plain.is_meta and plain.layout == torch.strided and not is_freed(plain)
-
-
-def _place(value: Tensor | float) -> int:
-    """The address of the memory that a tensor lies in; 0 where it has none."""
-    if not isinstance(value, Tensor):
-        return 0
-    plain = local_part(value)
-    return 0 if plain.layout != torch.strided else plain.untyped_storage().data_ptr()

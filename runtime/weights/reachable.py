@@ -16,9 +16,11 @@ from contextlib import suppress
 from types import FunctionType, MappingProxyType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fixpass.runtime.errors import WeightError
+from fixpass.runtime.weights.targets import PLAIN, is_freed, local_part
 
 
 class Held(NamedTuple):
@@ -216,3 +218,37 @@ def _of_globals(owner: type, seen: dict[int, Any]) -> Iterator[Item]:
 
 def _is_skipped(owner: type) -> bool:
     return owner.__module__.partition(".")[0] in _SKIPPED
+
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e8m0fnu)
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+_READABLE = frozenset((*_FLOATS, *_FLOAT8, *_INTEGERS))
+"""Dtypes that torch can index, cast and compare; others are compared as bytes."""
+
+
+def plain_values(value: Tensor | float) -> Tensor:
+    """The values on this rank; a number as a tensor, other dtypes as bytes."""
+    if not isinstance(value, Tensor):
+        return torch.tensor(value, dtype=torch.float64)
+    plain = local_part(value).detach()
+    if plain.dtype in _READABLE or not _has_values(plain) or not plain.is_contiguous():
+        return plain
+    return plain.reshape(plain.shape or (1,)).view(torch.uint8)
+
+
+def can_compare(plain: Tensor) -> bool:
+    """Whether plain values can be read and compared."""
+    return _has_values(plain) and plain.dtype in _READABLE
+
+
+def place_of(value: Tensor | float) -> int:
+    """The address of the memory that a tensor lies in; 0 where it has none of its own."""
+    plain = local_part(value).detach() if isinstance(value, Tensor) else None
+    return plain.untyped_storage().data_ptr() if plain is not None and _has_values(plain) else 0
+
+
+def _has_values(plain: Tensor) -> bool:
+    """Not those of subclasses, which have no memory of their own."""
+    is_strided = type(plain) in PLAIN and plain.layout == torch.strided
+    return is_strided and not (plain.is_meta or plain.is_quantized or is_freed(plain))

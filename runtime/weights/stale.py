@@ -17,7 +17,7 @@ from fixpass.runtime.errors import UpdateError
 from fixpass.runtime.weights.census import followers
 from fixpass.runtime.weights.derived import SEARCHED
 from fixpass.runtime.weights.options import OnStale, some
-from fixpass.runtime.weights.reachable import reachable
+from fixpass.runtime.weights.reachable import place_of, reachable
 
 
 class StaleWarning(UserWarning):
@@ -97,14 +97,9 @@ def views_of(model: nn.Module, weights: Sequence[Tensor]) -> list[Tensor]:
     found = {
         id(value): value
         for _, value, _ in reachable(model)
-        if isinstance(value, Tensor) and id(value) not in ids and _lies_in(value, shared)
+        if isinstance(value, Tensor) and id(value) not in ids and place_of(value) in shared
     }
     return list(found.values())
 
 
 _address = attrgetter("_cdata")
-
-
-def _lies_in(tensor: Tensor, pointers: set[int]) -> bool:
-    is_strided = tensor.layout is torch.strided
-    return is_strided and tensor.untyped_storage().data_ptr() in pointers

@@ -211,3 +211,23 @@ def test_post_processing_is_followed_from_weights_to_what_it_makes():
     assert found == {"table": "made by process of weight", "limit": "made by process of weight"}
     # A later census remembers.
     assert {entry.names[0] for entry in census(model).exposed} == {"table", "limit"}
+
+
+DTYPES = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES - {torch.bool}, key=str), ids=str)
+def test_values_of_every_dtype_are_read(dtype):
+    """Of those that torch itself can't compare, the bytes are."""
+    numbers = torch.Generator().manual_seed(0)
+    size = 8 * dtype.itemsize
+    values = torch.randint(1, 100, (8, size), dtype=torch.uint8, generator=numbers)
+    model = nn.Module()
+    model.register_buffer("weight", values.view(dtype))
+    model.kept = values.clone().view(dtype)
+    (entry,) = census(model).exposed
+    assert (entry.names, entry.relation.of) == (("kept",), ("weight",))
+    before = census(model)
+    assert before.stale_since(before) == ()
+    values.add_(1)
+    assert len(census(model).stale_since(before)) == 1

@@ -20,10 +20,13 @@ from fixpass.runtime.weights.stored import dense_strides
 
 Check = Callable[[Tensor, Sequence[Tensor]], bool]
 Source = tuple[str, Tensor]
+Operation = Callable[..., Tensor]
 
 FEW = 64
 """Elements of a weight of which single ones are recognised, as a scale among scales."""
 _PROBES = 8
+_PART = 1 << 20
+"""Elements that are computed at once in float64."""
 _STARTS = 32
 """Places of a weight that are tried as the first element of a slice."""
 
@@ -147,7 +150,7 @@ def _how(tensor: Tensor, weight: Tensor, strides: tuple[int, ...]) -> str:
 
 def _sample(tensor: Tensor, index: Tensor) -> Tensor:
     places = torch.unravel_index(index.to(tensor.device), tensor.shape)
-    return tensor.detach()[places].double().cpu() if tensor.dim() else tensor.double().cpu()
+    return tensor.detach()[places].cpu() if tensor.dim() else tensor.detach().cpu()
 
 
 def _elementwise(tensor: Tensor, sources: Sequence[Source]) -> Iterator[Relation]:
@@ -158,10 +161,10 @@ def _elementwise(tensor: Tensor, sources: Sequence[Source]) -> Iterator[Relation
     for name, weight in sources:
         if weight.shape != tensor.shape or not weight.is_floating_point():
             continue
-        multiple = partial(_is_multiple, _factor(tensor, weight))
+        values, sample = _sample(tensor, index), _sample(weight, index)
+        multiple = partial(_is_multiple, _factor(values, sample))
         for how, check in (("a multiple", multiple), ("the reciprocal", _is_reciprocal)):
-            sampled = check(_sample(tensor, index), [_sample(weight, index)])
-            if sampled and check(tensor, (weight,)):
+            if check(values, [sample]) and check(tensor, (weight,)):
                 yield Relation(how, (name,), check)
         for other, scale in sources:
             if scale is weight or scale.numel() > weight.numel() or not scale.is_floating_point():
@@ -182,36 +185,39 @@ def _scaled(tensor: Tensor, one: Source, other: Source, index: Tensor) -> Iterat
             yield Relation(how, (one[0], other[0]), check)
 
 
-def _is_result(
-    op: Callable[[Tensor, Tensor], Tensor], tensor: Tensor, weights: Sequence[Tensor]
-) -> bool:
-    one, other = (weight.detach().double() for weight in weights)
-    return _is_close(tensor, op(one, other.expand(one.shape)))
+def _is_result(op: Operation, tensor: Tensor, weights: Sequence[Tensor]) -> bool:
+    one, other = weights
+    return _is_close(tensor, op, (one, other.expand(one.shape)))
 
 
-def _factor(tensor: Tensor, weight: Tensor) -> float:
-    """The factor that may lie between a weight and a tensor; 0 where there is none."""
-    values = weight.detach().double().reshape(-1)
-    largest = int(values.abs().argmax())
-    divisor = float(values[largest])
-    factor = float(tensor.detach().reshape(-1)[largest].double()) / divisor if divisor else 0.0
+def _factor(values: Tensor, weights: Tensor) -> float:
+    """The factor that may lie between some values; 0 where there is none."""
+    largest = int(weights.double().abs().argmax())
+    divisor = float(weights.reshape(-1)[largest])
+    factor = float(values.reshape(-1)[largest]) / divisor if divisor else 0.0
     # Any number is a multiple of any other: of single ones only doubles and halves are told.
-    return factor if tensor.numel() > 3 or factor in (2.0, 0.5) else 0.0
+    return factor if values.numel() > 3 or factor in (2.0, 0.5) else 0.0
 
 
 def _is_multiple(factor: float, tensor: Tensor, weights: Sequence[Tensor]) -> bool:
-    return bool(factor) and _is_close(tensor, weights[0].detach().double() * factor)
+    return bool(factor) and _is_close(tensor, lambda weight: weight * factor, weights)
 
 
 def _is_reciprocal(tensor: Tensor, weights: Sequence[Tensor]) -> bool:
-    return _is_close(tensor, 1 / weights[0].detach().double())
+    return _is_close(tensor, torch.reciprocal, weights)
 
 
-def _is_close(tensor: Tensor, wanted: Tensor) -> bool:
+def _is_close(tensor: Tensor, compute: Operation, weights: Sequence[Tensor]) -> bool:
+    """Whether an elementwise operation gives the tensor, but for rounding; in parts of its rows."""
     eps = torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0
-    found = tensor.detach().double()
-    wanted = wanted.to(found.device)
-    return bool(((found - wanted).abs() <= 4 * max(eps, 1e-7) * wanted.abs()).all())
+    given = [x.detach() if x.dim() else x.detach().reshape(1) for x in (tensor, *weights)]
+    step = max(1, _PART * len(given[0]) // max(1, tensor.numel()))
+    for start in range(0, len(given[0]), step):
+        found, *parts = (x[start : start + step].to(tensor.device).double() for x in given)
+        wanted = compute(*parts)
+        if not bool(((found - wanted).abs() <= 4 * max(eps, 1e-7) * wanted.abs()).all()):
+            return False
+    return True
 
 
 def _order(tensor: Tensor, sources: Iterable[Source]) -> Iterator[Relation]:

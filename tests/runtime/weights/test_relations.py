@@ -12,14 +12,14 @@ def randn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-W = randn(12, 10)
+W, HALF = randn(12, 10), randn(12, 10, seed=7, dtype=torch.bfloat16)
 SQUARE, OTHER = randn(8, 8, seed=1), randn(8, 6, seed=2)
 ROW = randn(10, seed=3).abs() + 1
 SCALES = torch.tensor([0.4, 0.7, 0.2])
 IDS = torch.tensor([3, 1, 1, 0, 2])
 SOURCES = [
     ("W", W),
-    ("half", W.to(torch.bfloat16)),
+    ("half", HALF),
     ("square", SQUARE),
     ("other", OTHER),
     ("row", ROW),
@@ -35,6 +35,7 @@ CASES = {
     "a copy in torch.float64 of W": W.double(),
     "a copy in torch.float8_e4m3fn of W": W.to(FP8),
     "a multiple of W": W * -0.37,
+    "a multiple of half": HALF * -0.37,
     "the reciprocal of row": 1 / ROW,
     "the product of W and row": W * ROW,
     "the quotient of W and row": W / ROW,

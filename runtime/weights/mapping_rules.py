@@ -80,7 +80,7 @@ class Experts:
     """Names `<container>.<index>.<part>.<leaf>`; the first dimension of a target is the index.
 
     The rule works in both directions: a stored tensor that holds all experts is split where the
-    model has a parameter for each of them.
+    model has a parameter for each of them, under its index on this rank.
 
     `first` and `count` are the experts that this rank holds; a count of None is all of them.
     """

@@ -70,13 +70,16 @@ def _measure(case: Case, jobs: tuple[Job, ...], rounds: int) -> Samples:
         workers[way] = mine
     samples: Samples = {str(job): {way: [] for way in WAYS} for job in jobs}
     for job in jobs:
-        # The first two compile: later a number of sequences becomes a symbol.
-        for index in range(rounds + 2):
+        # The first call compiles, on all cores, and so may the second: a size became a symbol.
+        for _ in range(2):
+            for worker in workers.values():
+                worker.send(job)
+            for worker in workers.values():
+                worker.recv()
+        for index in range(rounds):
             for way in WAYS if index % 2 else reversed(WAYS):
                 workers[way].send(job)
-                seconds = workers[way].recv()
-                if index >= 2:
-                    samples[str(job)][way].append(seconds)
+                samples[str(job)][way].append(workers[way].recv())
     for worker in workers.values():
         worker.send(None)
     samples["memory"] = {way: [float(worker.recv())] for way, worker in workers.items()}

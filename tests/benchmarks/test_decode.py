@@ -24,7 +24,7 @@ def measured(monkeypatch, tmp_path):
     return cases
 
 
-def test_a_run_after_an_interrupted_one_measures_what_is_left(measured):
+def test_a_run_after_an_interrupted_one_measures_what_is_left(measured, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         decode.run(quick=False)
     result = decode.run(quick=False)
@@ -36,6 +36,8 @@ def test_a_run_after_an_interrupted_one_measures_what_is_left(measured):
     # Five ratios to Inductor, two to freezing, one of memory.
     assert len(result.checks) == 32 * 8
     assert all(check.holds for check in result.checks)
+    result.write(tmp_path)
+    assert "static cache, batch 16" in (tmp_path / "decode.svg").read_text()
 
 
 def test_a_quick_run_keeps_nothing(measured):

@@ -45,6 +45,7 @@ def run(quick: bool) -> Result:
             if not quick:
                 _keep(case, samples)
         _report(result, case, samples)
+    result.figure = lambda folder: _plot(result, folder)
     if not quick:
         FINISHED.unlink()
     return result
@@ -70,13 +71,16 @@ def _measure(case: Case, jobs: tuple[Job, ...], rounds: int) -> Samples:
         workers[way] = mine
     samples: Samples = {str(job): {way: [] for way in WAYS} for job in jobs}
     for job in jobs:
-        # The first two compile: later a number of sequences becomes a symbol.
-        for index in range(rounds + 2):
+        # The first call compiles, on all cores, and so may the second: a size became a symbol.
+        for _ in range(2):
+            for worker in workers.values():
+                worker.send(job)
+            for worker in workers.values():
+                worker.recv()
+        for index in range(rounds):
             for way in WAYS if index % 2 else reversed(WAYS):
                 workers[way].send(job)
-                seconds = workers[way].recv()
-                if index >= 2:
-                    samples[str(job)][way].append(seconds)
+                samples[str(job)][way].append(workers[way].recv())
     for worker in workers.values():
         worker.send(None)
     samples["memory"] = {way: [float(worker.recv())] for way, worker in workers.items()}
@@ -131,3 +135,26 @@ def _check(result: Result, name: str, case: Case, job: Job, taken: dict[str, lis
     for other, most in bounds.items():
         ratio = ratios(taken["fixpass"], taken[other]).median
         result.checks.append(Check(f"{name}: fixpass / {other}", ratio, most))
+
+
+def _plot(result: Result, folder: Path) -> None:
+    """Each model's time over Inductor's, one panel a job, one mark a way."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    jobs = list(dict.fromkeys(row["job"] for row in result.rows))
+    models = list(dict.fromkeys(row["model"] for row in result.rows))
+    size = (2.2 * len(jobs) + 3, 0.2 * len(models) + 1.5)
+    figure, axes = pyplot.subplots(1, len(jobs), figsize=size, sharey=True, squeeze=False)
+    for axis, job in zip(axes[0], jobs, strict=True):
+        for way, mark in zip(WAYS, ".|x*", strict=True):
+            rows = [row for row in result.rows if (row["job"], row["way"]) == (job, way)]
+            times = [row["time / Inductor"].median for row in rows]
+            axis.plot(times, [row["model"] for row in rows], mark, label=way)
+        axis.set(title=job, xlabel="time / Inductor")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(folder / f"{result.name}.svg", metadata={"Date": None})
+    pyplot.close(figure)

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 
-def build(num_layers: int = 4) -> tuple[nn.Module, tuple[Tensor]]:
+def build(num_layers: int = 4, width: int = 256) -> tuple[nn.Module, tuple[Tensor]]:
     """A packed Qwen3ForCausalLM in bfloat16 with random weights, and its arguments."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "head_dim": 64}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": num_layers}
+    sizes["vocab_size"] = 512
     model = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads)).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:

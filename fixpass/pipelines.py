@@ -186,11 +186,13 @@ def has_groups() -> bool:
 
 def register_lowerings() -> None:
     """Tell Inductor how our linear layers are lowered, and our collectives where there are any."""
-    from fixpass.lowering import inductor
+    from fixpass.lowering.inductor_linear import register_linear
 
-    inductor.register_linear()
+    register_linear()
     if has_groups():
-        inductor.register()
+        from fixpass.lowering.inductor import register
+
+        register()
 
 
 def present_target(example_inputs: Sequence[object], config: Config) -> Target:

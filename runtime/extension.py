@@ -22,6 +22,8 @@ from filelock import FileLock
 CSRC = Path(__file__).parent / "csrc"
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-fno-math-errno")
 LIBRARIES = ("-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10")
+CPUINFO = Path("/proc/cpuinfo")
+_PROCESSOR = ("vendor", "cpu family", "model", "flags", "features", "cpu implementer", "cpu part")
 SECONDS = 600
 """A compiler that runs longer than this counts as one that failed."""
 
@@ -109,7 +111,7 @@ def _key(name: str, compiler: str, flags: tuple[str, ...]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _processor() -> str:
-    """The instruction sets that `-march=native` depends on."""
-    with open("/proc/cpuinfo") as lines:
-        return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+def _processor() -> list[str]:
+    """What `-march=native` depends on: a library of another processor is never loaded here."""
+    first, _, _ = CPUINFO.read_text().partition("\n\n")
+    return [line for line in first.lower().splitlines() if line.startswith(_PROCESSOR)]

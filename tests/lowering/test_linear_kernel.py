@@ -7,7 +7,7 @@ from torch._inductor.select_algorithm import extern_kernels
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from fixpass.lowering import inductor
+from fixpass.lowering import inductor_linear
 from fixpass.lowering.layout import Layout
 from fixpass.lowering.linear_kernel import SKINNY_LINEAR
 from fixpass.lowering.site import Site
@@ -72,10 +72,10 @@ def test_inductor_gives_the_kernel_a_buffer_and_a_cached_graph_finds_it():
         (result, code) = run_and_get_code(compiled, x)
         torch.testing.assert_close(result, layers(x))
         if code:
-            assert code[0].count(f"extern_kernels.{inductor.NAME}(") == 2
+            assert code[0].count(f"extern_kernels.{inductor_linear.NAME}(") == 2
     # As in a process that has compiled nothing.
-    inductor.register_linear.cache_clear()
-    inductor.register_linear()
-    assert getattr(extern_kernels, inductor.NAME) is not linear.direct_call()
+    inductor_linear.register_linear.cache_clear()
+    inductor_linear.register_linear()
+    assert getattr(extern_kernels, inductor_linear.NAME) is not linear.direct_call()
     torch.testing.assert_close(compiled(x), layers(x))
-    assert getattr(extern_kernels, inductor.NAME) is linear.direct_call()
+    assert getattr(extern_kernels, inductor_linear.NAME) is linear.direct_call()

@@ -259,15 +259,17 @@ class Decoder(nn.Module):
 def test_one_graph_serves_every_number_of_rows_and_reads_updates(dtype):
     assert extension.load("skinny_linear", uses_torch=True).reason == ""
     torch._dynamo.reset()
+    # A value that is left where others cancel has their rounding error; an update is 35 %.
+    close = {"scaled": True, "rtol": 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-5}
     model = Decoder(dtype)
     compiled = torch.compile(model, backend="fixpass", dynamic=True, fullgraph=True)
     for rows in (2, 1, 3, linear.MOST_ROWS, linear.MOST_ROWS + 1, 40):
         x = torch.randn(rows, 96).to(dtype)
         compiles = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        assert_same(compiled, model, x)
+        assert_same(compiled, model, x, **close)
         if rows > 2:
             assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiles
         with torch.no_grad():
             model.up.weight.data.mul_(1.5)
         model.load_state_dict({name: value * 0.9 for name, value in model.state_dict().items()})
-        assert_same(compiled, model, x)
+        assert_same(compiled, model, x, **close)

@@ -70,7 +70,10 @@ def test_each_part_of_the_key_makes_another_library(compiler, tmp_path, monkeypa
     elif changed == "torch":
         monkeypatch.setattr(torch, "__version__", "another")
     elif changed == "processor":
-        monkeypatch.setattr(extension, "_processor", lambda: "another")
+        # As after a move of the cache, or of an image with it, to a machine without some sets.
+        moved = extension.CPUINFO.read_text().replace(" sse4_2", "").replace(" asimd", "")
+        (tmp_path / "cpuinfo").write_text(moved)
+        monkeypatch.setattr(extension, "CPUINFO", tmp_path / "cpuinfo")
     else:
         other = shutil.copy(os.environ["CXX"], tmp_path / "another")
         monkeypatch.setenv("CXX", str(other))
@@ -101,6 +104,18 @@ def test_a_library_that_cannot_be_built_is_one_warning_with_a_reason(
     assert found == [found[0]] * 3
     assert found[0].library is None
     assert reason in found[0].reason
+
+
+@needs_compiler
+@pytest.mark.usefixtures("compiler")
+def test_a_library_of_another_processor_is_not_loaded_where_no_compiler_is(tmp_path, monkeypatch):
+    assert extension.load("tile_copy").library is not None
+    extension.load.cache_clear()
+    (tmp_path / "cpuinfo").write_text("flags : fpu sse2\n\n")
+    monkeypatch.setattr(extension, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.warns(UserWarning, match="runs without its C"):
+        assert extension.load("tile_copy").library is None
 
 
 @pytest.mark.usefixtures("compiler")

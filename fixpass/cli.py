@@ -102,7 +102,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     model, args, kwargs = (*given, {})[:3]
     with torch.no_grad():
         report = fixpass.explain(model, *args, target=arguments.target, **kwargs)
-    print(report.to_json() if arguments.json else report)
+    print(report.to_json() if arguments.json else report.text(with_lines=True))
     return 0
 
 

@@ -12,6 +12,8 @@ from typing import ClassVar, Literal
 
 from torch import fx
 
+from fixpass.passes.source_lines import SourceLine, source_lines
+
 Kind = Literal["applied", "missed", "failed"]
 
 
@@ -25,6 +27,13 @@ class Remark:
     text: str
     where: str = ""
     bytes_saved: int = 0
+    stack: tuple[SourceLine, ...] = ()
+    """The calls of the model that lead to the node, outermost first. The last is its line."""
+
+    @property
+    def line(self) -> SourceLine | None:
+        """The line of the model, or None where Dynamo recorded none."""
+        return self.stack[-1] if self.stack else None
 
     def __str__(self) -> str:
         return f"{self.kind:<7} {self.node}: {self.text}"
@@ -57,8 +66,9 @@ class PassResult:
         return self.fuel()
 
     def _add(self, kind: Kind, node: fx.Node, text: str, bytes_saved: int = 0) -> None:
+        where, stack = module_path(node), source_lines(node)
         self.remarks.append(
-            Remark(self.pass_name, kind, node.name, text, module_path(node), bytes_saved)
+            Remark(self.pass_name, kind, node.name, text, where, bytes_saved, stack)
         )
 
 

@@ -69,7 +69,7 @@ def test_a_model_of_a_file_is_explained_from_any_folder(name, place, folder, tmp
     (home / "sizes.py").write_text("HEADS = 4")
     words = "explain", f"{place.format(home=home)}:build", "--target", "rocm:gfx942"
     report = run_python(*FIXPASS, *words, cwd=tmp_path / folder)
-    assert "(norm): became rms_norm of bf16[5, 4, 16][192, 16, 1]" in report
+    assert f"(norm) at {name}:12: became rms_norm of bf16[5, 4, 16][192, 16, 1]" in report
 
 
 def test_a_function_may_give_keyword_arguments_and_the_report_may_be_json(capsys):

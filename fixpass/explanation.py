@@ -7,7 +7,7 @@ as the attention kernel, stay those of the device that is here. Other compiles o
 their guards and caches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -34,6 +34,8 @@ from fixpass.pipelines import (
     preferred,
     present_target,
 )
+from fixpass.report.expected import assert_fired
+from fixpass.report.summary import summary
 
 
 def explain(
@@ -41,6 +43,7 @@ def explain(
     *args: Any,
     target: str | None = None,
     options: dict[str, Any] | None = None,
+    expect: Mapping[str, str] | None = None,
     **kwargs: Any,
 ) -> Report:
     """Run `model(*args, **kwargs)` once and report each norm: its layout, kernel and remarks.
@@ -54,6 +57,8 @@ def explain(
         target: a device that need not be here, such as "rocm:gfx942" or "cuda:sm_90". None is the
             device of the inputs.
         options: the options of `fixpass.Config`.
+        expect: the kernel or the pass that sites have to get, as `fixpass.testing.assert_fired`
+            takes them, such as {"q_norm": "strided_qk_norm"}.
         kwargs: its keyword arguments.
 
     Returns:
@@ -61,6 +66,7 @@ def explain(
 
     Raises:
         ConfigError: an option or the target is unknown. The error lists the known ones.
+        ExpectationError: a site got another kernel than expected. The error says why.
 
     Example:
         >>> print(fixpass.explain(model, tokens, target="rocm:gfx942"))
@@ -90,7 +96,10 @@ def explain(
         torch.no_grad() if without_gradients else nullcontext(),
     ):
         torch.compile(model, backend=backend)(*args, **kwargs)
-    return sum(reports[1:], reports[0]) if reports else Report(title="no graph was compiled")
+    report = sum(reports[1:], reports[0]) if reports else Report(title="no graph was compiled")
+    report = replace(report, summary=summary(report.remarks, report.title.removeprefix("target ")))
+    assert_fired(report, expect or {})
+    return report
 
 
 def _is_inference(model: Callable[..., Any], inputs: Any) -> bool:

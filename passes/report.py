@@ -19,9 +19,12 @@ class Report:
 
     remarks: tuple[Remark, ...] = ()
     title: str = ""
+    summary: str = ""
+    """One sentence under the title: what the passes did, in figures."""
 
     def __add__(self, other: "Report") -> "Report":
-        return Report(self.remarks + other.remarks, self.title or other.title)
+        title, summary = self.title or other.title, self.summary or other.summary
+        return Report(self.remarks + other.remarks, title, summary)
 
     def of_kind(self, kind: Kind) -> tuple[Remark, ...]:
         return tuple(remark for remark in self.remarks if remark.kind == kind)
@@ -36,9 +39,8 @@ class Report:
     def to_json(self) -> str:
         """The report as JSON: title, bytes saved, and one object a remark with its source lines."""
         remarks = [asdict(remark) for remark in self.remarks]
-        return json.dumps(
-            {"title": self.title, "bytes_saved": self.bytes_saved, "remarks": remarks}, indent=2
-        )
+        facts = {"title": self.title, "summary": self.summary, "bytes_saved": self.bytes_saved}
+        return json.dumps({**facts, "remarks": remarks}, indent=2)
 
     def __str__(self) -> str:
         return self.text()
@@ -50,7 +52,7 @@ class Report:
             with_lines: name the line of the model at each site, such as `model.py:42`. `str()` has
                 no lines, so that a snapshot stays the same when the model's file changes.
         """
-        lines = [self.title] if self.title else []
+        lines = [line for line in (self.title, self.summary) if line]
         for name in dict.fromkeys(remark.pass_name for remark in self.remarks):
             lines.append(name)
             lines += [f"    {line}" for line in merged_lines(self.of_pass(name), with_lines)]

@@ -1,24 +1,20 @@
 """The command line: `python -m fixpass explain`, check, diff, audit, passes, kernels, doctor."""
 
 import argparse
-import importlib
-import importlib.util
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
 import fixpass
+from fixpass import explain_command
 from fixpass.lowering.contract import Kernel
 from fixpass.lowering.contract_table import add_kernels, rows_of
 from fixpass.lowering.target import CPU, TARGETS
+from fixpass.model_loading import load_function
 from fixpass.passes import default_passes, entry_passes
 from fixpass.pipelines import check_torch, installed_kernels, installed_passes
 from fixpass.runtime.errors import ConfigError, FixpassError
@@ -66,12 +62,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    sub = command("explain", _explain, "report how fixpass would change a model, and why not more")
-    sub.add_argument(
-        "model", help="FILE.py:FUNCTION or MODULE:FUNCTION; it returns (model, args[, kwargs])"
+    sub = command(
+        "explain", explain_command.run, "report how fixpass would change a model, and why not more"
     )
-    sub.add_argument("--target", help=f"a device that need not be here: {names}")
-    sub.add_argument("--json", action="store_true", help="print the report as JSON")
+    explain_command.add_arguments(sub, names)
     function = "FILE.py:FUNCTION or MODULE:FUNCTION"
     sub = command("check", _check, "say what is wrong with a checkpoint for a model, from headers")
     sub.add_argument("checkpoint", help="a safetensors file, index, folder or pattern, and others")
@@ -90,20 +84,6 @@ def _parser() -> argparse.ArgumentParser:
     command("kernels", _kernels, "list the norm kernels and the constraints of each")
     command("doctor", _doctor, "list what works on this machine, and the way out where it does not")
     return parser
-
-
-def _explain(arguments: argparse.Namespace) -> int:
-    given = load_function(arguments.model)()
-    if not isinstance(given, tuple) or len(given) not in (2, 3) or not isinstance(given[1], tuple):
-        raise ConfigError(
-            f"{arguments.model} has to return (model, args) or (model, args, kwargs) with a tuple "
-            "args, for example (model, (tokens,))"
-        )
-    model, args, kwargs = (*given, {})[:3]
-    with torch.no_grad():
-        report = fixpass.explain(model, *args, target=arguments.target, **kwargs)
-    print(report.to_json() if arguments.json else report.text(with_lines=True))
-    return 0
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -141,51 +121,6 @@ def _audit(arguments: argparse.Namespace) -> int:
     found = audit(*given)
     print(found)
     return int(bool(found))
-
-
-def load_function(name: str) -> Callable[[], Any]:
-    """Import the function that `FILE.py:FUNCTION` or `MODULE:FUNCTION` names.
-
-    Raises:
-        ConfigError: the name has another form, or there is no such file, module or function.
-    """
-    place, _, function = name.rpartition(":")
-    if not place:
-        raise ConfigError(f"{name!r}: say FILE.py:FUNCTION or MODULE:FUNCTION")
-    module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
-    found: Callable[[], Any] | None = vars(module).get(function)
-    if not callable(found):
-        raise ConfigError(f"{place} has no function {function!r}")
-    return found
-
-
-def _load_file(path: Path) -> ModuleType:
-    """Import a file from any folder, under a name that no installed module has.
-
-    Dynamo imports the module of a class by its name, so the module is in `sys.modules`. The file
-    may import its neighbours: its folder comes last on `sys.path`.
-    """
-    path = path.resolve()
-    if not path.is_file():
-        raise ConfigError(f"there is no file {path}")
-    name = f"fixpass_explained_{re.sub(r'[^a-zA-Z0-9]', '_', path.stem)}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{path} is no Python module")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    spec.loader.exec_module(module)
-    return module
-
-
-def _load_module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise
-        raise ConfigError(f"there is no module {error.name!r} on sys.path") from None
 
 
 def _passes(_: argparse.Namespace) -> int:

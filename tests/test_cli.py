@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from fixpass.cli import load_function, main
+from fixpass.cli import main
+from fixpass.model_loading import load_function
 from fixpass.runtime.errors import ConfigError
 from fixpass.testing import bf16
 from helpers.processes import run_python

@@ -75,5 +75,10 @@ def _names(remark: Remark) -> tuple[str, ...]:
     return joined or (remark.where or remark.node,)
 
 
+def is_at(remark: Remark, wanted: str) -> bool:
+    """Whether the remark is about a module that the site of an expectation names."""
+    return any(_matches(site, wanted) for site in _names(remark))
+
+
 def _matches(site: str, wanted: str) -> bool:
     return fnmatchcase(site, wanted) or fnmatchcase(site, f"*.{wanted}")

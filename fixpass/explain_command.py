@@ -3,6 +3,7 @@
 import argparse
 import sys
 from dataclasses import replace
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -14,6 +15,7 @@ from fixpass.explanation import explain_with
 from fixpass.model_loading import FORMS, load_model
 from fixpass.passes.report import Report
 from fixpass.report.expected import assert_fired, is_at
+from fixpass.report.html import to_html
 from fixpass.report.recording import Recorder
 from fixpass.runtime.errors import ConfigError
 
@@ -35,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser, targets: str) -> None:
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--json", action="store_true", help="print the report as JSON")
     shown.add_argument("--diff", action="store_true", help="print what each pass changed")
+    parser.add_argument("--html", metavar="FILE", help="write a page too, one file without links")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -46,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         loaded.model.train()
     _say(f"tracing {_describe(loaded.model)}")
     start = perf_counter()
-    recorder = Recorder() if arguments.diff else None
+    recorder = Recorder() if arguments.diff or arguments.html else None
     with torch.set_grad_enabled(arguments.train):
         report = explain_with(
             loaded.model,
@@ -62,7 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
     shown = _selected(report, tuple(arguments.passes), arguments.only)
     if not shown.remarks:
         _say("no remark is left of these passes at these sites")
-    if recorder is not None:
+    if recorder and arguments.html:
+        Path(arguments.html).write_text(to_html(report, recorder), encoding="utf-8")
+        _say(f"wrote {arguments.html}")
+    if recorder and arguments.diff:
         print(recorder.diffs(tuple(arguments.passes)), end="")
     else:
         print(shown.to_json() if arguments.json else shown.text(with_lines=True))

@@ -16,6 +16,8 @@ from torch import fx
 from fixpass.passes.base import Pass, PassResult
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.printer import format_graph
+from fixpass.passes.select_norm_kernel import SelectNormKernel
+from fixpass.report.sites import RecordSites, SiteFacts
 
 _COLUMNS = re.compile(r"(?<=\S) {2,}")
 
@@ -40,11 +42,15 @@ class Step:
     milliseconds: float
 
     @property
+    def lines(self) -> tuple[list[str], list[str]]:
+        """The lines before and after, without the columns, which move with the longest line."""
+        left, right = (_COLUMNS.sub("  ", text).splitlines() for text in (self.before, self.after))
+        return left, right
+
+    @property
     def diff(self) -> str:
         """The lines that the pass changed, as a unified diff; empty where it changed none."""
-        # The columns of a graph move with its longest line, which is no change.
-        left, right = (_COLUMNS.sub("  ", text).splitlines() for text in (self.before, self.after))
-        return "\n".join(list(unified_diff(left, right, lineterm="", n=1))[2:])
+        return "\n".join(list(unified_diff(*self.lines, lineterm="", n=1))[2:])
 
 
 @dataclass
@@ -67,12 +73,17 @@ class Recorder:
     """The graphs of one explained model, in the order in which they were traced."""
 
     graphs: list[GraphRecord] = field(default_factory=list)
+    sites: list[SiteFacts] = field(default_factory=list)
 
     def watch(self, pipeline: Pipeline, stage: str) -> Pipeline:
         """The pipeline with an observer around each pass, which writes into a new record."""
         record = GraphRecord(stage, tuple(step.name for step in pipeline.passes))
         self.graphs.append(record)
-        watched = [step for ours in pipeline.passes for step in (Observe(record), ours)]
+        watched: list[Pass] = []
+        for step in pipeline.passes:
+            if isinstance(step, SelectNormKernel):
+                watched.append(RecordSites(step.target, self.sites))
+            watched += [Observe(record), step]
         return replace(pipeline, passes=(*watched, Observe(record)))
 
     def diffs(self, pass_names: tuple[str, ...] = ()) -> str:

@@ -29,7 +29,13 @@ def test_the_page_has_commands():
     assert len(COMMANDS) > 10
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def param(command):
+    """Commands that build a model of transformers wait for `make test-full`."""
+    is_slow = command.startswith("explain hf:")
+    return pytest.param(command, marks=pytest.mark.full if is_slow else ())
+
+
+@pytest.mark.parametrize("command", map(param, COMMANDS))
 def test_a_command_of_the_page_prints_what_it_is_about(command, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
     words = shlex.split(command.replace("report.html", str(tmp_path / "report.html")))

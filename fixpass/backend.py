@@ -16,7 +16,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 
 from fixpass.aot_eager import compile_graphs
 from fixpass.config import Config

@@ -147,7 +147,8 @@ def _load_transformers(name: str, settings: dict[str, Any]) -> Loaded:
         models = [word for word in dir(transformers) if word.endswith(("Model", "LM"))]
         near = ", ".join(get_close_matches(name, models)) or "none"
         raise ConfigError(f"transformers has no model class {name!r}; near names: {near}")
-    config_class: Any = vars(cls).get("config_class") or cls.config_class
+    model_class: Any = cls
+    config_class = model_class.config_class
     known = {**config_class().to_dict(), **config_class.attribute_map}
     for entry in settings:
         if entry not in known:
@@ -155,7 +156,7 @@ def _load_transformers(name: str, settings: dict[str, Any]) -> Loaded:
             raise ConfigError(f"{config_class.__name__} has no entry {entry!r}; near names: {near}")
     config = config_class(**{k: v for k, v in _SMALL.items() if k in known} | settings)
     torch.manual_seed(0)
-    model: Any = cls(config).eval().to(torch.bfloat16)
+    model = model_class(config).eval().to(torch.bfloat16)
     return Loaded(model, (), _inputs(model, config))
 
 

@@ -26,6 +26,11 @@ class SourceLine:
     code: str = ""
     """The text of the line; empty where Python had no source."""
 
+    @property
+    def short_path(self) -> str:
+        """The path inside of the installed packages; the whole path for another file."""
+        return self.path.rpartition("/site-packages/")[2]
+
     def __str__(self) -> str:
         return f"{Path(self.path).name}:{self.number}"
 

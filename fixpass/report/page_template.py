@@ -15,13 +15,13 @@ TEMPLATE = """<!doctype html>
   --line: #30363d; --good: #56d364; --bad: #ff8f88; --good-bg: #12361d; --bad-bg: #4a1618;
   --read: #58a6ff; } }
 body { margin: 0 auto; max-width: 75rem; padding: 1rem; background: var(--bg); color: var(--fg);
-  font: 1rem/1.5 system-ui, sans-serif; }
-code, pre, .graph { font: 0.8rem/1.45 ui-monospace, monospace; overflow-wrap: anywhere; }
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+code, .graph { font: 0.8rem/1.45 ui-monospace, monospace; }
 .dim { color: var(--dim); }
 .lead { font-size: 1.15rem; }
 details { border: 1px solid var(--line); border-radius: 6px; margin: 0.4rem 0;
   padding: 0.3rem 0.7rem; content-visibility: auto; contain-intrinsic-size: auto 2.2rem; }
-summary { cursor: pointer; overflow-wrap: anywhere; }
+summary { cursor: pointer; }
 :focus-visible { outline: 2px solid var(--read); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
@@ -53,12 +53,15 @@ input[type=search] { width: 100%; max-width: 30rem; padding: 0.4rem; font: inher
 {% for site in sites %}
 <details class="site" data-missed="{{ site.is_missed|int }}">
 <summary><code>{{ site.where }}</code>
-{% for norm, kernel in site.norms[-1:] %}<b>{{ kernel }}</b>
-<span class="dim">{{ norm.layout }}</span>{% endfor %}
-{% if site.is_missed %}<span class="missed">missed</span>{% endif %}</summary>
+{% for norm, kernel in site.norms[-1:] %}
+<b>{{ kernel }}</b> <span class="dim">{{ norm.layout }}</span>
+{% endfor %}
+{% if site.is_missed %}
+<span class="missed">missed</span>
+{% endif %}</summary>
 {% set line = site.remarks[0].line %}
 {% if line %}
-<p>{{ line }} <code>{{ line.code }}</code><br><span class="dim">{{ line.path }}</span></p>
+<p>{{ line }} <code>{{ line.code }}</code><br><span class="dim">{{ line.short_path }}</span></p>
 {% endif %}
 <ul>
 {% for remark in site.remarks %}

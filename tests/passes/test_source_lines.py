@@ -100,6 +100,17 @@ def test_the_lines_are_in_the_json():
     assert (last["path"], last["number"]) == (__file__, number_of("self.q_norm(heads"))
 
 
+@pytest.mark.parametrize(
+    ("path", "short"),
+    [
+        ("/env/lib/site-packages/transformers/m.py", "transformers/m.py"),
+        ("/mine/m.py", "/mine/m.py"),
+    ],
+)
+def test_a_file_of_an_installed_package_has_a_short_path(path, short):
+    assert SourceLine(path, 1, "f").short_path == short
+
+
 def test_one_line_of_the_text_may_stand_for_several_lines_of_the_model():
     remarks = [
         Remark("a", "applied", f"mul_{i}", "same", f"m.{i}", 0, (SourceLine("/m/m.py", i, "f"),))

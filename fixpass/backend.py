@@ -16,6 +16,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._logging._internal import trace_structured
 
 from fixpass.aot_eager import compile_graphs
 from fixpass.config import Config
@@ -153,10 +154,21 @@ def run_on(pipeline: Pipeline, graph: fx.Graph, title: str = "") -> Report:
 
 
 def record(report: Report) -> None:
-    """Keep a report for `last_reports`, and log it; a failed pass is a warning."""
+    """Keep a report for `last_reports`, log it and trace it; a failed pass is a warning.
+
+    `TORCH_LOGS="+fixpass"` prints the log. `TORCH_TRACE=FOLDER` writes the trace, whose page
+    `tlparse` makes.
+    """
     if not report.remarks:
         return
     _reports.append(report)
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "fixpass_report", "encoding": "string"},
+        payload_fn=lambda: report.text(with_lines=True),
+        # vLLM runs the pipeline outside of a compile of Dynamo.
+        expect_trace_id=False,
+    )
     for remark in report.of_kind("failed"):
         log.warning("%s: %s", remark.pass_name, remark.text)
     log.info("%s", report)

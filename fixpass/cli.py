@@ -1,35 +1,27 @@
-"""The command line: `python -m fixpass explain`, check, diff, audit, passes, kernels, doctor."""
+"""The command line: `python -m fixpass COMMAND`; each command is a function with its options."""
 
 import argparse
-import importlib
-import importlib.util
+import json
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+from dataclasses import asdict
 
 import torch
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
 
-import fixpass
-from fixpass.lowering.contract import Kernel
-from fixpass.lowering.contract_table import add_kernels, rows_of
+from fixpass import explain_command
+from fixpass.config import Config
+from fixpass.installation import findings, known_kernels
+from fixpass.lowering.contract_table import rows_of
 from fixpass.lowering.target import CPU, TARGETS
+from fixpass.model_loading import load_function
 from fixpass.passes import default_passes, entry_passes
-from fixpass.pipelines import check_torch, installed_kernels, installed_passes
+from fixpass.pipelines import installed_passes, known_targets
 from fixpass.runtime.errors import ConfigError, FixpassError
-from fixpass.runtime.providers import TRITON
 from fixpass.runtime.weights.audit import audit
 from fixpass.runtime.weights.compare import diff
 from fixpass.runtime.weights.doctor import check
 from fixpass.runtime.weights.mapping import Mapping
-
-_LIBRARY = {"_C": "vllm"}
-"""The package that registers the ops of a namespace, where the names differ."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,12 +58,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    sub = command("explain", _explain, "report how fixpass would change a model, and why not more")
-    sub.add_argument(
-        "model", help="FILE.py:FUNCTION or MODULE:FUNCTION; it returns (model, args[, kwargs])"
+    sub = command(
+        "explain", explain_command.run, "report how fixpass would change a model, and why not more"
     )
-    sub.add_argument("--target", help=f"a device that need not be here: {names}")
-    sub.add_argument("--json", action="store_true", help="print the report as JSON")
+    explain_command.add_arguments(sub, names)
     function = "FILE.py:FUNCTION or MODULE:FUNCTION"
     sub = command("check", _check, "say what is wrong with a checkpoint for a model, from headers")
     sub.add_argument("checkpoint", help="a safetensors file, index, folder or pattern, and others")
@@ -87,23 +77,15 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("audit", _audit, "run post-processing twice and an update, and list the faults")
     sub.add_argument("model", help=f"{function}; it returns (model, process)")
     command("passes", _passes, "list the passes in the order in which they run")
-    command("kernels", _kernels, "list the norm kernels and the constraints of each")
-    command("doctor", _doctor, "list what works on this machine, and the way out where it does not")
+    for name, run, about in (
+        ("targets", _targets, "list the targets and the kernels of each, the preferred one first"),
+        ("kernels", _kernels, "list the kernels, and the source that shows what each one needs"),
+    ):
+        sub = command(name, run, about)
+        sub.add_argument("--full", action="store_true", help="list the constraints of each kernel")
+    sub = command("doctor", _doctor, "say what works on this machine, and the way out for the rest")
+    sub.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser
-
-
-def _explain(arguments: argparse.Namespace) -> int:
-    given = load_function(arguments.model)()
-    if not isinstance(given, tuple) or len(given) not in (2, 3) or not isinstance(given[1], tuple):
-        raise ConfigError(
-            f"{arguments.model} has to return (model, args) or (model, args, kwargs) with a tuple "
-            "args, for example (model, (tokens,))"
-        )
-    model, args, kwargs = (*given, {})[:3]
-    with torch.no_grad():
-        report = fixpass.explain(model, *args, target=arguments.target, **kwargs)
-    print(report.to_json() if arguments.json else report)
-    return 0
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -143,51 +125,6 @@ def _audit(arguments: argparse.Namespace) -> int:
     return int(bool(found))
 
 
-def load_function(name: str) -> Callable[[], Any]:
-    """Import the function that `FILE.py:FUNCTION` or `MODULE:FUNCTION` names.
-
-    Raises:
-        ConfigError: the name has another form, or there is no such file, module or function.
-    """
-    place, _, function = name.rpartition(":")
-    if not place:
-        raise ConfigError(f"{name!r}: say FILE.py:FUNCTION or MODULE:FUNCTION")
-    module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
-    found: Callable[[], Any] | None = vars(module).get(function)
-    if not callable(found):
-        raise ConfigError(f"{place} has no function {function!r}")
-    return found
-
-
-def _load_file(path: Path) -> ModuleType:
-    """Import a file from any folder, under a name that no installed module has.
-
-    Dynamo imports the module of a class by its name, so the module is in `sys.modules`. The file
-    may import its neighbours: its folder comes last on `sys.path`.
-    """
-    path = path.resolve()
-    if not path.is_file():
-        raise ConfigError(f"there is no file {path}")
-    name = f"fixpass_explained_{re.sub(r'[^a-zA-Z0-9]', '_', path.stem)}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{path} is no Python module")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    spec.loader.exec_module(module)
-    return module
-
-
-def _load_module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise
-        raise ConfigError(f"there is no module {error.name!r} on sys.path") from None
-
-
 def _passes(_: argparse.Namespace) -> int:
     stages = {
         "on Dynamo's graph": entry_passes(),
@@ -202,49 +139,42 @@ def _passes(_: argparse.Namespace) -> int:
     return 0
 
 
-def _kernels(_: argparse.Namespace) -> int:
-    for kernel in _known_kernels():
+def _kernels(arguments: argparse.Namespace) -> int:
+    for kernel in known_kernels():
         print(f"{kernel.name} computes {kernel.op}  [{kernel.contract.source}]")
-        for constraint in kernel.contract.constraints:
+        for constraint in kernel.contract.constraints if arguments.full else ():
             print(f"    {constraint}")
     return 0
 
 
-def _doctor(_: argparse.Namespace) -> int:
-    check_torch()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"fixpass {fixpass.__version__}, torch {torch.__version__}, device {device}")
-    groups: dict[str, list[str]] = {_way_out_of_inductor(): ["inductor"]}
-    for kernel in dict.fromkeys(row.name for row in _known_kernels() if row.name != "inductor"):
-        groups.setdefault(_way_out(kernel), []).append(kernel)
-    for way_out, kernels in groups.items():
-        print(f"{'does not work:' if way_out else 'works:':<16}{', '.join(kernels)}")
-        if way_out:
-            print(f"{'  to use them:':<16}{way_out}")
+def _targets(arguments: argparse.Namespace) -> int:
+    known_kernels()
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for target in known_targets(Config.resolve()) + TARGETS:
+        groups.setdefault(target.kernels, []).append(target.name)
+    for kernels, names in groups.items():
+        print(f"{', '.join(names)}\n    {', '.join(kernels)}")
+        for row in (row for name in kernels for row in rows_of(name) if arguments.full):
+            constraints = "; ".join(map(str, row.contract.constraints)) or "any layout"
+            print(f"        {row.name} of {row.op}: {constraints}")
     return 0
 
 
-def _way_out_of_inductor() -> str:
-    """The way out where Inductor cannot compile for CPU, else ""."""
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return "install a C++ compiler such as g++, or set CXX"
-    return ""
+_STATES = {"works": "works", "absent": "not installed", "broken": "does not work"}
 
 
-def _way_out(kernel: str) -> str:
-    """The way out where `kernel` is not installed, else ""."""
-    rows = rows_of(kernel)
-    if any(row.is_installed for row in rows):
-        return ""
-    library = rows[-1].needs.partition("::")[0]
-    if library == TRITON:
-        return f"have {TRITON}"
-    return f"install {_LIBRARY.get(library, library)}, and import it before fixpass compiles"
-
-
-def _known_kernels() -> tuple[Kernel, ...]:
-    """Our kernels and those of installed packages."""
-    add_kernels(installed_kernels())
-    return rows_of()
+def _doctor(arguments: argparse.Namespace) -> int:
+    found = list(findings())
+    if arguments.json:
+        print(json.dumps([asdict(finding) for finding in found], indent=2))
+        return 0
+    for state, title in _STATES.items():
+        chosen = [finding for finding in found if finding.state == state]
+        if chosen:
+            print(title)
+        for finding in chosen:
+            print(f"    {finding.name:<16} {finding.detail}")
+            if finding.way_out:
+                label = "to use it" if state == "absent" else "to do"
+                print(f"    {'':<16} {label}: {finding.way_out}")
+    return 0

@@ -264,3 +264,24 @@ def set_default(name: str, value: str) -> None:
 def local_world_size(environ: Mapping[str, str] | None = None) -> str:
     """How many ranks the launcher says it started on this host; empty where it does not say."""
     return (os.environ if environ is None else environ).get("LOCAL_WORLD_SIZE", "")
+
+
+def set_variables(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables of fixpass that are set, known or not, but those of its tests."""
+    found = os.environ if environ is None else environ
+    ours = (name for name in sorted(found) if name == _SWITCH or name.startswith(_PREFIX))
+    return {name: found[name] for name in ours if not name.startswith(_TESTS)}
+
+
+def faulty_variables(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What is wrong with a variable, for each that is unknown or that does not parse."""
+    faults: dict[str, str] = {}
+    for name, value in set_variables(environ).items():
+        try:
+            if name == _SWITCH:
+                is_switched_on({name: value})
+            else:
+                Config.resolve(environ={name: value})
+        except ConfigError as error:
+            faults[name] = str(error)
+    return faults

@@ -7,9 +7,9 @@ as the attention kernel, stay those of the device that is here. Other compiles o
 their guards and caches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from fixpass.config import Config
 from fixpass.dynamo_stage import run_entry_passes, specialize_eps
 from fixpass.lowering.target import Target, target_named
 from fixpass.passes.base import Remark
-from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.passes.report import Report
 from fixpass.passes.rewrite import copy_of, guards_suppressed
@@ -34,6 +33,9 @@ from fixpass.pipelines import (
     preferred,
     present_target,
 )
+from fixpass.report.expected import assert_fired
+from fixpass.report.recording import Recorder
+from fixpass.report.summary import summary
 
 
 def explain(
@@ -41,6 +43,8 @@ def explain(
     *args: Any,
     target: str | None = None,
     options: dict[str, Any] | None = None,
+    dynamic: bool | None = None,
+    expect: Mapping[str, str] | None = None,
     **kwargs: Any,
 ) -> Report:
     """Run `model(*args, **kwargs)` once and report each norm: its layout, kernel and remarks.
@@ -54,6 +58,9 @@ def explain(
         target: a device that need not be here, such as "rocm:gfx942" or "cuda:sm_90". None is the
             device of the inputs.
         options: the options of `fixpass.Config`.
+        dynamic: trace with symbolic shapes, as `torch.compile` takes it.
+        expect: the kernel or the pass that sites have to get, as `fixpass.testing.assert_fired`
+            takes them, such as {"q_norm": "strided_qk_norm"}.
         kwargs: its keyword arguments.
 
     Returns:
@@ -61,36 +68,101 @@ def explain(
 
     Raises:
         ConfigError: an option or the target is unknown. The error lists the known ones.
+        ExpectationError: a site got another kernel than expected. The error says why.
 
     Example:
         >>> print(fixpass.explain(model, tokens, target="rocm:gfx942"))
     """
+    report = explain_with(model, args, kwargs, target=target, options=options, dynamic=dynamic)
+    assert_fired(report, expect or {})
+    return report
+
+
+def explain_with(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    target: str | None = None,
+    options: dict[str, Any] | None = None,
+    dynamic: bool | None = None,
+    backward: bool = False,
+    recorder: Recorder | None = None,
+    say: Callable[[str], object] = lambda text: None,
+) -> Report:
+    """`explain` for programs that show more than the remarks.
+
+    Args:
+        model: a module or a function; `args` and `kwargs` are its arguments.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        target: as in `explain`; so are `options` and `dynamic`.
+        options: the options of `fixpass.Config`.
+        dynamic: trace with symbolic shapes.
+        backward: run the backward pass too, which traces its graph. Gradients are added.
+        recorder: gets each graph before and after each pass.
+        say: called with one line for each graph.
+    """
     check_torch()
     config = Config.resolve(options)
-    absent = None
-    if target:
-        absent = preferred(target_named(target, known_targets(config)), config)
+    absent = preferred(target_named(target, known_targets(config)), config) if target else None
     if absent and absent.device_type != "cpu":
         # A weight that is packed for the CPU is no tensor that another device could claim.
         config = replace(config, disable=(*config.disable, PrepackLinears.name))
-    reports: list[Report] = []
-
-    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        specialize_eps(gm.graph)
-        chosen = absent or present_target(example_inputs, config)
-        entry = run_entry_passes(gm, example_inputs, config, f"target {chosen}")
-        reports.append(entry.report)
-        layers = linears(config, chosen, example_inputs, dict(config.inductor))
-        pipeline = graph_pipeline(config, chosen, layers, may_communicate=False)
-        return entry.bind_inputs(_compile(entry.gm, entry.inputs, pipeline, chosen, reports))
-
+    explainer = _Explainer(config, absent, recorder, say)
     without_gradients = _is_inference(model, (args, kwargs))
     with (
         torch._dynamo.config.patch(recompile_limit=64),
         torch.no_grad() if without_gradients else nullcontext(),
     ):
-        torch.compile(model, backend=backend)(*args, **kwargs)
-    return sum(reports[1:], reports[0]) if reports else Report(title="no graph was compiled")
+        run = torch.compile(model, backend=explainer.backend, dynamic=dynamic)
+        result = run(*args, **kwargs)
+        if backward:
+            torch.autograd.backward(list(_losses(result)))
+    return explainer.report
+
+
+@dataclass
+class _Explainer:
+    """A backend that runs the passes and generates no code."""
+
+    config: Config
+    absent: Target | None
+    """The target that is explained where it is not the device of the inputs."""
+    recorder: Recorder | None
+    say: Callable[[str], object]
+    reports: list[Report] = field(default_factory=list)
+
+    def backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        specialize_eps(gm.graph)
+        target = self.absent or present_target(example_inputs, self.config)
+        entry = run_entry_passes(gm, example_inputs, self.config, f"target {target}")
+        self.reports.append(entry.report)
+        layers = linears(self.config, target, example_inputs, dict(self.config.inductor))
+        pipeline = graph_pipeline(self.config, target, layers, may_communicate=False)
+
+        def run_passes(graph: fx.Graph, stage: str) -> None:
+            self.say(f"passes over the {stage} graph of {len(graph.nodes):,} nodes")
+            watched = self.recorder.watch(pipeline, stage) if self.recorder else pipeline
+            self.reports.append(watched.run(graph))
+
+        return entry.bind_inputs(_compile(entry.gm, entry.inputs, target, run_passes, self.reports))
+
+    @property
+    def report(self) -> Report:
+        """One report for all graphs."""
+        if not self.reports:
+            return Report(title="no graph was compiled")
+        total = sum(self.reports[1:], self.reports[0])
+        name = total.title.removeprefix("target ")
+        return replace(total, summary=summary(total.remarks, name))
+
+
+def _losses(result: Any) -> Iterator[torch.Tensor]:
+    """The sum of each result that has a gradient."""
+    for leaf in pytree.tree_leaves(result):
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+            yield leaf.sum()
 
 
 def _is_inference(model: Callable[..., Any], inputs: Any) -> bool:
@@ -105,17 +177,17 @@ def _is_inference(model: Callable[..., Any], inputs: Any) -> bool:
 def _compile(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
-    pipeline: Pipeline,
     target: Target,
+    run_passes: Callable[[fx.Graph, str], None],
     reports: list[Report],
 ) -> Callable[..., Any]:
-    """Report on the graph as `target` would get it; the result runs where the inputs are."""
+    """Run the passes as `target` would get the graph; the result runs where the inputs are."""
     devices = {x.device.type for x in example_inputs if isinstance(x, torch.Tensor)}
     is_absent = bool(devices) and target.device_type not in devices
 
     def on_graph(graph: fx.Graph, stage: str) -> None:
         if not is_absent:
-            reports.append(pipeline.run(graph))
+            run_passes(graph, stage)
             return
         copied = copy_graph(graph)
         try:
@@ -125,7 +197,7 @@ def _compile(
             why = f"not traced for {target.name}: {type(error).__name__}: {error}"
             reports.append(Report((Remark("explain", "failed", "graph", why),)))
         else:
-            reports.append(pipeline.run(copied))
+            run_passes(copied, stage)
 
     return compile_graphs(gm, example_inputs, on_graph)
 

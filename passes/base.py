@@ -12,7 +12,26 @@ from typing import ClassVar, Literal
 
 from torch import fx
 
+from fixpass.passes.source_lines import SourceLine, source_lines
+
 Kind = Literal["applied", "missed", "failed"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel that a site got. Reports count launches and copies from it."""
+
+    kernel: str
+    launches: int = 0
+    """Launches that the choice adds to the graph; negative where it joins several."""
+    first_launches: int = 0
+    """Launches with the target's first kernel, with the copies that this kernel needs."""
+    is_strided: bool = False
+    """The kernel's first operand is not dense."""
+    copied: tuple[str, ...] = ()
+    """The operands that are copied for the kernel."""
+    sites: tuple[str, ...] = ()
+    """The modules of the norms that became one; empty for a site of its own."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +44,16 @@ class Remark:
     text: str
     where: str = ""
     bytes_saved: int = 0
+    stack: tuple[SourceLine, ...] = ()
+    """The calls of the model that lead to the node, outermost first. The last is its line."""
+
+    choice: Choice | None = None
+    """The kernel that the site got, where the pass chose one."""
+
+    @property
+    def line(self) -> SourceLine | None:
+        """The line of the model, or None where Dynamo recorded none."""
+        return self.stack[-1] if self.stack else None
 
     def __str__(self) -> str:
         return f"{self.kind:<7} {self.node}: {self.text}"
@@ -42,9 +71,11 @@ class PassResult:
     remarks: list[Remark] = field(default_factory=list)
     fuel: Callable[[], bool] = lambda: True
 
-    def applied(self, node: fx.Node, text: str, *, bytes_saved: int = 0) -> None:
+    def applied(
+        self, node: fx.Node, text: str, *, bytes_saved: int = 0, choice: Choice | None = None
+    ) -> None:
         self.changed = True
-        self._add("applied", node, text, bytes_saved)
+        self._add("applied", node, text, bytes_saved, choice)
 
     def missed(self, node: fx.Node, why: str) -> None:
         self._add("missed", node, why)
@@ -56,9 +87,17 @@ class PassResult:
         """Whether one more change may be made; asking for it spends it."""
         return self.fuel()
 
-    def _add(self, kind: Kind, node: fx.Node, text: str, bytes_saved: int = 0) -> None:
+    def _add(
+        self,
+        kind: Kind,
+        node: fx.Node,
+        text: str,
+        bytes_saved: int = 0,
+        choice: Choice | None = None,
+    ) -> None:
+        where, stack = module_path(node), source_lines(node)
         self.remarks.append(
-            Remark(self.pass_name, kind, node.name, text, module_path(node), bytes_saved)
+            Remark(self.pass_name, kind, node.name, text, where, bytes_saved, stack, choice)
         )
 
 

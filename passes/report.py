@@ -19,9 +19,12 @@ class Report:
 
     remarks: tuple[Remark, ...] = ()
     title: str = ""
+    summary: str = ""
+    """One sentence under the title: what the passes did, in figures."""
 
     def __add__(self, other: "Report") -> "Report":
-        return Report(self.remarks + other.remarks, self.title or other.title)
+        title, summary = self.title or other.title, self.summary or other.summary
+        return Report(self.remarks + other.remarks, title, summary)
 
     def of_kind(self, kind: Kind) -> tuple[Remark, ...]:
         return tuple(remark for remark in self.remarks if remark.kind == kind)
@@ -34,38 +37,53 @@ class Report:
         return sum(remark.bytes_saved for remark in self.remarks)
 
     def to_json(self) -> str:
-        """The report as JSON: title, bytes saved, and one object a remark."""
+        """The report as JSON: title, bytes saved, and one object a remark with its source lines."""
         remarks = [asdict(remark) for remark in self.remarks]
-        return json.dumps(
-            {"title": self.title, "bytes_saved": self.bytes_saved, "remarks": remarks}, indent=2
-        )
+        facts = {"title": self.title, "summary": self.summary, "bytes_saved": self.bytes_saved}
+        return json.dumps({**facts, "remarks": remarks}, indent=2)
 
     def __str__(self) -> str:
-        lines = [self.title] if self.title else []
+        return self.text()
+
+    def text(self, *, with_lines: bool = False) -> str:
+        """The report as text.
+
+        Args:
+            with_lines: name the line of the model at each site, such as `model.py:42`. `str()` has
+                no lines, so that a snapshot stays the same when the model's file changes.
+        """
+        lines = [line for line in (self.title, self.summary) if line]
         for name in dict.fromkeys(remark.pass_name for remark in self.remarks):
             lines.append(name)
-            lines += [f"    {line}" for line in merged_lines(self.of_pass(name))]
+            lines += [f"    {line}" for line in merged_lines(self.of_pass(name), with_lines)]
         if self.bytes_saved:
             lines.append(f"bytes saved: {self.bytes_saved:,}")
         return renumber_symbols("\n".join(lines) + "\n")
 
 
-def merged_lines(remarks: Iterable[Remark]) -> list[str]:
+def merged_lines(remarks: Iterable[Remark], with_lines: bool = False) -> list[str]:
     """One line for each group of remarks that differ only in numbers of layers and of nodes."""
     groups: dict[tuple[str, str, str], list[Remark]] = {}
     for remark in remarks:
         site = re.sub(r"\d+", "*", remark.where) or remark.node
         groups.setdefault((remark.kind, site, _without_names(remark.text)), []).append(remark)
-    return [_line(group) for group in groups.values()]
+    return [_line(group, _place(group) if with_lines else "") for group in groups.values()]
 
 
-def _line(group: list[Remark]) -> str:
+def _place(group: list[Remark]) -> str:
+    """` at model.py:42`, with the number of other lines of the model that share the remark."""
+    lines = list(dict.fromkeys(str(remark.line) for remark in group if remark.line))
+    more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
+    return f" at {lines[0]}{more}" if lines else ""
+
+
+def _line(group: list[Remark], place: str) -> str:
     first = group[0]
     if len(group) == 1:
         site = f"{first.node} ({first.where})" if first.where else first.node
-        return f"{first.kind:<7} {site}: {first.text}"
+        return f"{first.kind:<7} {site}{place}: {first.text}"
     where = re.sub(r"\d+", "*", first.where)
-    return f"{first.kind:<7} {len(group)} x {where or first.node}: {first.text}"
+    return f"{first.kind:<7} {len(group)} x {where or first.node}{place}: {first.text}"
 
 
 def _without_names(text: str) -> str:

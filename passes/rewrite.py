@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from fixpass.lowering.layout import Layout, dense_order
 from fixpass.lowering.relayout import hint
-from fixpass.passes.base import PassResult
+from fixpass.passes.base import Choice, PassResult
 
 aten = torch.ops.aten
 
@@ -42,12 +42,14 @@ class Match:
     """What a rewrite found: the nodes whose values it replaces and a line for the report.
 
     effects: nodes with effects that the replacement has itself; they go with what is replaced.
+    choice: the kernel that the replacement calls, where the rewrite chose one.
     """
 
     replaced: tuple[fx.Node, ...]
     text: str
     bytes_saved: int = 0
     effects: tuple[fx.Node, ...] = field(default=(), kw_only=True)
+    choice: Choice | None = field(default=None, kw_only=True)
 
 
 class Rewrite(ABC):
@@ -79,7 +81,7 @@ def apply_rewrite(graph: fx.Graph, rewrite: Rewrite, result: PassResult) -> None
         new = rewrite.replace(graph, match)
         site = new[0].args[0] if is_call(new[0], getitem) else new[0]
         assert isinstance(site, fx.Node)
-        result.applied(site, match.text, bytes_saved=match.bytes_saved)
+        result.applied(site, match.text, bytes_saved=match.bytes_saved, choice=match.choice)
         for old, node in zip(match.replaced, new, strict=True):
             old.replace_all_uses_with(node)
         for old in match.replaced:

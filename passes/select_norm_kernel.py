@@ -12,32 +12,13 @@ from typing import ClassVar
 
 from torch import fx
 
-from fixpass.lowering.contract import Kernel
-from fixpass.lowering.contract_table import kernel_of
-from fixpass.lowering.relayout import Relayout, cheapest_relayout, hint, why_not
-from fixpass.lowering.site import OPERANDS, OPS, Site, op_name
+from fixpass.lowering.relayout import hint
+from fixpass.lowering.site import OPS
 from fixpass.lowering.target import FALLBACK, Target
-from fixpass.passes.base import Pass, PassResult
+from fixpass.passes.base import Choice, Pass, PassResult
 from fixpass.passes.canonicalize_norms.norm import op_overload
-from fixpass.passes.cost import Fusion, fusion_of, launches_of_inductor
-from fixpass.passes.drop_dead_copies.dead_copy import copied_operands, without_copies
+from fixpass.passes.norm_candidates import Candidate, Candidates, candidates_of
 from fixpass.passes.rewrite import find_anchors
-from fixpass.runtime.providers import describe_needs
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A kernel with the relayout that it needs, and what the norm then costs."""
-
-    kernel: str
-    plan: Relayout
-    num_bytes: int
-    """Bytes read and written, with those of the relayout's copies."""
-    launches: int
-
-    def __str__(self) -> str:
-        plural = "" if self.launches == 1 else "es"
-        return f"{self.num_bytes:,} bytes in {self.launches} launch{plural}"
 
 
 @dataclass(frozen=True)
@@ -55,33 +36,19 @@ class SelectNormKernel(Pass):
                 self._select(node, result)
 
     def _select(self, node: fx.Node, result: PassResult) -> None:
-        op = op_name(node)
-        site = without_copies(Site.of(node), OPERANDS[op], copied_operands(node))
-        fusion = fusion_of(node)
-        refused: list[tuple[int, str]] = []
-        found: list[Candidate] = []
-        for rank, name in enumerate(self.target.kernels):
-            if (kernel := kernel_of(name, op)) is None:
-                continue
-            if name in self.target.missing:
-                needs = describe_needs(kernel.needs)
-                refused.append((rank, f"{name} is not installed: it needs {needs}"))
-                continue
-            plan = cheapest_relayout(kernel, site)
-            if plan is None or plan.copied:
-                refused.append((rank, _refusal(kernel, site, plan)))
-            if plan is not None:
-                found.append(_candidate(name, op, plan, fusion))
-        found = found or [_candidate(FALLBACK, op, Relayout((), False, 0), fusion)]
-        best = min(found, key=self._cost)
+        seen = candidates_of(node, self.target)
+        best = min(seen.found, key=self._cost)
         names = list(self.target.kernels)
         last = names.index(best.kernel) if best.kernel in names else len(names)
-        for rank, text in refused:
-            if rank <= last:
+        for name, text in seen.refused:
+            if names.index(name) <= last:
                 result.missed(node, text)
         node.update_kwarg("kernel_name", best.kernel)
-        saved = max(found[0].num_bytes - best.num_bytes, 0)
-        result.applied(node, "".join(_describe(best, found, site, fusion)), bytes_saved=saved)
+        first = seen.found[0]
+        is_strided = seen.site.x.is_dense() is not True
+        choice = Choice(best.kernel, best.launches, first.launches, is_strided, best.plan.copied)
+        saved = max(first.num_bytes - best.num_bytes, 0)
+        result.applied(node, "".join(_describe(best, seen)), bytes_saved=saved, choice=choice)
 
     def _cost(self, candidate: Candidate) -> tuple[int, int]:
         """What `min` compares; the first of equals is the target's first."""
@@ -90,30 +57,17 @@ class SelectNormKernel(Pass):
         return hint(candidate.plan.num_bytes), 0
 
 
-def _candidate(name: str, op: str, plan: Relayout, fusion: Fusion) -> Candidate:
-    if name == FALLBACK:
-        return Candidate(name, plan, fusion.fused_bytes, launches_of_inductor(op))
-    num_bytes = fusion.opaque_bytes + hint(plan.num_bytes)
-    return Candidate(name, plan, num_bytes, 1 + len(plan.copied))
-
-
-def _refusal(kernel: Kernel, site: Site, plan: Relayout | None) -> str:
-    if plan is None:
-        return f"{why_not(kernel, site)}; no relayout would help"
-    return f"{kernel.check(site)}; a copy would move {hint(plan.num_bytes):,} bytes"
-
-
-def _describe(best: Candidate, found: list[Candidate], site: Site, fusion: Fusion) -> Iterator[str]:
+def _describe(best: Candidate, seen: Candidates) -> Iterator[str]:
     """The remark: the kernel, what it reads, what that costs, and the best of the others."""
-    yield f"{best.kernel} reads {site.x}; "
+    yield f"{best.kernel} reads {seen.site.x}; "
     if not best.plan.copied:
         yield "no copy; "
     if best.plan:
         yield f"{best.plan}; "
-    if best.kernel == FALLBACK and fusion.names:
-        yield f"fused with {', '.join(fusion.names)}; "
+    if best.kernel == FALLBACK and seen.fusion.names:
+        yield f"fused with {', '.join(seen.fusion.names)}; "
     yield f"reads and writes {best}"
-    others = [other for other in found if other is not best]
+    others = [other for other in seen.found if other is not best]
     if others:
         other = min(others, key=lambda other: (other.num_bytes, other.launches))
         yield f" ({other.kernel}: {other})"

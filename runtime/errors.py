@@ -55,3 +55,7 @@ class VersionError(UpdateError):
 
 class PoisonedError(FixpassError, RuntimeError):
     """The weights are a mixture that could not be undone: only a full update makes them whole."""
+
+
+class ExpectationError(FixpassError, AssertionError):
+    """A site of a model got another kernel or rewrite than expected; the message says why."""

@@ -83,11 +83,17 @@ def _cached(name: str, uses_torch: bool) -> Path:
         libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
         flags += ("-fopenmp", abi, *includes, *libraries, *LIBRARIES)
     key = _key(name, compiler, flags)
-    folder = Path(cpp_extension._get_build_directory("fixpass", verbose=False))
-    library = folder / f"{name}-{key}{cpp_extension.LIB_EXT}"
+    library = cache_folder() / f"{name}-{key}{cpp_extension.LIB_EXT}"
     if not library.exists():
         _compile(library, name, compiler, flags)
     return library
+
+
+def cache_folder() -> Path:
+    """The folder of the built libraries; it is made where there is none."""
+    from torch.utils import cpp_extension
+
+    return Path(cpp_extension._get_build_directory("fixpass", verbose=False))
 
 
 def _compile(library: Path, name: str, compiler: str, flags: tuple[str, ...]) -> None:

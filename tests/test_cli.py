@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from fixpass.cli import load_function, main
+from fixpass.cli import main
+from fixpass.model_loading import load_function
 from fixpass.runtime.errors import ConfigError
 from fixpass.testing import bf16
 from helpers.processes import run_python
@@ -69,7 +70,7 @@ def test_a_model_of_a_file_is_explained_from_any_folder(name, place, folder, tmp
     (home / "sizes.py").write_text("HEADS = 4")
     words = "explain", f"{place.format(home=home)}:build", "--target", "rocm:gfx942"
     report = run_python(*FIXPASS, *words, cwd=tmp_path / folder)
-    assert "(norm): became rms_norm of bf16[5, 4, 16][192, 16, 1]" in report
+    assert f"(norm) at {name}:12: became rms_norm of bf16[5, 4, 16][192, 16, 1]" in report
 
 
 def test_a_function_may_give_keyword_arguments_and_the_report_may_be_json(capsys):
@@ -109,7 +110,7 @@ def test_a_function_that_gives_no_arguments_is_said_on_one_line(tmp_path, capsys
     [
         ("passes", "insert-relayout"),
         ("kernels", "aiter_rms_norm computes rms_norm"),
-        ("doctor", f"torch {torch.__version__}"),
+        ("doctor", f"{torch.__version__} with fixpass"),
     ],
 )
 def test_passes_kernels_and_doctor_list_what_there_is(command, expected, capsys):
@@ -117,15 +118,24 @@ def test_passes_kernels_and_doctor_list_what_there_is(command, expected, capsys)
     assert expected in capsys.readouterr().out
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="our kernels work on this machine")
-def test_doctor_says_what_works_and_the_way_out_for_the_rest(capsys):
-    assert main(["doctor"]) == 0
+def test_constraints_are_listed_in_full_only(capsys):
+    assert main(["kernels"]) == 0
+    short = capsys.readouterr().out
+    assert main(["kernels", "--full"]) == 0
+    full = capsys.readouterr().out
+    constraint = "x is dense 2-D"
+    assert constraint in full
+    assert f"    {constraint}\n" not in short
+
+
+def test_targets_list_their_kernels_the_preferred_one_first(capsys):
+    assert main(["targets"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("works:          inductor")
-    ours = next(i for i, line in enumerate(lines) if "strided_rms_norm" in line)
-    assert lines[ours].startswith("does not work:  strided_rms_norm, strided_layer_norm")
-    assert lines[ours + 1] == "  to use them:  have Triton with a CUDA or ROCm device"
-    assert len(lines) < 12
+    assert lines[:2] == ["cpu", "    inductor"]
+    aiter = next(i for i, line in enumerate(lines) if "rocm:gfx942" in line)
+    assert lines[aiter + 1].startswith("    aiter_rms_norm, aiter_layer_norm")
+    assert main(["targets", "--full"]) == 0
+    assert "        aiter_rms_norm of rms_norm: x is dense 2-D" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["kernels", "passes"])

@@ -17,6 +17,7 @@ import fixpass.runtime.ops  # noqa: F401  (defines torch.ops.fixpass)
 from fixpass.lowering.contract_table import kernel_of
 from fixpass.lowering.layout import Layout
 from fixpass.lowering.site import Site
+from fixpass.passes.base import Choice, module_path
 from fixpass.passes.canonicalize_norms.norm import Norm, build_norm
 from fixpass.passes.cost import VIEWS, fusion_of, source_of
 from fixpass.passes.rewrite import NO_REMARK, Editor, Match, Missed, Rewrite, call, is_call
@@ -47,6 +48,7 @@ class QkNorm(Rewrite):
         if wrong:
             return Missed(f"not joined with {other.name}: {wrong}")
         q, k = _operand(anchor), _operand(other)
+        choice = Choice(JOINED, -1, sites=(module_path(anchor), module_path(other)))
         layouts = f"{Layout.of(q.meta['val'])} and {Layout.of(k.meta['val'])}"
         return Norm(
             (anchor, other),
@@ -56,6 +58,7 @@ class QkNorm(Rewrite):
             (q, k, _weight(anchor), _weight(other)),
             _eps(anchor),
             {**anchor.kwargs, "kernel_name": JOINED},
+            choice=choice,
         )
 
     def _is_ours(self, norm: fx.Node) -> bool:

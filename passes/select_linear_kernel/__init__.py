@@ -15,7 +15,7 @@ from torch import fx
 from fixpass.lowering.layout import Layout, known
 from fixpass.lowering.linear_kernel import SKINNY_LINEAR
 from fixpass.lowering.site import Site
-from fixpass.passes.base import Pass, PassResult
+from fixpass.passes.base import Choice, Pass, PassResult
 from fixpass.passes.cost import bytes_of
 from fixpass.passes.rewrite import Editor, Missed, erase_dead, find_anchors, val_of
 from fixpass.passes.select_linear_kernel.experts import Experts, experts_of, grouped_matmuls
@@ -100,6 +100,6 @@ def _replace(graph: fx.Graph, node: fx.Node, layer: Linear | Experts, result: Pa
         text = f"{SKINNY_LINEAR.name} reads {weight} of each expert that has 1 to {MOST_ROWS} rows"
     if isinstance(layer, Linear) and known(layer.x.meta["val"].shape[0] <= MOST_ROWS) is not True:
         text += f", in calls of at most {MOST_ROWS} rows"
-    result.applied(new, text)
+    result.applied(new, text, choice=Choice(SKINNY_LINEAR.name))
     node.replace_all_uses_with(new)
     erase_dead(graph, node)

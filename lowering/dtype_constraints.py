@@ -1,11 +1,11 @@
-"""Constraints on dtypes: of operands, of the computation, and of each rounding step."""
+"""Constraints on dtypes, rounding and quantisation: of operands, and of each step."""
 
 from dataclasses import dataclass
 
 import torch
 
 from fixpass.lowering.constraints import Constraint, OperandConstraint
-from fixpass.lowering.layout import Known, dtype_name
+from fixpass.lowering.layout import Known, dtype_name, known
 from fixpass.lowering.site import Site
 
 
@@ -75,3 +75,29 @@ class WeightRule(Constraint):
             f"{offset:g} + weight in f32" if offset else "weight" for offset in self.offsets
         )
         return f"rounded {places} the multiply by {offsets}"
+
+
+@dataclass(frozen=True)
+class OneNumber(OperandConstraint):
+    """The operand is one number in float32."""
+
+    def holds(self, site: Site) -> Known:
+        layout = site.layouts.get(self.operand)
+        return layout is None or (layout.dtype == torch.float32 and known(layout.numel == 1))
+
+    def __str__(self) -> str:
+        return f"{self.operand} is one f32 number"
+
+
+@dataclass(frozen=True)
+class GroupDivides(Constraint):
+    """The values that share a scale: a whole row, or a power of two that divides it."""
+
+    def holds(self, site: Site) -> Known:
+        size = site.steps.get("group_size", 0)
+        if not size:
+            return True
+        return size & (size - 1) == 0 and known(site.x.shape[-1] % size == 0)
+
+    def __str__(self) -> str:
+        return "group_size is a power of two that divides hidden_size"

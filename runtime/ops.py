@@ -1,9 +1,9 @@
-"""The ops `fixpass::rms_norm`, `layer_norm`, `add_rms_norm` and `qk_norm`.
+"""The ops `fixpass::rms_norm`, `layer_norm`, `add_rms_norm`, `qk_norm` and `rms_norm_quant`.
 
 An op states what is computed; its `kernel_name` argument says which kernel computes it. The name
 "inductor" is the reference in `fixpass.runtime.norms`, and the empty name, an op that no pass has
 seen, is our Triton kernel on CUDA and ROCm where it can compute the op, else the reference.
-Gradients follow from the reference.
+Gradients follow from the reference; `rms_norm_quant` has none.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from fixpass.runtime import norms, providers, strided
+from fixpass.runtime.quantized_norm import rms_norm_quant
 
-_STEPS = (
+_ROUNDING = (
     "float weight_offset=0.0, ScalarType? compute_dtype=None, ScalarType? norm_dtype=None, "
-    "ScalarType? weight_dtype=None, ScalarType? out_dtype=None, int[]? order=None, "
-    'str kernel_name=""'
+    'ScalarType? weight_dtype=None, ScalarType? out_dtype=None, str kernel_name=""'
 )
+_STEPS = f"int[]? order=None, {_ROUNDING}"
 # Inductor hands the operands over with the strides that the graph records: what `insert-relayout`
 # made is kept, and a kernel that reads any stride gets no hidden copy.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -32,6 +33,12 @@ SCHEMAS = {
     "qk_norm": (
         "(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, float eps, *, "
         f"{_STEPS}) -> (Tensor, Tensor)"
+    ),
+    "rms_norm_quant": (
+        "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? scale, float eps, *, "
+        "ScalarType quant_dtype, float low, float high, str apply, int group_size=0, "
+        "float limit=1.0, float amax_min=0.0, float scale_min=0.0, ScalarType? scale_dtype=None, "
+        f"{_ROUNDING}) -> (Tensor, Tensor, Tensor)"
     ),
 }
 
@@ -80,6 +87,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "layer_norm": layer_norm,
     "add_rms_norm": add_rms_norm,
     "qk_norm": qk_norm,
+    "rms_norm_quant": rms_norm_quant,
 }
 
 
@@ -134,6 +142,8 @@ def _define(library: torch.library.Library, name: str) -> None:
     library.impl(name, run, "CompositeExplicitAutograd")
     library.impl(name, run_on_gpu, "CUDA")
     torch.library.register_fake(f"fixpass::{name}", fake, lib=library)
+    if name == "rms_norm_quant":
+        return
     backward, setup_context = _make_autograd(name)
     torch.library.register_autograd(
         f"fixpass::{name}", backward, setup_context=setup_context, lib=library

@@ -39,6 +39,9 @@ def good_site(kernel: Kernel) -> Site:
         if name.endswith(("weight", "bias"))
     }
     layouts["out"] = Layout.contiguous((6, 128), BF16)
+    if "scale" in layouts:
+        layouts["scale"] = Layout.contiguous((1,), F32)
+        layouts["out"] = Layout.contiguous((6, 128), torch.int8)
     for steps in ({}, {"norm_dtype": BF16}):
         for names in (set(layouts), set(layouts) - {"bias"}):
             site = Site(kernel.op, {n: layouts[n] for n in names}, "cuda", steps)
@@ -82,11 +85,15 @@ def broken_sites(site: Site):
             yield Site(site.op, rest, "cuda", site.steps)
         else:
             yield site.with_layouts(**{name: Layout.contiguous((128,), dtype)})
+    for shape, other in (((1,), dtype), ((128,), F32)):
+        if "scale" in site.layouts:
+            yield site.with_layouts(scale=Layout.contiguous(shape, other))
     for steps in (
         {"compute_dtype": BF16},
         {"norm_dtype": BF16},
         {"norm_dtype": None},
         {"weight_offset": 0.5},
+        {"group_size": 96},
     ):
         yield Site(site.op, site.layouts, "cuda", {**site.steps, **steps})
 

@@ -35,6 +35,9 @@ class Quantization:
     apply: str
     group_size: int = 0
     """The values that share a scale; 0 means the whole row."""
+    amax_dtype: torch.dtype | None = None
+    """The dtype in which the largest magnitude is taken; None means that of the norm. Every dtype
+    gives the same number; Inductor rounds to it where it leaves out other roundings."""
     limit: float = 1.0
     amax_min: float = 0.0
     scale_min: float = 0.0
@@ -50,9 +53,11 @@ def quantize(y: Tensor, scale: Tensor | None, steps: Quantization) -> tuple[Tens
     values = y.to(torch.float32)
     if scale is not None:
         return _codes(values, scale, steps), values.new_empty(0)
+    rows = y
     if steps.group_size:
+        rows = rows.unflatten(-1, (-1, steps.group_size))
         values = values.unflatten(-1, (-1, steps.group_size))
-    amax = values.abs().amax(-1, keepdim=True)
+    amax = rows.abs().to(steps.amax_dtype or y.dtype).amax(-1, keepdim=True).to(torch.float32)
     if steps.amax_min:
         amax = amax.clamp_min(steps.amax_min)
     scales = amax
@@ -103,3 +108,23 @@ def rms_norm_quant(
     rows = x if residual is None else total
     y = norms.rms_norm(rows, eps, norms.Affine(weight, bias, **norm_steps))
     return *quantize(y, scale, quantization), total
+
+
+def fake_rms_norm_quant(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    **steps: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Results of `rms_norm_quant` with no values: their shapes, strides and dtypes."""
+    quantization, _ = split_steps(steps)
+    codes = x.new_empty(x.shape, dtype=quantization.quant_dtype)
+    groups = x.shape[-1] // quantization.group_size if quantization.group_size else 1
+    shape = (*x.shape[:-1], groups) if scale is None else (0,)
+    scales = x.new_empty(shape, dtype=torch.float32)
+    if residual is None:
+        return codes, scales, x.new_empty(0)
+    return codes, scales, x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))

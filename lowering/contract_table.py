@@ -37,6 +37,7 @@ from fixpass.lowering.dtype_constraints import (
     SameDtype,
     WeightRule,
 )
+from fixpass.lowering.quantizing_kernels import QUANTIZING
 from fixpass.lowering.site import OPS
 from fixpass.runtime.errors import ConfigError
 from fixpass.runtime.kernels.checks import FLOATS as FLOAT
@@ -216,6 +217,7 @@ KERNELS: tuple[Kernel, ...] = (
         f"{_PROVIDERS}:flashinfer_add_rms_norm",
         needs="flashinfer::fused_add_rmsnorm",
     ),
+    *QUANTIZING,
     _ours("rms_norm", _STRIDED),
     _ours("layer_norm", _STRIDED),
     _ours("add_rms_norm", (*_STRIDED_RESIDUAL, *_STRIDED)),

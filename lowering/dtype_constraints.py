@@ -101,3 +101,39 @@ class GroupDivides(Constraint):
 
     def __str__(self) -> str:
         return "group_size is a power of two that divides hidden_size"
+
+
+@dataclass(frozen=True)
+class QuantizedAs(Constraint):
+    """How vLLM's kernels quantise: the largest code, the smallest scale, and how it is applied."""
+
+    apply: str
+    group_sizes: tuple[int, ...] = (0,)
+    """The values that share a scale; 0 is a row. Nothing where one scale is given."""
+
+    def holds(self, site: Site) -> Known:
+        steps, code = site.steps, site.layouts["out"].dtype
+        high = 127.0 if code == torch.int8 else _LARGEST.get(code, 0.0)
+        wanted = {"low": -128.0 if code == torch.int8 else -high, "high": high}
+        if self.group_sizes:
+            least = 2.0**-23 if code == torch.int8 else 1 / (512 * high)
+            wanted |= {"limit": high, "scale_min": least}
+        if not high or any(
+            abs(steps.get(name, 0.0) / value - 1) > 1e-7 for name, value in wanted.items()
+        ):
+            return False
+        # A value that is not rounded to x's dtype before it is quantised is another value.
+        if steps.get("weight_dtype") not in (None, site.x.dtype) or steps.get("amax_min"):
+            return False
+        if steps.get("out_dtype") not in (None, site.x.dtype, torch.float32):
+            return False
+        if self.group_sizes and steps.get("group_size", 0) not in self.group_sizes:
+            return False
+        return steps.get("apply") == self.apply and steps.get("scale_dtype") is None
+
+    def __str__(self) -> str:
+        groups = f" in groups of {self.group_sizes}" if any(self.group_sizes) else ""
+        return f"quantised as vLLM does: {self.apply}{groups}"
+
+
+_LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e4m3fnuz: 224.0}

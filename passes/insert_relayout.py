@@ -57,7 +57,7 @@ def relayout(graph: fx.Graph, node: fx.Node, plan: Relayout) -> fx.Node:
     edit = Editor(graph, node)
     args = list(node.args)
     for i, name in enumerate(OPERANDS[op]):
-        if name in ("x", "residual"):
+        if name in ("x", "residual") and args[i] is not None:
             args[i] = _relay(edit, args[i], plan, copied=name in plan.copied)
         elif isinstance(parameter := args[i], fx.Node) and name in plan.copied:
             args[i] = _copy(edit, parameter)

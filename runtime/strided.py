@@ -32,6 +32,7 @@ def can_compute(x: Tensor, steps: Mapping[str, Any]) -> bool:
         and steps.get("out_dtype") in (None, *FLOATS)
         and 1 <= x.dim() <= MAX_RANK
         and x.shape[-1] <= MAX_HIDDEN
+        and steps.get("group_size", 0).bit_count() <= 1
         and is_available()
     )
 
@@ -125,9 +126,20 @@ def rms_norm_quant(
     if scale is None:
         group = quantization.group_size or x.shape[-1]
         scales = x.new_empty(*x.shape[:-1], x.shape[-1] // group, dtype=torch.float32)
-    written = {"out": out, "sum_out": total, "scales": scales}
-    operands = (x, residual, weight, bias, scale, eps)
-    launch(*operands, **written, quantization=quantization, outputs_are_new=True, **rest)
+    launch(
+        x,
+        residual,
+        weight,
+        bias,
+        scale,
+        eps,
+        out=out,
+        sum_out=total,
+        scales=scales,
+        quantization=quantization,
+        outputs_are_new=True,
+        **rest,
+    )
     nothing = x.new_empty(0)
     return out, nothing.float() if scales is None else scales, nothing if total is None else total
 

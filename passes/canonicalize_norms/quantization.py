@@ -59,7 +59,7 @@ class Reading:
 
 def read_codes(node: Any, reading: Reading) -> Any:
     """The scaled values behind bounds and rounding, which may come in any order."""
-    names = {
+    names: dict[Any, str] = {
         aten.clamp_max.default: "high",
         aten.clamp_min.default: "low",
         aten.round.default: "rounds",
@@ -118,13 +118,12 @@ def wrong_codes(reading: Reading, scaled: fx.Node) -> str:
         return f"scaled in {dtype_name(_dtype(scaled))}, not in f32"
     if "converts" in tail:
         return f"converted to {dtype_name(tail['converts'])} before {name}"
-    bounds = [tail.get("low"), tail.get("high")]
-    if not all(isinstance(bound, Real) for bound in bounds):
+    low, high = tail.get("low"), tail.get("high")
+    if not isinstance(low, (int, float)) or not isinstance(high, (int, float)):
         return f"values outside {name} are not clamped"
     if ("rounds" in tail) != (code == torch.int8):
         return f"values are {'' if 'rounds' in tail else 'not '}rounded before they become {name}"
-    low, high = map(float, bounds)
-    reading.steps |= {"low": low, "high": high}
+    reading.steps |= {"low": float(low), "high": float(high)}
     limits = torch.iinfo(code) if code == torch.int8 else torch.finfo(code)
     if not limits.min <= low <= high <= limits.max:
         return f"clamped to {low:g} and {high:g}, which {name} does not hold"

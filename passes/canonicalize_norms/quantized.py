@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from fixpass.lowering.layout import Layout, dtype_name, known, known_equal
 from fixpass.passes.canonicalize_norms.norm import op_overload
@@ -32,6 +33,7 @@ from fixpass.passes.rewrite import (
     Missed,
     Rewrite,
     arg,
+    copy_of,
     is_call,
     sole_user,
     val_of,
@@ -44,6 +46,8 @@ class Quantized(Match):
     """A quantised norm: `replaced` are the codes, then the scales and the sum where they exist."""
 
     norm: fx.Node = field(kw_only=True)
+    y: fx.Node = field(kw_only=True)
+    """The normalised value."""
     scale: fx.Node | None = field(kw_only=True)
     """The given scale."""
     has_scales: bool = field(kw_only=True)
@@ -81,7 +85,9 @@ class QuantizedNorm(Rewrite):
         x, *others, eps = norm.args
         residual = others.pop(0) if norm.target is NORMS[1] else None
         args = (x, residual, *others, match.scale, eps)
-        new = edit.call(op_overload("rms_norm_quant"), args, match.steps)
+        with unset_fake_temporarily():
+            val = _value(match)
+        new = edit.call(op_overload("rms_norm_quant"), args, match.steps, val)
         totals = len(match.replaced) - 1 - match.has_scales
         results = []
         for old, part in zip(
@@ -90,6 +96,31 @@ class QuantizedNorm(Rewrite):
             result = edit.call(getitem, (new, part), None, new.meta["val"][part])
             results.append(_in_shape_of(graph, old, result))
         return tuple(results)
+
+
+def _value(match: Quantized) -> tuple[torch.Tensor, ...] | None:
+    """The results' fake tensors from those that are replaced; None where one has another shape.
+
+    Running the op on fake tensors costs ten times as much.
+    """
+    y = match.y.meta["val"]
+    codes, *others = (node.meta["val"] for node in match.replaced)
+    x = arg(match.norm, 0).meta["val"]
+    scales = others.pop(0) if match.has_scales else _nothing(y, torch.float32)
+    if match.norm.target is NORMS[1] and not others:
+        return None
+    total = others.pop(0) if others else _nothing(y, x.dtype)
+    if match.has_scales and (
+        "group_size" in match.steps or differ(scales.shape[:-1], y.shape[:-1])
+    ):
+        return None
+    if any(Layout.of(val).is_dense() is not True for val in (y, scales, total)):
+        return None
+    return copy_of(y, dtype=codes.dtype), copy_of(scales), copy_of(total)
+
+
+def _nothing(like: FakeTensor, dtype: torch.dtype) -> FakeTensor:
+    return FakeTensor(like.fake_mode, torch.empty(0, dtype=dtype, device="meta"), like.device)
 
 
 def _in_shape_of(graph: fx.Graph, old: fx.Node, result: fx.Node) -> fx.Node:
@@ -140,18 +171,20 @@ def _quantized(
     anchor: fx.Node, y: fx.Node, scale: fx.Node, given: bool, steps: dict[str, Any]
 ) -> Quantized:
     norm = norm_of(y)
-    user = sole_user(anchor)
+    last, user = anchor, sole_user(anchor)
     # Groups are viewed as rows again behind the conversion.
-    is_back = is_call(user, *RESHAPES) and not differ(_shape(user), _shape(y))
+    if is_call(user, *RESHAPES) and not differ(_shape(user), _shape(y)):
+        last = user
     totals = [user for user in norm.users if arg(user, 1) == 1] if y is not norm else []
     kind = f"{steps['group_size']} values" if "group_size" in steps else "row"
     how = "with a given scale" if given else f"with a scale for each {kind}"
-    layout = Layout.of(norm.args[0].meta["val"])
+    layout = Layout.of(arg(norm, 0).meta["val"])
     return Quantized(
-        (user if is_back else anchor, *([] if given else [scale]), *totals),
+        (last, *([] if given else [scale]), *totals),
         f"{norm.name} of {layout} joined with its quantisation to "
         f"{dtype_name(steps['quant_dtype'])} {how}",
         norm=norm,
+        y=y,
         scale=scale if given else None,
         has_scales=not given,
         steps={**{k: v for k, v in norm.kwargs.items() if k != "order"}, **steps},

@@ -109,7 +109,10 @@ def assert_proved(case: Case) -> None:
     written = dict.fromkeys(("out", "sum_out", "scales")) | got
     report = trace_memory(rms_norm_quant, *operands, **written, quantization=steps, **rule)
     assert report.faults == ()
-    assert torch.equal(bits(got["out"]), bits(codes))
+    # The sign of NaN, which a row of zeros gives where the scale has no minimum, is not compared.
+    nan = codes.float().isnan()
+    assert torch.equal(got["out"].float().isnan(), nan)
+    assert torch.equal(bits(got["out"])[~nan], bits(codes)[~nan])
     assert all(torch.equal(got[name], want) for name, want in wants.items() if name != "out")
     if x.numel() and case.layout not in OTHER_STRIDE:
         reads = ("x", "residual") if case.adds else ("x",)

@@ -29,12 +29,21 @@ from fixpass.lowering.constraints import (
     UnitLastStride,
 )
 from fixpass.lowering.contract import Contract, Kernel
-from fixpass.lowering.dtype_constraints import ComputesIn, DtypeIn, SameDtype, WeightRule
+from fixpass.lowering.dtype_constraints import (
+    ComputesIn,
+    DtypeIn,
+    GroupDivides,
+    OneNumber,
+    SameDtype,
+    WeightRule,
+)
+from fixpass.lowering.quantizing_kernels import QUANTIZING
 from fixpass.lowering.site import OPS
 from fixpass.runtime.errors import ConfigError
 from fixpass.runtime.kernels.checks import FLOATS as FLOAT
 from fixpass.runtime.kernels.checks import MAX_HIDDEN
 from fixpass.runtime.providers import TRITON, register
+from fixpass.runtime.quantized_norm import QUANTIZED
 from fixpass.runtime.strided import MAX_RANK
 
 HALF = (torch.float16, torch.bfloat16)
@@ -60,14 +69,15 @@ _BEFORE = WeightRule((True,))
 _ROWS: tuple[Constraint, ...] = (Dense2D("x"), Dense2D("out"))
 # An odd hidden size corrupts the borders of rows: ROCm/aiter#5044.
 _AITER: tuple[Constraint, ...] = (HiddenEven(), *PLAIN, _EITHER)
-_STRIDED: tuple[Constraint, ...] = (
+_ROWS_OF_ANY_STRIDE: tuple[Constraint, ...] = (
     DtypeIn("x", FLOAT),
-    DtypeIn("out", FLOAT),
     ComputesIn(torch.float32),
     Rank("x", 1, MAX_RANK),
     HiddenAtMost(MAX_HIDDEN),
     LeadingDims(4),
 )
+_STRIDED = (DtypeIn("out", FLOAT), *_ROWS_OF_ANY_STRIDE)
+_STRIDED_RESIDUAL = (SameShape("residual", "x"), DtypeIn("residual", FLOAT))
 
 _CK = "aiter 0.1.7.post2, CK: m = numel / n, stride = input.stride(0), unchecked"
 _OPUS = "aiter 2026, opus: fp16, bf16 and fp32; copies what is not row-strided, so rows are dense"
@@ -91,6 +101,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("inductor", "layer_norm", _ANY, f"{_REFERENCES}:layer_norm"),
     Kernel("inductor", "add_rms_norm", _ANY, f"{_REFERENCES}:add_rms_norm"),
     Kernel("inductor", "qk_norm", _ANY, f"{_REFERENCES}:qk_norm"),
+    Kernel("inductor", "rms_norm_quant", _ANY, f"{_REFERENCES}:rms_norm_quant"),
     Kernel(
         "aiter_rms_norm",
         "rms_norm",
@@ -206,9 +217,20 @@ KERNELS: tuple[Kernel, ...] = (
         f"{_PROVIDERS}:flashinfer_add_rms_norm",
         needs="flashinfer::fused_add_rmsnorm",
     ),
+    *QUANTIZING,
     _ours("rms_norm", _STRIDED),
     _ours("layer_norm", _STRIDED),
-    _ours("add_rms_norm", (SameShape("residual", "x"), DtypeIn("residual", FLOAT), *_STRIDED)),
+    _ours("add_rms_norm", (*_STRIDED_RESIDUAL, *_STRIDED)),
+    _ours(
+        "rms_norm_quant",
+        (
+            DtypeIn("out", QUANTIZED),
+            *_STRIDED_RESIDUAL,
+            *_ROWS_OF_ANY_STRIDE,
+            OneNumber("scale"),
+            GroupDivides(),
+        ),
+    ),
     _ours(
         "qk_norm",
         (

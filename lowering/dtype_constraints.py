@@ -1,11 +1,11 @@
-"""Constraints on dtypes: of operands, of the computation, and of each rounding step."""
+"""Constraints on dtypes, rounding and quantisation: of operands, and of each step."""
 
 from dataclasses import dataclass
 
 import torch
 
 from fixpass.lowering.constraints import Constraint, OperandConstraint
-from fixpass.lowering.layout import Known, dtype_name
+from fixpass.lowering.layout import Known, dtype_name, known
 from fixpass.lowering.site import Site
 
 
@@ -75,3 +75,65 @@ class WeightRule(Constraint):
             f"{offset:g} + weight in f32" if offset else "weight" for offset in self.offsets
         )
         return f"rounded {places} the multiply by {offsets}"
+
+
+@dataclass(frozen=True)
+class OneNumber(OperandConstraint):
+    """The operand is one number in float32."""
+
+    def holds(self, site: Site) -> Known:
+        layout = site.layouts.get(self.operand)
+        return layout is None or (layout.dtype == torch.float32 and known(layout.numel == 1))
+
+    def __str__(self) -> str:
+        return f"{self.operand} is one f32 number"
+
+
+@dataclass(frozen=True)
+class GroupDivides(Constraint):
+    """The values that share a scale: a whole row, or a power of two that divides it."""
+
+    def holds(self, site: Site) -> Known:
+        size = site.steps.get("group_size", 0)
+        if not size:
+            return True
+        return size & (size - 1) == 0 and known(site.x.shape[-1] % size == 0)
+
+    def __str__(self) -> str:
+        return "group_size is a power of two that divides hidden_size"
+
+
+@dataclass(frozen=True)
+class QuantizedAs(Constraint):
+    """How vLLM's kernels quantise: the largest code, the smallest scale, and how it is applied."""
+
+    apply: str
+    group_sizes: tuple[int, ...] = (0,)
+    """The values that share a scale; 0 is a row. Nothing where one scale is given."""
+
+    def holds(self, site: Site) -> Known:
+        steps, code = site.steps, site.layouts["out"].dtype
+        high = 127.0 if code == torch.int8 else _LARGEST.get(code, 0.0)
+        wanted = {"low": -128.0 if code == torch.int8 else -high, "high": high}
+        if self.group_sizes:
+            least = 2.0**-23 if code == torch.int8 else 1 / (512 * high)
+            wanted |= {"limit": high, "scale_min": least}
+        if not high or any(
+            abs(steps.get(name, 0.0) / value - 1) > 1e-7 for name, value in wanted.items()
+        ):
+            return False
+        # A value that is not rounded to x's dtype before it is quantised is another value.
+        if steps.get("weight_dtype") not in (None, site.x.dtype) or steps.get("amax_min"):
+            return False
+        if steps.get("out_dtype") not in (None, site.x.dtype, torch.float32):
+            return False
+        if self.group_sizes and steps.get("group_size", 0) not in self.group_sizes:
+            return False
+        return steps.get("apply") == self.apply and steps.get("scale_dtype") is None
+
+    def __str__(self) -> str:
+        groups = f" in groups of {self.group_sizes}" if any(self.group_sizes) else ""
+        return f"quantised as vLLM does: {self.apply}{groups}"
+
+
+_LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e4m3fnuz: 224.0}

@@ -62,7 +62,7 @@ def check_call(op: str, kernel: str, args: tuple[Any, ...], steps: Mapping[str, 
     }
     x = args[0]
     order = steps.get("order") or range(x.dim())
-    dtype = steps.get("out_dtype") or x.dtype
+    dtype = steps.get("quant_dtype") or steps.get("out_dtype") or x.dtype
     layouts["out"] = Layout(tuple(x.shape), dense_stride(x.shape, order), dtype)
     verdict = row.check(Site(op, layouts, x.device.type, steps))
     if not verdict:

@@ -41,7 +41,13 @@ class Target:
         return kernel in self.kernels and kernel not in self.missing
 
 
-_OURS = ("strided_rms_norm", "strided_layer_norm", "strided_add_rms_norm", "strided_qk_norm")
+_OURS = (
+    "strided_rms_norm",
+    "strided_layer_norm",
+    "strided_add_rms_norm",
+    "strided_qk_norm",
+    "strided_rms_norm_quant",
+)
 _AITER = ("aiter_rms_norm", "aiter_layer_norm", "aiter_add_rms_norm")
 
 # At equal cost Inductor's code goes before ours: it costs no call from Python, and its figures on

@@ -61,7 +61,7 @@ def fusion_of(norm: fx.Node) -> Fusion:
     sources = copied_operands(norm)
     for i, name in enumerate(OPERANDS[op_name(norm)]):
         operand = sources.get(i, norm.args[i])
-        if not isinstance(operand, fx.Node) or name.endswith(("weight", "bias")):
+        if not isinstance(operand, fx.Node) or name.endswith(("weight", "bias", "scale")):
             continue
         num_bytes = bytes_of(operand)
         opaque += num_bytes

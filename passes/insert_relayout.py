@@ -57,7 +57,7 @@ def relayout(graph: fx.Graph, node: fx.Node, plan: Relayout) -> fx.Node:
     edit = Editor(graph, node)
     args = list(node.args)
     for i, name in enumerate(OPERANDS[op]):
-        if name in ("x", "residual"):
+        if name in ("x", "residual") and args[i] is not None:
             args[i] = _relay(edit, args[i], plan, copied=name in plan.copied)
         elif isinstance(parameter := args[i], fx.Node) and name in plan.copied:
             args[i] = _copy(edit, parameter)
@@ -65,7 +65,7 @@ def relayout(graph: fx.Graph, node: fx.Node, plan: Relayout) -> fx.Node:
     if plan.as_rows or "out" in plan.copied:
         kwargs.pop("order", None)
     new = edit.call(node.target, tuple(args), kwargs)
-    if op != "add_rms_norm":
+    if isinstance(node.meta["val"], torch.Tensor):
         node.replace_all_uses_with(_restore(edit, new, node, node.args[0]))
         graph.erase_node(node)
         return new
@@ -94,9 +94,9 @@ def _copy(edit: Editor, operand: fx.Node) -> fx.Node:
 
 
 def _restore(edit: Editor, result: fx.Node, old: fx.Node, x: Any) -> fx.Node:
-    """`result` with the strides that `old` recorded and the shape of `x`, which stays."""
+    """`result` with the strides that `old` recorded and the leading sizes of `x`, which stays."""
     wanted = old.meta["val"]
     if result.meta["val"].dim() != wanted.dim():
-        shape = [edit.size(x, dim) for dim in range(wanted.dim())]
+        shape = [*(edit.size(x, dim) for dim in range(wanted.dim() - 1)), edit.size(result, 1)]
         result = edit.call(aten.reshape.default, (result, shape))
     return edit.with_strides_of(result, wanted)

@@ -19,7 +19,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fixpass.lowering.site import OPS, op_name
 from fixpass.passes.base import Pass, PassResult
 from fixpass.passes.canonicalize_norms.norm import op_overload
-from fixpass.passes.rewrite import Editor, arg, copy_of, find_anchors, guards_suppressed
+from fixpass.passes.rewrite import (
+    Editor,
+    arg,
+    copy_of,
+    erase_dead,
+    find_anchors,
+    guards_suppressed,
+)
 from fixpass.runtime.ops import REFERENCES
 
 
@@ -107,4 +114,6 @@ def _inline(graph: fx.Graph, node: fx.Node, template: fx.Graph) -> None:
             part = results[arg(user, 1)]
             user.replace_all_uses_with(edit.with_strides_of(part, user.meta["val"]))
             graph.erase_node(user)
+        for part in results:
+            erase_dead(graph, part)
     graph.erase_node(node)

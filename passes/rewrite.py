@@ -218,8 +218,10 @@ _LENT = (
 )
 
 
-def copy_of(val: FakeTensor, device: torch.device | None = None) -> FakeTensor:
-    """A fake tensor with the layout of `val` in a storage of its own, on `device` or val's.
+def copy_of(
+    val: FakeTensor, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> FakeTensor:
+    """A fake tensor with the layout of `val` in a storage of its own, of another device or dtype.
 
     No operation is run: on symbolic shapes that costs ten times as much. No fake tensor mode may be
     active. The storage has the size that was seen while tracing.
@@ -227,7 +229,7 @@ def copy_of(val: FakeTensor, device: torch.device | None = None) -> FakeTensor:
     shape, stride = val.shape, val.stride()
     steps = [(hint(size) - 1) * hint(step) for size, step in zip(shape, stride, strict=True)]
     size = max(0, 1 + sum(steps) + hint(val.storage_offset()))
-    storage = torch.empty(size, dtype=val.dtype, device="meta")
+    storage = torch.empty(size, dtype=dtype or val.dtype, device="meta")
     return FakeTensor(
         val.fake_mode, storage.as_strided(shape, stride, val.storage_offset()), device or val.device
     )

@@ -1,9 +1,9 @@
-"""The ops `fixpass::rms_norm`, `layer_norm`, `add_rms_norm` and `qk_norm`.
+"""The ops `fixpass::rms_norm`, `layer_norm`, `add_rms_norm`, `qk_norm` and `rms_norm_quant`.
 
 An op states what is computed; its `kernel_name` argument says which kernel computes it. The name
 "inductor" is the reference in `fixpass.runtime.norms`, and the empty name, an op that no pass has
 seen, is our Triton kernel on CUDA and ROCm where it can compute the op, else the reference.
-Gradients follow from the reference.
+Gradients follow from the reference; `rms_norm_quant` has none.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from fixpass.runtime import norms, providers, strided
+from fixpass.runtime.quantized_norm import fake_rms_norm_quant, rms_norm_quant
 
-_STEPS = (
+_ROUNDING = (
     "float weight_offset=0.0, ScalarType? compute_dtype=None, ScalarType? norm_dtype=None, "
-    "ScalarType? weight_dtype=None, ScalarType? out_dtype=None, int[]? order=None, "
-    'str kernel_name=""'
+    'ScalarType? weight_dtype=None, ScalarType? out_dtype=None, str kernel_name=""'
 )
+_STEPS = f"int[]? order=None, {_ROUNDING}"
 # Inductor hands the operands over with the strides that the graph records: what `insert-relayout`
 # made is kept, and a kernel that reads any stride gets no hidden copy.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -32,6 +33,13 @@ SCHEMAS = {
     "qk_norm": (
         "(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, float eps, *, "
         f"{_STEPS}) -> (Tensor, Tensor)"
+    ),
+    "rms_norm_quant": (
+        "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? scale, float eps, *, "
+        "ScalarType quant_dtype, float low, float high, str apply, int group_size=0, "
+        "ScalarType? amax_dtype=None, float limit=1.0, float amax_min=0.0, float scale_min=0.0, "
+        "ScalarType? scale_dtype=None, "
+        f"{_ROUNDING}) -> (Tensor, Tensor, Tensor)"
     ),
 }
 
@@ -80,7 +88,10 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "layer_norm": layer_norm,
     "add_rms_norm": add_rms_norm,
     "qk_norm": qk_norm,
+    "rms_norm_quant": rms_norm_quant,
 }
+# Functions that give the results' layouts without the steps of the reference.
+FAKES: dict[str, Callable[..., Any]] = {"rms_norm_quant": fake_rms_norm_quant}
 
 
 def _make_autograd(name: str) -> tuple[Callable[..., Any], Callable[..., None]]:
@@ -128,12 +139,14 @@ def _define(library: torch.library.Library, name: str) -> None:
         return run(*args, kernel_name=kernel_name, **steps)
 
     def fake(*args: Any, kernel_name: str = "", **steps: Any) -> Any:
-        return reference(*args, **steps)
+        return FAKES.get(name, reference)(*args, **steps)
 
     library.define(name + SCHEMAS[name], tags=TAGS)
     library.impl(name, run, "CompositeExplicitAutograd")
     library.impl(name, run_on_gpu, "CUDA")
     torch.library.register_fake(f"fixpass::{name}", fake, lib=library)
+    if name == "rms_norm_quant":
+        return
     backward, setup_context = _make_autograd(name)
     torch.library.register_autograd(
         f"fixpass::{name}", backward, setup_context=setup_context, lib=library

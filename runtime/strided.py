@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fixpass.runtime.kernels.checks import FLOATS, MAX_HIDDEN
+from fixpass.runtime.quantized_norm import split_steps
 
 MAX_RANK = 6
 
@@ -31,6 +32,7 @@ def can_compute(x: Tensor, steps: Mapping[str, Any]) -> bool:
         and steps.get("out_dtype") in (None, *FLOATS)
         and 1 <= x.dim() <= MAX_RANK
         and x.shape[-1] <= MAX_HIDDEN
+        and steps.get("group_size", 0).bit_count() <= 1
         and is_available()
     )
 
@@ -99,6 +101,47 @@ def qk_norm(
         q, k, q_weight, k_weight, eps, q_out=outs[0], k_out=outs[1], outputs_are_new=True, **steps
     )
     return outs
+
+
+def rms_norm_quant(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    **steps: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`fixpass::rms_norm_quant` of x, and of residual where there is one, in one launch."""
+    from fixpass.runtime.kernels.rms_norm_quant import rms_norm_quant as launch
+
+    _check_compute(compute_dtype)
+    quantization, rest = split_steps(steps)
+    out = empty_like(x, quantization.quant_dtype, None)
+    total = scales = None
+    if residual is not None:
+        total = empty_like(x, torch.promote_types(x.dtype, residual.dtype), None)
+    if scale is None:
+        group = quantization.group_size or x.shape[-1]
+        scales = x.new_empty(*x.shape[:-1], x.shape[-1] // group, dtype=torch.float32)
+    launch(
+        x,
+        residual,
+        weight,
+        bias,
+        scale,
+        eps,
+        out=out,
+        sum_out=total,
+        scales=scales,
+        quantization=quantization,
+        outputs_are_new=True,
+        **rest,
+    )
+    nothing = x.new_empty(0)
+    return out, nothing.float() if scales is None else scales, nothing if total is None else total
 
 
 def _norm(

@@ -1,7 +1,8 @@
 """Every spelling of RMSNorm and LayerNorm becomes `fixpass::rms_norm` and its siblings.
 
-Runs on the functional ATen graph. Three rewrites, each anchored at an op: norms written out, norm
-ops of other libraries, and the residual add in front. It chooses no kernel.
+Runs on the functional ATen graph. Four rewrites, each anchored at an op: norms written out, norm
+ops of other libraries, the residual add in front, and the quantisation behind it. No kernel is
+chosen.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import fx
 from fixpass.passes.base import Pass, PassResult
 from fixpass.passes.canonicalize_norms.idiom import NormIdiom
 from fixpass.passes.canonicalize_norms.opaque import OpaqueNormRewrite
+from fixpass.passes.canonicalize_norms.quantized import QuantizedNorm
 from fixpass.passes.canonicalize_norms.residual import ResidualNorm
 from fixpass.passes.rewrite import apply_rewrite
 
@@ -23,6 +25,6 @@ class CanonicalizeNorms(Pass):
     name: ClassVar[str] = "canonicalize-norms"
 
     def run(self, graph: fx.Graph, result: PassResult) -> None:
-        # The residual is joined last: it starts from the ops that the others make.
-        for rewrite in (OpaqueNormRewrite(), NormIdiom(), ResidualNorm()):
+        # Residual and quantisation are joined last: they start from the ops that the others make.
+        for rewrite in (OpaqueNormRewrite(), NormIdiom(), ResidualNorm(), QuantizedNorm()):
             apply_rewrite(graph, rewrite, result)

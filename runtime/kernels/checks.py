@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fixpass.runtime.kernels.row_geometry import describe, overlap_partly, overlaps_itself
+from fixpass.runtime.quantized_norm import QUANTIZED, Quantization
 
 MAX_HIDDEN = 32768  # one row in the registers of one program
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -46,12 +47,7 @@ def check_add_norm(
 ) -> None:
     """Raise ValueError where add_rms_norm can't compute the operands."""
     check_norm(x, weight, bias, out, norm_dtype, weight_dtype)
-    _check_rows("residual", residual)
-    _check_like("residual", residual, x)
-    _check_output("sum_out", sum_out, x)
-    summed = torch.promote_types(x.dtype, residual.dtype)
-    if sum_out.dtype != summed:
-        raise ValueError(f"sum_out {describe(sum_out)}: x + residual is {summed}")
+    _check_residual(residual, sum_out, x)
 
 
 def check_add_norm_overlap(
@@ -116,6 +112,78 @@ def check_qk_norm_overlap(
     _check_apart("k_out", k_out, {"q": q, "q_out": q_out})
 
 
+def check_norm_quant(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    out: Tensor,
+    sum_out: Tensor | None,
+    scales: Tensor | None,
+    steps: Quantization,
+) -> None:
+    """Raise ValueError where rms_norm_quant can't compute the operands."""
+    _check_rows("x", x)
+    _check_parameter("weight", weight, x)
+    _check_parameter("bias", bias, x)
+    if (residual is None) != (sum_out is None):
+        raise ValueError("residual and sum_out: both or neither")
+    if residual is not None and sum_out is not None:
+        _check_residual(residual, sum_out, x)
+    if steps.quant_dtype not in QUANTIZED:
+        raise ValueError(f"out: {steps.quant_dtype} is none of {QUANTIZED}")
+    _check_like("out", out, x)
+    _check_injective("out", out)
+    if (scale is None) != (scales is not None):
+        raise ValueError("scale and scales: one of them")
+    if scale is not None and (scale.numel() != 1 or scale.dtype != torch.float32):
+        raise ValueError(f"scale {describe(scale)}: want one float32 number")
+    group = steps.group_size
+    if group and (group & (group - 1) or x.shape[-1] % group):
+        raise ValueError(f"group_size {group}: want a power of two that divides {x.shape[-1]}")
+    if scales is not None:
+        wanted = (*x.shape[:-1], x.shape[-1] // group if group else 1)
+        if scales.shape != wanted or scales.dtype != torch.float32:
+            raise ValueError(f"scales {describe(scales)}: want float32 of {list(wanted)}")
+        _check_injective("scales", scales)
+
+
+def check_norm_quant_overlap(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    out: Tensor,
+    sum_out: Tensor | None,
+    scales: Tensor | None,
+) -> None:
+    """Raise ValueError where rms_norm_quant would write over what it still reads."""
+    inputs = {"x": x, "residual": residual, "weight": weight, "bias": bias, "scale": scale}
+    written = {"out": out, "sum_out": sum_out, "scales": scales}
+    for name, tensor in written.items():
+        if tensor is not None:
+            _check_overlap(name, tensor, inputs)
+            others = {n: t for n, t in written.items() if n != name and t is not None}
+            _check_apart(name, tensor, others)
+
+
+def check_rounding(*dtypes: torch.dtype | None) -> None:
+    """Raise ValueError where a step rounds to a dtype that the kernels do not know."""
+    for dtype in dtypes:
+        _check_type("norm_dtype, weight_dtype and out_dtype:", dtype)
+
+
+def _check_residual(residual: Tensor, sum_out: Tensor, x: Tensor) -> None:
+    _check_rows("residual", residual)
+    _check_like("residual", residual, x)
+    _check_output("sum_out", sum_out, x)
+    summed = torch.promote_types(x.dtype, residual.dtype)
+    if sum_out.dtype != summed:
+        raise ValueError(f"sum_out {describe(sum_out)}: x + residual is {summed}")
+
+
 def _check_rows(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in FLOATS:
         raise ValueError(f"{name} {describe(tensor)}: want float16, bfloat16 or float32")
@@ -154,6 +222,10 @@ def _check_output(name: str, out: Tensor, x: Tensor) -> None:
     if out.dtype not in FLOATS:
         raise ValueError(f"{name} {describe(out)}: want float16, bfloat16 or float32")
     _check_like(name, out, x)
+    _check_injective(name, out)
+
+
+def _check_injective(name: str, out: Tensor) -> None:
     if out.numel() and overlaps_itself(out):
         raise ValueError(f"{name} {describe(out)}: several indices name one element")
 

@@ -21,6 +21,7 @@ from fixpass.runtime.kernels.row_geometry import (
     lay_out,
     operand,
 )
+from fixpass.runtime.quantized_norm import APPLY, Quantization
 
 VECTOR = 8  # elements a thread holds in one 16-byte register group of a 16-bit type
 ENOUGH_PROGRAMS = 512  # above it every multiprocessor has work with two vectors a thread
@@ -28,10 +29,20 @@ BY_ROWS_BYTES = 32768
 MAX_INT32_ROWS = 2**31 - 2**16  # below it row numbers, and the tile past the last, fit int32
 
 
-_TRITON = {
+TRITON_DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
     torch.float32: tl.float32,
+}
+
+CODES = {
+    torch.float8_e4m3fn: tl.float8e4nv,
+    torch.float8_e4m3fnuz: tl.float8e4b8,
+    torch.int8: tl.int8,
+}
+HIP_FORMATS = {
+    "gfx942": (torch.float8_e4m3fnuz,),
+    "gfx950": (torch.float8_e4m3fn,),
 }
 
 
@@ -189,6 +200,18 @@ def _cuda_lanes(index: int) -> int:
     return int(torch.cuda.get_device_properties(index).warp_size)
 
 
+@lru_cache
+def native_formats(device: torch.device) -> tuple[torch.dtype, ...]:
+    """The float8 dtypes that the device converts to in hardware; none where nothing is launched."""
+    if device.type != "cuda":
+        return ()
+    properties = torch.cuda.get_device_properties(device)
+    if not torch.version.hip:
+        is_new = (properties.major, properties.minor) >= (8, 9)
+        return (torch.float8_e4m3fn,) if is_new else ()
+    return HIP_FORMATS.get(properties.gcnArchName.partition(":")[0], ())
+
+
 def dense_vector(tensor: Tensor | None) -> Tensor | None:
     """A weight or bias as the kernels read it; a strided one is copied, hidden-size elements."""
     if tensor is None or tensor.stride(0) == 1 or tensor.shape[0] == 1:
@@ -239,9 +262,30 @@ def rounding(
         product = torch.promote_types(normed, weighed)
     summed = product if bias is None else torch.promote_types(product, bias.dtype)
     return {
-        "NORM": _TRITON[normed],
-        "WEIGHT": _TRITON[weighed],
+        "NORM": TRITON_DTYPES[normed],
+        "WEIGHT": TRITON_DTYPES[weighed],
         "OFFSET": float(weight_offset),
-        "PRODUCT": _TRITON[product],
-        "SUM": _TRITON[summed],
+        "PRODUCT": TRITON_DTYPES[product],
+        "SUM": TRITON_DTYPES[summed],
+    }
+
+
+def quantization_constants(
+    steps: Quantization,
+    normed: torch.dtype,
+    native: tuple[torch.dtype, ...],
+) -> dict[str, Any]:
+    """The constants of quantize_tile.py; native: the dtypes that the device converts to."""
+    return {
+        "NORMED": TRITON_DTYPES[normed],
+        "GROUP": steps.group_size,
+        "LIMIT": steps.limit,
+        "AMAX_MIN": steps.amax_min,
+        "SCALE_MIN": steps.scale_min,
+        "SCALE": TRITON_DTYPES[steps.scale_dtype or torch.float32],
+        "APPLY": APPLY.index(steps.apply),
+        "LOW": steps.low,
+        "HIGH": steps.high,
+        "CODE": CODES[steps.quant_dtype],
+        "IS_NATIVE": steps.quant_dtype in native,
     }

@@ -26,17 +26,16 @@ def tile_rows(
 
 
 @triton.jit
-def tile_offsets(
+def row_offsets(
     rows,
     at,
     sizes,
     DIMS: tl.constexpr,
-    BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
     SIZE_UNIT: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    """64-bit offsets of a tile's elements; `at` is (start, column stride, leading strides).
+    """64-bit offsets of the first elements of rows; `at` is (start, column stride, strides).
 
     Leading strides and sizes come innermost first.
     """
@@ -54,6 +53,22 @@ def tile_offsets(
             offsets = offsets + index.to(tl.int64)
         else:
             offsets = offsets + index.to(tl.int64) * (at[2 + d].to(tl.int64) * VECTOR)
+    return offsets
+
+
+@triton.jit
+def tile_offsets(
+    rows,
+    at,
+    sizes,
+    DIMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SIZE_UNIT: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """64-bit offsets of a tile's elements: those of `row_offsets`, and the columns."""
+    offsets = row_offsets(rows, at, sizes, DIMS, VECTOR, SIZE_UNIT, UNIT)
     columns = tl.arange(0, BLOCK).to(tl.int64)
     if UNIT != UNIT_COLUMN:
         columns = columns * (at[1].to(tl.int64) * VECTOR)

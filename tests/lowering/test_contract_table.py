@@ -23,6 +23,7 @@ from fixpass.runtime.errors import ConfigError
 from helpers.processes import run_python
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
+FP8 = torch.float8_e4m3fn
 ROWS = ("x", "residual", "out", "q", "k")
 identified = {
     "argvalues": KERNELS,
@@ -38,13 +39,27 @@ def good_site(kernel: Kernel) -> Site:
         for name in layouts
         if name.endswith(("weight", "bias"))
     }
-    layouts["out"] = Layout.contiguous((6, 128), BF16)
-    for steps in ({}, {"norm_dtype": BF16}):
-        for names in (set(layouts), set(layouts) - {"bias"}):
-            site = Site(kernel.op, {n: layouts[n] for n in names}, "cuda", steps)
+    if "scale" in layouts:
+        layouts["scale"] = Layout.contiguous((1,), F32)
+    every = [({}, BF16), ({"norm_dtype": BF16}, BF16), *quantised()]
+    for steps, dtype in every:
+        out = Layout.contiguous((6, 128), dtype)
+        for left_out in ((), ("bias",), ("bias", "residual", "scale")):
+            names = set(layouts) - set(left_out)
+            site = Site(kernel.op, {**{n: layouts[n] for n in names}, "out": out}, "cuda", steps)
             if kernel.check(site):
                 return site
     raise AssertionError(f"no site satisfies {kernel.name}")
+
+
+def quantised():
+    """Rounding steps with those of a quantisation, and the dtype of its codes."""
+    for dtype, high, least in ((FP8, 448.0, 1 / (448 * 512)), (torch.int8, 127.0, 2**-23)):
+        low = -high if dtype == FP8 else -128.0
+        for apply in ("divide", "reciprocal"):
+            steps = {"norm_dtype": BF16, "low": low, "high": high, "apply": apply}
+            dynamic = {**steps, "limit": high, "scale_min": least}
+            yield from ((each, dtype) for each in (steps, dynamic, {**dynamic, "group_size": 128}))
 
 
 def broken_sites(site: Site):
@@ -82,11 +97,26 @@ def broken_sites(site: Site):
             yield Site(site.op, rest, "cuda", site.steps)
         else:
             yield site.with_layouts(**{name: Layout.contiguous((128,), dtype)})
+    for name, shape, other in (
+        ("scale", (1,), dtype),
+        ("scale", (128,), F32),
+        ("residual", (3, 128), dtype),
+        ("residual", (6, 128), F32),
+    ):
+        if name in OPERANDS[site.op]:
+            yield site.with_layouts(**{name: Layout.contiguous(shape, other)})
+            rest = {n: v for n, v in site.layouts.items() if n != name}
+            yield Site(site.op, rest, "cuda", site.steps)
+    if "out" in site.layouts and site.op == "rms_norm_quant":
+        yield site.with_layouts(out=Layout.contiguous((6, 128), FP8))
+        yield site.with_layouts(out=Layout.contiguous((6, 128), torch.int8))
     for steps in (
         {"compute_dtype": BF16},
         {"norm_dtype": BF16},
         {"norm_dtype": None},
         {"weight_offset": 0.5},
+        {"group_size": 96},
+        {"apply": "multiply"},
     ):
         yield Site(site.op, site.layouts, "cuda", {**site.steps, **steps})
 

@@ -82,6 +82,10 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = str(list(stack.values())[-1][0])
+    return plain_path(str(list(stack.values())[-1][0]))
+
+
+def plain_path(path: str) -> str:
+    """`layers.0` for `L['self']._modules['layers']._modules['0']`, as Dynamo calls a module."""
     path = re.sub(r"\._modules\['(\w+)'\]", r".\1", path)
     return re.sub(r"^L\['\w+'\]\.?", "", path)

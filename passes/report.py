@@ -54,7 +54,7 @@ def merged_lines(remarks: Iterable[Remark]) -> list[str]:
     """One line for each group of remarks that differ only in numbers of layers and of nodes."""
     groups: dict[tuple[str, str, str], list[Remark]] = {}
     for remark in remarks:
-        site = re.sub(r"\d+", "*", remark.where) or remark.node
+        site = re.sub(r"\d+", "*", remark.where) or _without_names(remark.node)
         groups.setdefault((remark.kind, site, _without_names(remark.text)), []).append(remark)
     return [_line(group) for group in groups.values()]
 
@@ -65,7 +65,8 @@ def _line(group: list[Remark]) -> str:
         site = f"{first.node} ({first.where})" if first.where else first.node
         return f"{first.kind:<7} {site}: {first.text}"
     where = re.sub(r"\d+", "*", first.where)
-    return f"{first.kind:<7} {len(group)} x {where or first.node}: {first.text}"
+    site = where or _without_names(first.node)
+    return f"{first.kind:<7} {len(group)} x {site}: {first.text}"
 
 
 def _without_names(text: str) -> str:

@@ -22,6 +22,7 @@ from fixpass.lowering.relayout import hint
 from fixpass.passes.base import PassResult
 
 aten = torch.ops.aten
+RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,14 @@ class Match:
     """What a rewrite found: the nodes whose values it replaces and a line for the report.
 
     effects: nodes with effects that the replacement has itself; they go with what is replaced.
+    missed: why the match does not reach further, for a remark of its own.
     """
 
     replaced: tuple[fx.Node, ...]
     text: str
     bytes_saved: int = 0
     effects: tuple[fx.Node, ...] = field(default=(), kw_only=True)
+    missed: str = field(default="", kw_only=True)
 
 
 class Rewrite(ABC):
@@ -80,6 +83,8 @@ def apply_rewrite(graph: fx.Graph, rewrite: Rewrite, result: PassResult) -> None
         site = new[0].args[0] if is_call(new[0], getitem) else new[0]
         assert isinstance(site, fx.Node)
         result.applied(site, match.text, bytes_saved=match.bytes_saved)
+        if match.missed:
+            result.missed(site, match.missed)
         for old, node in zip(match.replaced, new, strict=True):
             old.replace_all_uses_with(node)
         for old in match.replaced:

@@ -23,6 +23,6 @@ class CanonicalizeNorms(Pass):
     name: ClassVar[str] = "canonicalize-norms"
 
     def run(self, graph: fx.Graph, result: PassResult) -> None:
-        # The residual is joined last: it starts from the ops that the others make.
-        for rewrite in (OpaqueNormRewrite(), NormIdiom(), ResidualNorm()):
+        # First the ops that stand in the graph already: the others join a residual by themselves.
+        for rewrite in (ResidualNorm(), OpaqueNormRewrite(), NormIdiom()):
             apply_rewrite(graph, rewrite, result)

@@ -10,6 +10,7 @@ LAYERS = tuple(
     Remark("a-pass", "applied", f"rms_norm_{i}", f"add_{i} joined s40", f"m.layers.{i}.n", 8)
     for i in range(3)
 )
+NAMELESS = tuple(Remark("a-pass", "missed", f"rsqrt_{i}", f"add_{i} stays") for i in range(37))
 OTHER = Remark("b-pass", "missed", "rsqrt", "why not")
 
 
@@ -23,6 +24,16 @@ a-pass
 b-pass
     missed  rsqrt: why not
 bytes saved: 24
+""",
+    )
+
+
+def test_equal_remarks_on_nodes_of_no_module_share_a_line():
+    assert_expected_inline(
+        str(Report(NAMELESS)),
+        """\
+a-pass
+    missed  37 x rsqrt: add_0 stays
 """,
     )
 

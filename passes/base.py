@@ -72,6 +72,14 @@ class Pass(ABC):
     before: ClassVar[str] = ""
     """The pass in front of which a third party's pass runs; empty: no such pass."""
 
+    def cache_key(self) -> str | None:
+        """A text for all that changes what the pass does; None: its source and its options are it.
+
+        Give a pass this method where an option or a helper has no source and no values to hash,
+        such as an open file. A graph that such a pass rewrote is not cached without it.
+        """
+        return None
+
     @abstractmethod
     def run(self, graph: fx.Graph, result: PassResult) -> None:
         """Rewrite `graph` in place; the graph is valid before and must be valid after."""

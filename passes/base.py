@@ -8,7 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import fx
 
@@ -25,6 +25,8 @@ class Remark:
     text: str
     where: str = ""
     bytes_saved: int = 0
+    same_code: bool = False
+    """The compiled code is the same as without this change."""
 
     def __str__(self) -> str:
         return f"{self.kind:<7} {self.node}: {self.text}"
@@ -42,9 +44,11 @@ class PassResult:
     remarks: list[Remark] = field(default_factory=list)
     fuel: Callable[[], bool] = lambda: True
 
-    def applied(self, node: fx.Node, text: str, *, bytes_saved: int = 0) -> None:
+    def applied(
+        self, node: fx.Node, text: str, *, bytes_saved: int = 0, same_code: bool = False
+    ) -> None:
         self.changed = True
-        self._add("applied", node, text, bytes_saved)
+        self._add("applied", node, text, bytes_saved, same_code)
 
     def missed(self, node: fx.Node, why: str) -> None:
         self._add("missed", node, why)
@@ -56,10 +60,8 @@ class PassResult:
         """Whether one more change may be made; asking for it spends it."""
         return self.fuel()
 
-    def _add(self, kind: Kind, node: fx.Node, text: str, bytes_saved: int = 0) -> None:
-        self.remarks.append(
-            Remark(self.pass_name, kind, node.name, text, module_path(node), bytes_saved)
-        )
+    def _add(self, kind: Kind, node: fx.Node, text: str, *more: Any) -> None:
+        self.remarks.append(Remark(self.pass_name, kind, node.name, text, module_path(node), *more))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ does not know how they are shown in a browser or a log.
 
 import json
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from fixpass.passes.base import Kind, Remark
@@ -48,6 +49,41 @@ class Report:
         if self.bytes_saved:
             lines.append(f"bytes saved: {self.bytes_saved:,}")
         return renumber_symbols("\n".join(lines) + "\n")
+
+
+def summary(report: Report) -> str:
+    """One line for a log: what compiles to the same code, then how often each pass did what."""
+    same = sum(remark.same_code for remark in report.remarks)
+    parts = []
+    if same:
+        read = "norm reads its strides" if same == 1 else "norms read their strides"
+        parts.append(f"{same} {read} in place; Inductor's code is the same")
+    counts = Counter((r.pass_name, r.kind) for r in report.remarks if not _is_counted(r))
+    parts += [f"{name}: {number} {kind}" for (name, kind), number in counts.items()]
+    return "; ".join(parts) or "nothing to do"
+
+
+def _is_counted(remark: Remark) -> bool:
+    """Whether a norm is counted already: where its kernel is chosen, or as the same code."""
+    return remark.same_code or (remark.pass_name, remark.kind) == ("canonicalize-norms", "applied")
+
+
+def reports_to_json(reports: Sequence[Report]) -> str:
+    """The reports as JSON, for `reports_from_json`."""
+    return json.dumps([asdict(report) for report in reports])
+
+
+def reports_from_json(text: str) -> tuple[Report, ...]:
+    """The reports of `reports_to_json`.
+
+    Raises:
+        ValueError, TypeError: the text is not of this version.
+
+    """
+    return tuple(
+        Report(tuple(Remark(**remark) for remark in item["remarks"]), item["title"])
+        for item in json.loads(text)
+    )
 
 
 def merged_lines(remarks: Iterable[Remark]) -> list[str]:

@@ -81,7 +81,9 @@ class SelectNormKernel(Pass):
                 result.missed(node, text)
         node.update_kwarg("kernel_name", best.kernel)
         saved = max(found[0].num_bytes - best.num_bytes, 0)
-        result.applied(node, "".join(_describe(best, found, site, fusion)), bytes_saved=saved)
+        text = "".join(_describe(best, found, site, fusion))
+        is_same = best.kernel == FALLBACK and not best.plan
+        result.applied(node, text, bytes_saved=saved, same_code=is_same)
 
     def _cost(self, candidate: Candidate) -> tuple[int, int]:
         """What `min` compares; the first of equals is the target's first."""

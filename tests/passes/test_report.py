@@ -5,6 +5,7 @@ import json
 from expecttest import assert_expected_inline
 
 from fixpass import Remark, Report
+from fixpass.passes.report import reports_from_json, reports_to_json, summary
 
 LAYERS = tuple(
     Remark("a-pass", "applied", f"rms_norm_{i}", f"add_{i} joined s40", f"m.layers.{i}.n", 8)
@@ -50,3 +51,34 @@ def test_reports_add_up_and_are_filtered():
     assert total.of_pass("b-pass") == (OTHER,)
     assert total.of_kind("applied") == LAYERS
     assert total.bytes_saved == 24
+
+
+def norms(number, **facts):
+    found = [Remark("canonicalize-norms", "applied", f"norm_{i}", "x") for i in range(number)]
+    return (*found, *(Remark("select-norm-kernel", "applied", r.node, "y", **facts) for r in found))
+
+
+def test_the_summary_tells_unchanged_code_from_changes():
+    assert_expected_inline(
+        "\n".join(
+            summary(Report(remarks))
+            for remarks in (
+                norms(13, same_code=True),
+                norms(1, same_code=True),
+                norms(4),
+                (*norms(13, same_code=True), *norms(2), OTHER),
+                (),
+            )
+        ),
+        """\
+13 norms read their strides in place; Inductor's code is the same
+1 norm reads its strides in place; Inductor's code is the same
+select-norm-kernel: 4 applied
+13 norms read their strides in place; Inductor's code is the same; select-norm-kernel: 2 applied; b-pass: 1 missed
+nothing to do""",
+    )
+
+
+def test_reports_are_read_from_the_json_that_they_were_written_to():
+    reports = (Report(norms(2, same_code=True), "one"), Report((*LAYERS, OTHER)))
+    assert reports_from_json(reports_to_json(reports)) == reports

@@ -82,6 +82,5 @@ def _facts(gm: fx.GraphModule, options: Mapping[str, Any]) -> tuple[Any, ...]:
 def _describe(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return str(value)
-    stride = value.stride() if value.layout == torch.strided else ()
-    shape, stride = tuple(map(str, value.shape)), tuple(map(str, stride))
-    return shape, stride, value.dtype, value.device, value.requires_grad
+    stride = str(value.stride()) if value.layout == torch.strided else ""
+    return str(value.shape), stride, value.dtype, value.device, value.requires_grad

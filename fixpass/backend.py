@@ -21,8 +21,9 @@ from torch._logging._internal import trace_structured
 from fixpass.aot_eager import compile_graphs
 from fixpass.config import Config
 from fixpass.dynamo_stage import run_entry_passes, specialize_eps
+from fixpass.kept_reports import KeptReports
 from fixpass.passes.pipeline import Pipeline
-from fixpass.passes.report import Report
+from fixpass.passes.report import Report, log_line
 from fixpass.pipelines import (
     check_torch,
     graph_pipeline,
@@ -61,8 +62,7 @@ def compile(model: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 def last_reports() -> tuple[Report, ...]:
     """The reports of the graphs compiled last in this process, oldest first, at most 64.
 
-    No pass runs on a graph that comes from Inductor's cache, so that graph has no report here.
-    `fixpass.explain` always gives a report.
+    A graph that comes from Inductor's cache has the report of the compile that made it.
     """
     return tuple(_reports)
 
@@ -106,9 +106,13 @@ def fixpass(
     if config.lower == "eager":
         run = compile_graphs(entry.gm, entry.inputs, lambda g, stage: run_on(pipeline, g, stage))
         return entry.bind_inputs(run)
-    patches[HOOK] = GraphPass(pipeline, _user_hooks(config))
+    graph_pass = GraphPass(pipeline, _user_hooks(config))
+    graph_pass.kept = KeptReports.of(entry.gm, graph_pass.uuid(), patches)
+    patches[HOOK] = graph_pass
     register_lowerings()
     compiled: Any = compile_fx(entry.gm, entry.inputs, config_patches=patches)
+    for report in graph_pass.kept.recall():
+        record(report)
     return entry.bind_inputs(compiled)
 
 
@@ -118,11 +122,12 @@ class GraphPass(CustomGraphPass):
     def __init__(self, pipeline: Pipeline, hooks: tuple[Any, ...] = ()) -> None:
         self.pipeline = pipeline
         self.hooks = hooks
+        self.kept = KeptReports(None)
 
     def __call__(self, graph: fx.Graph) -> None:
         for hook in self.hooks:
             hook(graph)
-        run_on(self.pipeline, graph)
+        self.kept.add(run_on(self.pipeline, graph))
 
     def uuid(self) -> Any:
         keys = joint_keys(self.pipeline, self.hooks)
@@ -171,7 +176,8 @@ def record(report: Report) -> None:
     )
     for remark in report.of_kind("failed"):
         log.warning("%s: %s", remark.pass_name, remark.text)
-    log.info("%s", report)
+    log.info("%s", log_line(report))
+    log.debug("%s", report)
 
 
 def _user_hooks(config: Config) -> tuple[Any, ...]:

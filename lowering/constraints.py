@@ -27,6 +27,11 @@ class Constraint(ABC):
     def holds(self, site: Site) -> Known:
         """Whether the condition is proved (True), refuted (False) or open (None)."""
 
+    @property
+    def is_asked_at_call(self) -> bool:
+        """Whether the kernel's callable asks it of each call, so that it may stay open here."""
+        return False
+
 
 @dataclass(frozen=True)
 class OperandConstraint(Constraint):
@@ -147,9 +152,18 @@ class RowPitch(OperandConstraint):
 
 @dataclass(frozen=True)
 class OffsetsBelow(OperandConstraint):
-    """The kernel computes offsets of elements in a narrow integer."""
+    """The kernel computes offsets of elements in a narrow integer.
+
+    asked_at_call: the callable runs the reference where a tensor of a call reaches further. A
+    number of rows that is not known while compiling then leaves the kernel legal.
+    """
 
     bits: int
+    asked_at_call: bool = False
+
+    @property
+    def is_asked_at_call(self) -> bool:
+        return self.asked_at_call
 
     def holds(self, site: Site) -> Known:
         layout = site.layouts.get(self.operand)

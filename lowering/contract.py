@@ -80,7 +80,7 @@ class Kernel:
             answer = constraint.holds(site)
             if answer is False:
                 return Verdict(self.name, constraint, False, site)
-            if answer is None:
+            if answer is None and not constraint.is_asked_at_call:
                 open_constraint = open_constraint or constraint
         if open_constraint is not None:
             return Verdict(self.name, open_constraint, None, site)

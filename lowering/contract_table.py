@@ -67,6 +67,8 @@ _EITHER = WeightRule((False, True))
 _AFTER = WeightRule((False,))
 _BEFORE = WeightRule((True,))
 _ROWS: tuple[Constraint, ...] = (Dense2D("x"), Dense2D("out"))
+# Rows of any pitch, as slices of a projection have them.
+_PITCHED: tuple[Constraint, ...] = (Rank("x", 2, 2), UnitLastStride("x"), Dense2D("out"))
 # An odd hidden size corrupts the borders of rows: ROCm/aiter#5044.
 _AITER: tuple[Constraint, ...] = (HiddenEven(), *PLAIN, _EITHER)
 _ROWS_OF_ANY_STRIDE: tuple[Constraint, ...] = (
@@ -80,7 +82,7 @@ _STRIDED = (DtypeIn("out", FLOAT), *_ROWS_OF_ANY_STRIDE)
 _STRIDED_RESIDUAL = (SameShape("residual", "x"), DtypeIn("residual", FLOAT))
 
 _CK = "aiter 0.1.7.post2, CK: m = numel / n, stride = input.stride(0), unchecked"
-_OPUS = "aiter 2026, opus: fp16, bf16 and fp32; copies what is not row-strided, so rows are dense"
+_OPUS = "aiter of August 2026: fp16, bf16 and fp32; x by stride(0), the residual dense"
 _VLLM = "vLLM 0.32, csrc/layernorm_kernels.cu"
 _FLASHINFER = "flashinfer 0.6, norm.cuh: uint32 strides and offsets, 16-byte vectors"
 
@@ -105,7 +107,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel(
         "aiter_rms_norm",
         "rms_norm",
-        Contract((*_ROWS, DtypeIn("x", FLOAT), *_AITER), _OPUS),
+        Contract((*_PITCHED, DtypeIn("x", FLOAT), *_AITER), _OPUS),
         f"{_PROVIDERS}:aiter_rms_norm",
         needs=f"{_WITH_ADD}(gemma_norm)",
     ),
@@ -126,7 +128,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel(
         "aiter_add_rms_norm",
         "add_rms_norm",
-        Contract((*_ROWS, Dense2D("residual"), DtypeIn("x", FLOAT), *_RESIDUAL, *_AITER), _OPUS),
+        Contract((*_PITCHED, Dense2D("residual"), DtypeIn("x", FLOAT), *_RESIDUAL, *_AITER), _OPUS),
         f"{_PROVIDERS}:aiter_add_rms_norm",
         needs=f"{_WITH_ADD}(gemma_norm)",
     ),
@@ -182,9 +184,9 @@ KERNELS: tuple[Kernel, ...] = (
                 Rank("x", 2, 3),
                 UnitLastStride("x"),
                 LastStridesDivisible("x", 16),
-                OffsetsBelow("x", 32),
+                OffsetsBelow("x", 32, asked_at_call=True),
                 Dense("out"),
-                OffsetsBelow("out", 32),
+                OffsetsBelow("out", 32, asked_at_call=True),
                 DtypeIn("x", HALF),
                 *PLAIN,
                 WeightRule((False,), (0.0, 1.0)),
@@ -204,8 +206,8 @@ KERNELS: tuple[Kernel, ...] = (
                 UnitLastStride("residual"),
                 LastStridesDivisible("x", 16),
                 LastStridesDivisible("residual", 16),
-                OffsetsBelow("x", 32),
-                OffsetsBelow("residual", 32),
+                OffsetsBelow("x", 32, asked_at_call=True),
+                OffsetsBelow("residual", 32, asked_at_call=True),
                 Dense2D("out"),
                 DtypeIn("x", HALF),
                 *_RESIDUAL,

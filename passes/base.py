@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 
 from torch import fx
 
+from fixpass.lowering.target import FALLBACK
 from fixpass.passes.source_lines import SourceLine, source_lines
 
 Kind = Literal["applied", "missed", "failed"]
@@ -54,6 +55,11 @@ class Remark:
     def line(self) -> SourceLine | None:
         """The line of the model, or None where Dynamo recorded none."""
         return self.stack[-1] if self.stack else None
+
+    @property
+    def same_code(self) -> bool:
+        """Whether the compiled code is the same as without this change: Inductor has the site."""
+        return self.choice is not None and self.choice.kernel == FALLBACK
 
     def __str__(self) -> str:
         return f"{self.kind:<7} {self.node}: {self.text}"
@@ -111,6 +117,14 @@ class Pass(ABC):
     before: ClassVar[str] = ""
     """The pass in front of which a third party's pass runs; empty: no such pass."""
 
+    def cache_key(self) -> str | None:
+        """A text for all that changes what the pass does; None: its source and its options are it.
+
+        Give a pass this method where an option or a helper has no source and no values to hash,
+        such as an open file. A graph that such a pass rewrote is not cached without it.
+        """
+        return None
+
     @abstractmethod
     def run(self, graph: fx.Graph, result: PassResult) -> None:
         """Rewrite `graph` in place; the graph is valid before and must be valid after."""
@@ -121,6 +135,10 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = str(list(stack.values())[-1][0])
+    return plain_path(str(list(stack.values())[-1][0]))
+
+
+def plain_path(path: str) -> str:
+    """`layers.0` for `L['self']._modules['layers']._modules['0']`, as Dynamo calls a module."""
     path = re.sub(r"\._modules\['(\w+)'\]", r".\1", path)
     return re.sub(r"^L\['\w+'\]\.?", "", path)

@@ -15,10 +15,9 @@ from torch import fx
 from fixpass.lowering.relayout import hint
 from fixpass.lowering.site import OPERANDS, op_name
 from fixpass.passes.drop_dead_copies.dead_copy import copied_operands
-from fixpass.passes.rewrite import is_call, val_of
+from fixpass.passes.rewrite import RESHAPES, is_call, val_of
 
 aten = torch.ops.aten
-RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 # Views that have each element of their source once.
 WHOLE_VIEWS = (
     *RESHAPES,

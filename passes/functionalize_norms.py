@@ -2,7 +2,8 @@
 
 Runs on Dynamo's graph, before AOTAutograd wraps such ops in `auto_functionalized_v2`, where
 nothing could look into them. A result that was written into a fresh `torch.empty` is used
-directly. The functional ops are left to `canonicalize-norms` and the passes after it.
+directly. The functional ops are left to `canonicalize-norms` and the passes after it. Norms of
+any spelling learn here which module owns their weight.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from fixpass.passes.base import Pass, PassResult
 from fixpass.passes.canonicalize_norms.norm import op_overload
 from fixpass.passes.canonicalize_norms.opaque import bind, read_opaque
 from fixpass.passes.rewrite import Missed
+from fixpass.passes.weight_owners import name_owners
 from fixpass.runtime.opaque_norms import OpaqueNorm, registered
 
 _FRESH = (torch.empty, torch.empty_like)
@@ -30,6 +32,7 @@ class FunctionalizeNorms(Pass):
     name: ClassVar[str] = "functionalize-norms"
 
     def run(self, graph: fx.Graph, result: PassResult) -> None:
+        name_owners(graph)
         rows = {row.overload: row for row in registered(mutating=True)}
         if not rows:
             return

@@ -6,7 +6,6 @@ that is an error. The pipeline holds no state between runs.
 """
 
 import hashlib
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from fixpass.lowering.contract_table import rows_of
 from fixpass.passes.base import Pass, PassResult, Remark
+from fixpass.passes.cache_key import UnnamedError, key_of, pass_key
 from fixpass.passes.report import Report
 from fixpass.passes.verify import faulty_nodes, results_of, verify
 from fixpass.runtime.errors import PassError
@@ -51,6 +51,7 @@ class Pipeline:
             result = PassResult(step.name, fuel=take_fuel)
             if step in checked:
                 self._run_guarded(step, graph, result, excused)
+                _report_unnamed(step, result)
             else:
                 self._run_trusted(step, graph, result)
             remarks += result.remarks
@@ -60,19 +61,19 @@ class Pipeline:
     def uuid(self) -> str | None:
         """A key that changes with the passes, their options, their source and what they call.
 
-        None where a pass has no source to read, as one typed at a prompt: no graph that it
-        rewrote may be cached.
+        None where a pass cannot be named completely: no graph that it rewrote may be cached. The
+        report then names the pass.
         """
-        digest = hashlib.sha256(source_hash().encode())
-        digest.update(repr((self.passes, self.fuel, self.strict, torch.__version__)).encode())
         with asked_once():
-            digest.update(repr([row for row in rows_of() if row.is_installed]).encode())
-        for step in self.passes:
-            source = b"" if is_ours(step) else _source_of(type(step))
-            if source is None:
-                return None
-            digest.update(source)
-        return digest.hexdigest()
+            rows = [row for row in rows_of() if row.is_installed]
+        constraints = (c for row in rows for c in row.contract.constraints)
+        try:
+            keys = [repr(step) if is_ours(step) else pass_key(step) for step in self.passes]
+            keys += [key_of(c) for c in constraints if not _is_of_fixpass(c)]
+        except UnnamedError:
+            return None
+        facts = (keys, rows, self.fuel, self.strict, torch.__version__)
+        return hashlib.sha256(f"{source_hash()}{facts!r}".encode()).hexdigest()
 
     def _run_trusted(self, step: Pass, graph: fx.Graph, result: PassResult) -> None:
         """Run a pass of ours, which leaves the graph whole where it raises: what it did stays."""
@@ -124,15 +125,21 @@ def _needs_exact_strides(op: torch._ops.OpOverload) -> bool:
 
 
 def is_ours(step: Pass) -> bool:
-    return type(step).__module__.startswith("fixpass.")
+    return _is_of_fixpass(step)
 
 
-def _source_of(cls: type) -> bytes | None:
-    """The source of the module that defines `cls`, or None where there is no file of it."""
+def _is_of_fixpass(value: object) -> bool:
+    return type(value).__module__.startswith("fixpass.")
+
+
+def _report_unnamed(step: Pass, result: PassResult) -> None:
+    """Say that no graph which a third party's pass rewrites is cached, and the way out."""
     try:
-        return inspect.getsource(inspect.getmodule(cls) or cls).encode()
-    except (OSError, TypeError):
-        return None
+        if not is_ours(step):
+            pass_key(step)
+    except UnnamedError as error:
+        why = f"not cached, because no key can hold {error}: give the pass a `cache_key` method"
+        result.remarks.append(Remark(step.name, "missed", "graph", why))
 
 
 def source_files() -> Iterator[Path]:

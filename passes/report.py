@@ -6,11 +6,14 @@ does not know how they are shown in a browser or a log.
 
 import json
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from fixpass.passes.base import Kind, Remark
+from fixpass.passes.base import Choice, Kind, Remark
 from fixpass.passes.printer import renumber_symbols
+from fixpass.passes.source_lines import SourceLine
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,56 @@ class Report:
         return renumber_symbols("\n".join(lines) + "\n")
 
 
+def log_line(report: Report) -> str:
+    """One line for a log: what compiles to the same code, then how often each pass did what."""
+    same = sum(remark.same_code for remark in report.remarks)
+    parts = []
+    if same:
+        read = "norm reads its strides" if same == 1 else "norms read their strides"
+        parts.append(f"{same} {read} in place; Inductor's code is the same")
+    counts = Counter((r.pass_name, r.kind) for r in report.remarks if not _is_counted(r))
+    parts += [f"{name}: {number} {kind}" for (name, kind), number in counts.items()]
+    return "; ".join(parts) or "nothing to do"
+
+
+def _is_counted(remark: Remark) -> bool:
+    """Whether a norm is counted already: where its kernel is chosen, or as the same code."""
+    return remark.same_code or (remark.pass_name, remark.kind) == ("canonicalize-norms", "applied")
+
+
+def reports_to_json(reports: Sequence[Report]) -> str:
+    """The reports as JSON, for `reports_from_json`."""
+    return json.dumps([asdict(report) for report in reports])
+
+
+def reports_from_json(text: str) -> tuple[Report, ...]:
+    """The reports of `reports_to_json`.
+
+    Raises:
+        ValueError, TypeError: the text is not of this version.
+
+    """
+    return tuple(
+        Report(tuple(map(_remark, item["remarks"])), item["title"], item["summary"])
+        for item in json.loads(text)
+    )
+
+
+def _remark(facts: dict[str, Any]) -> Remark:
+    choice = facts["choice"] and {key: _tupled(value) for key, value in facts["choice"].items()}
+    stack = tuple(SourceLine(**line) for line in facts["stack"])
+    return Remark(**{**facts, "stack": stack, "choice": choice and Choice(**choice)})
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def merged_lines(remarks: Iterable[Remark], with_lines: bool = False) -> list[str]:
     """One line for each group of remarks that differ only in numbers of layers and of nodes."""
     groups: dict[tuple[str, str, str], list[Remark]] = {}
     for remark in remarks:
-        site = re.sub(r"\d+", "*", remark.where) or remark.node
+        site = re.sub(r"\d+", "*", remark.where) or _without_names(remark.node)
         groups.setdefault((remark.kind, site, _without_names(remark.text)), []).append(remark)
     return [_line(group, _place(group) if with_lines else "") for group in groups.values()]
 
@@ -83,7 +131,8 @@ def _line(group: list[Remark], place: str) -> str:
         site = f"{first.node} ({first.where})" if first.where else first.node
         return f"{first.kind:<7} {site}{place}: {first.text}"
     where = re.sub(r"\d+", "*", first.where)
-    return f"{first.kind:<7} {len(group)} x {where or first.node}{place}: {first.text}"
+    site = where or _without_names(first.node)
+    return f"{first.kind:<7} {len(group)} x {site}{place}: {first.text}"
 
 
 def _without_names(text: str) -> str:

@@ -22,6 +22,7 @@ from fixpass.lowering.relayout import hint
 from fixpass.passes.base import Choice, PassResult
 
 aten = torch.ops.aten
+RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Match:
 
     effects: nodes with effects that the replacement has itself; they go with what is replaced.
     choice: the kernel that the replacement calls, where the rewrite chose one.
+    missed: why the match does not reach further, for a remark of its own.
     """
 
     replaced: tuple[fx.Node, ...]
@@ -50,6 +52,7 @@ class Match:
     bytes_saved: int = 0
     effects: tuple[fx.Node, ...] = field(default=(), kw_only=True)
     choice: Choice | None = field(default=None, kw_only=True)
+    missed: str = field(default="", kw_only=True)
 
 
 class Rewrite(ABC):
@@ -82,6 +85,8 @@ def apply_rewrite(graph: fx.Graph, rewrite: Rewrite, result: PassResult) -> None
         site = new[0].args[0] if is_call(new[0], getitem) else new[0]
         assert isinstance(site, fx.Node)
         result.applied(site, match.text, bytes_saved=match.bytes_saved, choice=match.choice)
+        if match.missed:
+            result.missed(site, match.missed)
         for old, node in zip(match.replaced, new, strict=True):
             old.replace_all_uses_with(node)
         for old in match.replaced:

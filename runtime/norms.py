@@ -50,9 +50,14 @@ def default_compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def with_order(y: Tensor, order: list[int] | None) -> Tensor:
     """Y in dense storage whose dimensions are laid out in `order`, outermost first."""
     if order is None:
-        return y.contiguous()
+        return _dense(y)
     inverse = [order.index(dim) for dim in range(y.dim())]
-    return y.permute(order).contiguous().permute(inverse)
+    return _dense(y.permute(order)).permute(inverse)
+
+
+def _dense(y: Tensor) -> Tensor:
+    # `y.contiguous()` asks for the device, which need not be here while a graph is traced for it.
+    return y if y.is_contiguous() else y.clone(memory_format=torch.contiguous_format)
 
 
 def _finish(x: Tensor, h: Tensor, eps: float, affine: Affine) -> Tensor:

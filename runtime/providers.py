@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fixpass.runtime import strided
+from fixpass.runtime import norms, strided
 from fixpass.runtime.errors import KernelError
 
 Steps = dict[str, Any]
@@ -196,7 +196,16 @@ def vllm_add_rms_norm(
     return out, total
 
 
+def _exceeds_32_bits(*tensors: Tensor) -> bool:
+    """Whether an element lies 2^32 elements or more behind the first: flashinfer wraps around."""
+    ends = (zip(x.shape, x.stride(), strict=True) for x in tensors)
+    return any(sum((size - 1) * stride for size, stride in end) >= 2**32 for end in ends)
+
+
 def flashinfer_rms_norm(x: Tensor, weight: Tensor, _: None, eps: float, **steps: Any) -> Tensor:
+    # The result is dense, so it may reach further than rows that overlap.
+    if _exceeds_32_bits(x) or x.numel() > 2**32:
+        return norms.rms_norm(x, eps, norms.Affine(weight, **steps))
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     gemma = steps.get("weight_offset") == 1.0
     op = torch.ops.flashinfer.gemma_rmsnorm if gemma else torch.ops.flashinfer.rmsnorm
@@ -207,6 +216,9 @@ def flashinfer_rms_norm(x: Tensor, weight: Tensor, _: None, eps: float, **steps:
 def flashinfer_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, _: None, eps: float, **steps: Any
 ) -> tuple[Tensor, Tensor]:
+    if _exceeds_32_bits(x, residual) or x.numel() > 2**32:
+        summed = x + residual
+        return norms.rms_norm(summed, eps, norms.Affine(weight, **steps)), summed.contiguous()
     out = x.clone(memory_format=torch.contiguous_format)
     total = residual.clone(memory_format=torch.contiguous_format)
     library, gemma = torch.ops.flashinfer, steps.get("weight_offset") == 1.0

@@ -54,7 +54,7 @@ def test_every_hook_is_in_place_and_nothing_is_said(engine, said):
     registry = start(engine)
     hooks = serving.serving_hooks()
     assert registry._patched == {hook.target for hook in hooks}
-    assert len(hooks) == 6
+    assert len(hooks) == 7
     for target, entries in registry._hooks.items():
         assert is_in_place(Hook(target, "AROUND", entries[0][1]))
     assert said == []
@@ -89,7 +89,7 @@ def test_without_aiter_its_kernels_are_not_missed(engine, said):
 def test_a_target_that_moved_is_named_and_the_other_hooks_stay(engine, said, module, name):
     delattr(engine(module), name)
     registry = start(engine)
-    assert len(registry._patched) == 5
+    assert len(registry._patched) == 6
     (text,) = said
     assert text.startswith(f"fixpass: {module}.{name} is not where it was")
     assert text.endswith(f"SGLang runs without the hook of {module}.{name}")
@@ -98,14 +98,14 @@ def test_a_target_that_moved_is_named_and_the_other_hooks_stay(engine, said, mod
 def test_a_flag_that_moved_takes_the_norms_hooks_back_by_name(engine, said):
     del engine(LAYERNORM)._use_aiter
     assert len(start(engine)._patched) == 2
-    assert len(said) == 4
+    assert len(said) == 5
     assert all("_use_aiter" in text for text in said)
 
 
 def test_a_module_that_moved_takes_its_hooks_back(engine, said, monkeypatch):
     monkeypatch.setitem(sys.modules, LOADER, None)
     del engine("sglang.srt.model_loader").loader
-    assert len(start(engine)._patched) == 4
+    assert len(start(engine)._patched) == 5
     assert len(said) == 2
 
 
@@ -134,7 +134,7 @@ def test_a_hook_that_sglang_failed_to_apply_is_noticed(engine, said, monkeypatch
     registry = engine(REGISTRY).HookRegistry
     monkeypatch.setattr(registry, "apply_hooks", lambda: None)
     start(engine)
-    assert len(said) == 6
+    assert len(said) == 7
     assert all("is not in place: SGLang runs without it" in text for text in said)
 
 

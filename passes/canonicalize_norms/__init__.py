@@ -25,6 +25,7 @@ class CanonicalizeNorms(Pass):
     name: ClassVar[str] = "canonicalize-norms"
 
     def run(self, graph: fx.Graph, result: PassResult) -> None:
-        # Residual and quantisation are joined last: they start from the ops that the others make.
-        for rewrite in (OpaqueNormRewrite(), NormIdiom(), ResidualNorm(), QuantizedNorm()):
+        # First the ops that stand in the graph already: the others join a residual by themselves.
+        # Quantisation is joined last: it starts from the ops that the others make.
+        for rewrite in (ResidualNorm(), OpaqueNormRewrite(), NormIdiom(), QuantizedNorm()):
             apply_rewrite(graph, rewrite, result)

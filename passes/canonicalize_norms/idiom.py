@@ -15,11 +15,14 @@ import torch
 from torch import fx
 
 from fixpass.lowering.layout import Layout, known
-from fixpass.passes.canonicalize_norms.norm import Norm, build_norm, compute_step, out_steps
+from fixpass.passes.canonicalize_norms.groups import describe_groups
+from fixpass.passes.canonicalize_norms.norm import Norm, compute_step, out_steps
+from fixpass.passes.canonicalize_norms.residual import build, joined
 from fixpass.passes.canonicalize_norms.scale import (
     ADDS,
     CONVERT,
     FLOATS,
+    L2_NORM,
     ROOTS,
     Scale,
     aten,
@@ -47,6 +50,9 @@ class NormIdiom(Rewrite):
         scale = read_scale(anchor)
         if isinstance(scale, Missed):
             return scale
+        if scale.op == L2_NORM:
+            layout = Layout.of(scale.x.meta["val"])
+            return Missed(f"an L2 norm of {layout}: no kernel computes one, and Inductor fuses it")
         tail = read_affine(scale)
         x, out = val_of(scale.x), val_of(tail.last)
         if x is None or out is None:
@@ -55,17 +61,22 @@ class NormIdiom(Rewrite):
         if isinstance(steps, Missed):
             return steps
         steps = {**tail.steps, **compute_step(x, scale.compute_dtype), **steps}
-        inputs = (scale.x, tail.weight, tail.bias)
-        return Norm((tail.last,), _text(scale.op, x), 0, scale.op, inputs, scale.eps, steps)
+        groups = "" if tail.weight else describe_groups(tail.last)
+        norm = Norm(
+            (tail.last,),
+            f"became {scale.op} of {Layout.of(x)}{groups}",
+            0,
+            scale.op,
+            (scale.x, tail.weight, tail.bias),
+            scale.eps,
+            steps,
+            owner=tail.product,
+        )
+        return joined(norm, scale.own)
 
     def replace(self, graph: fx.Graph, match: Match) -> tuple[fx.Node, ...]:
         assert isinstance(match, Norm)
-        last = match.replaced[0]
-        return (build_norm(graph, match, last, last.meta["val"]),)
-
-
-def _text(op: str, x: torch.Tensor) -> str:
-    return f"became {op} of {Layout.of(x)}"
+        return build(graph, match)
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,8 @@ class Tail:
     """The last node of a norm, its weight and bias, and the rounding steps between."""
 
     last: fx.Node
+    product: fx.Node | None
+    """The node that applies the weight."""
     weight: fx.Node | None
     bias: fx.Node | None
     steps: dict[str, Any]
@@ -95,12 +108,12 @@ def read_affine(scale: Scale) -> Tail:
         last = total or last
     if last is not scale.y and last is not cast:
         last = _cast_of(last) or last
-    return Tail(last, weight, bias, steps)
+    return Tail(_behind_copies(last), product, weight, bias, steps)
 
 
 def _operand_of(node: fx.Node, op: Any) -> tuple[fx.Node | None, fx.Node | None]:
     """The 1-D operand that the only user of `node` applies to it with `op`, and that user."""
-    user = sole_user(node)
+    user = sole_user(node := _behind_copies(node))
     if user is None or not is_call(user, op) or user.kwargs or arg(user, 0) is arg(user, 1):
         return None, None
     other = arg(user, 1) if arg(user, 0) is node else arg(user, 0)
@@ -112,9 +125,16 @@ def _operand_of(node: fx.Node, op: Any) -> tuple[fx.Node | None, fx.Node | None]
     return other, user
 
 
+def _behind_copies(node: fx.Node) -> fx.Node:
+    """The last of the copies that are made of `node` alone; a copy changes no value."""
+    while (user := sole_user(node)) is not None and is_call(user, aten.clone.default):
+        node = user
+    return node
+
+
 def _cast_of(node: fx.Node) -> fx.Node | None:
-    """The only user of `node` when it converts to another floating dtype."""
-    user = sole_user(node)
+    """The only user of `node`, behind copies, when it converts to another floating dtype."""
+    user = sole_user(_behind_copies(node))
     if user is None or not is_call(user, CONVERT):
         return None
     return user if arg(user, 1).is_floating_point else None

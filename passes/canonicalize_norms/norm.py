@@ -21,6 +21,10 @@ class Norm(Match):
     inputs: tuple[fx.Node | None, ...] = ()
     eps: float = 0.0
     steps: Mapping[str, Any] = field(default_factory=dict)
+    views: tuple[fx.Node, ...] = ()
+    """The views through which the norm reads a joined sum; they go behind the norm."""
+    owner: fx.Node | None = None
+    """The node that applies the weight, which names the module better than the last cast."""
 
 
 def op_overload(op: str) -> torch._ops.OpOverload:
@@ -35,6 +39,9 @@ def build_norm(graph: fx.Graph, norm: Norm, before: fx.Node, val: Any) -> fx.Nod
         node = call(graph, op_overload(norm.op), (*norm.inputs, norm.eps), dict(norm.steps))
     node.meta = {k: v for k, v in norm.replaced[-1].meta.items() if k != "eager_input_vals"}
     node.meta["val"] = val
+    stack = norm.owner.meta.get("nn_module_stack") if norm.owner is not None else None
+    if stack:
+        node.meta["nn_module_stack"] = stack
     return node
 
 

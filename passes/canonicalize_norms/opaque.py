@@ -13,7 +13,8 @@ import torch
 from torch import fx
 
 from fixpass.lowering.layout import Layout
-from fixpass.passes.canonicalize_norms.norm import Norm, build_norm, out_steps
+from fixpass.passes.canonicalize_norms.norm import Norm, out_steps
+from fixpass.passes.canonicalize_norms.residual import build, joined
 from fixpass.passes.rewrite import Match, Missed, Rewrite, val_of
 from fixpass.runtime.opaque_norms import OpaqueNorm, registered
 
@@ -72,14 +73,12 @@ class OpaqueNormRewrite(Rewrite):
         if isinstance(more, Missed):
             return more
         text = f"{row.name} became {row.op} of {Layout.of(x)}"
-        return Norm(outs, text, 0, row.op, inputs, eps, {**steps, **more})
+        norm = Norm(outs, text, 0, row.op, inputs, eps, {**steps, **more})
+        return joined(norm, {anchor})
 
     def replace(self, graph: fx.Graph, match: Match) -> tuple[fx.Node, ...]:
         assert isinstance(match, Norm)
-        anchor = match.replaced[-1]
-        if match.op != "add_rms_norm":
-            return (build_norm(graph, match, anchor, anchor.meta["val"]),)
-        return (build_norm(graph, match, anchor, tuple(anchor.meta["val"])),)
+        return build(graph, match)
 
 
 def _results(anchor: fx.Node, row: OpaqueNorm) -> tuple[fx.Node, ...] | Missed:

@@ -14,13 +14,16 @@ import torch
 from torch import fx
 
 from fixpass.lowering.layout import all_known, known_equal
+from fixpass.passes.canonicalize_norms.groups import describe_channels
 from fixpass.passes.rewrite import NO_REMARK, Missed, arg, is_call, sole_user, val_of
 
 aten = torch.ops.aten
 CONVERT = torch.ops.prims.convert_element_type.default
+L2_NORM = "l2_norm"
 ADDS = (aten.add.Tensor, aten.add.Scalar)
 # The dtypes that type promotion knows: float8 raises in it.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MOMENTS: dict[Any, str] = {aten.mean.dim: "rms_norm", aten.sum.dim_IntList: L2_NORM}
 ROOTS = (aten.rsqrt.default, aten.sqrt.default, aten.pow.Tensor_Scalar)
 
 
@@ -33,6 +36,8 @@ class Scale:
     y: fx.Node
     eps: float
     compute_dtype: torch.dtype
+    own: set[fx.Node]
+    """The nodes that nothing but the norm reads, up to `y`."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +85,16 @@ def read_scale(root: fx.Node) -> Scale | Missed:
     for node in owned:
         if not inside.issuperset(node.users):
             return Missed(_shared(node, node.name, inside))
-    return _finish(moment, y, eps)
+    return _finish(moment, y, eps, inside)
 
 
-def _finish(moment: _Moment, y: fx.Node, eps: float) -> Scale | Missed:
+def _finish(moment: _Moment, y: fx.Node, eps: float, own: set[fx.Node]) -> Scale | Missed:
     base, result = val_of(moment.base), val_of(y)
     if base is None or result is None or base.layout != torch.strided:
         return Missed("its values are not known strided tensors")
     if not base.dtype.is_floating_point or result.dtype != base.dtype:
         return Missed(f"it computes in {base.dtype} and gives {result.dtype}")
-    return Scale(moment.op, peel_upcast(moment.base), y, eps, base.dtype)
+    return Scale(moment.op, peel_upcast(moment.base), y, eps, base.dtype, own)
 
 
 def _read_root(root: fx.Node) -> _Root | Missed:
@@ -130,7 +135,7 @@ def _read_moment(node: fx.Node) -> _Moment | Missed:
         return _read_var(node)
     if is_call(node, *ADDS) and is_call(arg(node, 0), aten.mean.dim):
         return Missed(f"{node.name} adds no constant eps to the mean of squares")
-    if not is_call(node, aten.mean.dim):
+    if not is_call(node, *MOMENTS):
         return Missed(f"{node.name} under the root is not a mean of squares")
     wrong = _wrong_dims(node)
     if wrong:
@@ -141,7 +146,9 @@ def _read_moment(node: fx.Node) -> _Moment | Missed:
         return Missed(f"{square.name} under the mean is not a square")
     centred = _read_centred(h)
     if centred is None:
-        return _Moment("rms_norm", h, None, (node, square))
+        return _Moment(MOMENTS[node.target], h, None, (node, square))
+    if node.target != aten.mean.dim:
+        return Missed(f"{node.name} is a sum of squares, and a layer norm needs their mean")
     base, mean = centred
     return _Moment("layer_norm", base, h, (node, square, h, mean))
 
@@ -172,7 +179,9 @@ def _wrong_dims(node: fx.Node) -> str:
     if source is None or not isinstance(dims, (list, tuple)):
         return f"{node.name} reduces every dimension"
     if [d % max(source.dim(), 1) for d in dims] != [source.dim() - 1]:
-        return f"{node.name} reduces dimensions {list(dims)} of {source.dim()}, not the last alone"
+        groups = describe_channels(_node(arg(node, 0)), dims)
+        which = groups or f"reduces dimensions {list(dims)} of {source.dim()}, not the last alone"
+        return f"{node.name} {which}"
     if node.kwargs.get("dtype") not in (None, source.dtype):
         return f"{node.name} accumulates in {node.kwargs['dtype']}"
     return ""
@@ -209,7 +218,7 @@ def _numerator(y: fx.Node, root: _Root) -> fx.Node | None:
 
 
 def _is_base(numerator: fx.Node, moment: _Moment) -> bool:
-    if moment.op == "rms_norm":
+    if moment.op != "layer_norm":
         return peel_upcast(numerator) is peel_upcast(moment.base)
     if numerator is moment.centred:
         return True
@@ -237,7 +246,7 @@ def _is_column(node: fx.Node, base: fx.Node) -> bool:
 
 
 def _centred_nodes(numerator: fx.Node, moment: _Moment) -> tuple[fx.Node, ...]:
-    if moment.op == "rms_norm":
+    if moment.op != "layer_norm":
         return ()
     mean = arg(numerator, 1)
     return (numerator, mean) if isinstance(mean, fx.Node) else (numerator,)

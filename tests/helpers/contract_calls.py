@@ -1,6 +1,8 @@
 """Run norms of every layout with one library's kernels, and count the results that are wrong.
 
-python contract_calls.py eager|graph|inductor|verify KERNEL|all [static|dynamic]
+python contract_calls.py eager|graph|inductor|train|train-inductor|verify KERNEL|all [static|dynamic]
+
+A kernel with ":2026" behind its name is that of aiter of 2026.
 """
 
 import sys
@@ -21,29 +23,36 @@ LIBRARIES = (
     ("vllm_rms_norm", "vllm_add_rms_norm"),
     ("flashinfer_rms_norm", "flashinfer_add_rms_norm"),
 )
-# From 6 * 2 * 2 * 64 elements to rows of 64, as models lay them out.
+
+
+def flat(a, rows, start=0):
+    """The elements of `rows` rows behind each other; `rows` may be a symbolic number."""
+    return a.view(-1)[start : start + rows * HIDDEN]
+
+
+# From n rows of 256 elements to rows of 64, as models lay them out.
 LAYOUTS = {
-    "dense": lambda a: a[:384].view(6, 64),
-    "computed and transposed": lambda a: a[:384].view(64, 6).sin().t(),
-    "transposed": lambda a: a[:384].view(64, 6).t(),
-    "transposed and copied": lambda a: a[:384].view(64, 6).cos().t().contiguous(),
-    "columns of a packed projection": lambda a: a.view(6, 256)[:, 64:128],
-    "heads of a packed projection": lambda a: a.view(6, 256)[:, 64:192].view(6, 2, 64),
-    "heads before tokens": lambda a: a.view(4, 6, 64).transpose(0, 1),
+    "dense": lambda a: flat(a, a.shape[0]).view(-1, 64),
+    "computed and transposed": lambda a: flat(a, a.shape[0]).view(64, -1).sin().t(),
+    "transposed": lambda a: flat(a, a.shape[0]).view(64, -1).t(),
+    "transposed and copied": lambda a: flat(a, a.shape[0]).view(64, -1).cos().t().contiguous(),
+    "columns of a packed projection": lambda a: a[:, 64:128],
+    "heads of a packed projection": lambda a: a[:, 64:192].view(-1, 2, 64),
+    "heads before tokens": lambda a: a.view(4, -1, 64).transpose(0, 1),
     "permuted and back": lambda a: (
-        a.view(2, 3, 4, 64).permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3) + 1
+        a.view(-1, 2, 2, 64).permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3) + 1
     ),
-    "every second row": lambda a: a.view(24, 64)[::2],
-    "expanded": lambda a: a[:64].view(1, 64).expand(6, 64),
-    "odd offset": lambda a: a[1:385].view(6, 64),
-    "odd offset and cloned": lambda a: a[1:385].view(6, 64).clone(),
-    "odd pitch": lambda a: a[: 6 * 67].view(6, 67)[:, :64],
-    "size 1 in the middle": lambda a: a[:384].view(1, 6, 64).transpose(0, 1),
-    "size 1 in front": lambda a: a[:384].view(6, 64)[None],
-    "one row": lambda a: a[128:192].view(1, 64),
-    "no rows": lambda a: a.view(24, 64)[:0],
-    "3-D": lambda a: a[:384].view(2, 3, 64).exp(),
-    "4-D, innermost first": lambda a: a.view(64, 2, 3, 4).permute(3, 2, 1, 0),
+    "every second row": lambda a: a.view(-1, 64)[::2],
+    "expanded": lambda a: flat(a, 1).view(1, 64).expand(a.shape[0], 64),
+    "odd offset": lambda a: flat(a, a.shape[0], 1).view(-1, 64),
+    "odd offset and cloned": lambda a: flat(a, a.shape[0], 1).view(-1, 64).clone(),
+    "odd pitch": lambda a: a.view(-1)[: a.shape[0] * 67].view(-1, 67)[:, :64],
+    "size 1 in the middle": lambda a: flat(a, a.shape[0]).view(1, -1, 64).transpose(0, 1),
+    "size 1 in front": lambda a: flat(a, a.shape[0]).view(-1, 64)[None],
+    "one row": lambda a: flat(a, 1, 128).view(1, 64),
+    "no rows": lambda a: a.view(-1, 64)[:0],
+    "3-D": lambda a: flat(a, 2 * a.shape[0]).view(2, -1, 64).exp(),
+    "4-D, innermost first": lambda a: a.view(64, 2, -1, 2).permute(3, 2, 1, 0),
 }
 VECTORS = {
     "dense": lambda v: v[:64],
@@ -79,9 +88,20 @@ def cases(quick):
                 yield f"{name}, weight {kind}", layout, vector
 
 
-def operands():
-    torch.manual_seed(0)
-    sizes = (ROWS * 256, ROWS * 256, 128, 128)
+def called(op, before, x, residual, weight, bias):
+    """The norm as our op, which an engine's op becomes: it has gradients and a kernel."""
+    run = getattr(torch.ops.fixpass, op)
+    if op == "layer_norm":
+        return (run(x, weight, bias, EPS),)
+    steps = {"norm_dtype": x.dtype} if before else {}
+    rows = (x, residual) if op == "add_rms_norm" else (x,)
+    found = run(*rows, weight, None, EPS, **steps)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def operands(rows=ROWS):
+    torch.manual_seed(rows)
+    sizes = ((rows, 256), (rows, 256), (128,), (128,))
     return [torch.randn(size).bfloat16() for size in sizes]
 
 
@@ -95,31 +115,68 @@ def wrong_ones(names, got, want):
     return wrong
 
 
-def compiled(kernels, ops, lower, dynamic, quick):
-    """All cases in one graph."""
+def gradients(results, groups):
+    """The gradients of one loss over the results of all cases, for each case by itself."""
+    generator = torch.Generator().manual_seed(0)
+    flats = [result.double().flatten() for case in results for result in case]
+    loss = sum(flat @ torch.rand(len(flat), generator=generator).double() for flat in flats)
+    leaves = [leaf for group in groups for leaf in group]
+    found = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return [found[i : i + 4] for i in range(0, len(found), 4)]
+
+
+def compiled(kernels, ops, lower, dynamic, quick, training=False):
+    """All cases in one graph; a dynamic graph is called with two numbers of rows."""
     before = kernels[0].startswith("vllm")
     todo = [(op, *case) for op in ops for case in cases(quick)]
+    names = [f"{op} of {name}" for op, name, *_ in todo]
 
-    def model(a, r, w, b):
+    def model(groups):
+        make = called if training else norm
         return [
-            norm(op, before, layout(a), layout(r), vector(w), vector(b))
-            for op, _, layout, vector in todo
+            make(op, before, layout(a), layout(r), vector(w), vector(b))
+            for (op, _, layout, vector), (a, r, w, b) in zip(todo, groups, strict=True)
         ]
 
-    tensors = operands()
-    want = [
-        truth(op, layout(tensors[0]), layout(tensors[1]), vector(tensors[2]), vector(tensors[3]))
-        for op, _, layout, vector in todo
-    ]
     run = torch.compile(
         model,
         backend="fixpass",
-        dynamic=dynamic,
+        dynamic=None if dynamic else False,
         options={"norm_kernels": kernels, "lower": lower, "verify": True, "strict": True},
     )
-    with torch.no_grad():
-        got = run(*tensors)
-    return wrong_ones([f"{op} of {name}" for op, name, *_ in todo], got, want)
+    wrong = 0
+    for rows in (ROWS, ROWS + 4) if dynamic else (ROWS,):
+        with (
+            torch._dynamo.config.patch(error_on_recompile=rows != ROWS),
+            torch.set_grad_enabled(training),
+        ):
+            wrong += _compare(run, todo, names, operands(rows), dynamic, training)
+    return wrong
+
+
+def _compare(run, todo, names, tensors, dynamic, training):
+    # Cases that share a leaf would add their gradients in 16 bits, and each sum is rounded: the
+    # error of about 30 sums is larger than that of any norm, in eager mode too.
+    groups = [[t.clone().requires_grad_() for t in tensors] if training else tensors for _ in todo]
+    exact = [[t.detach().double().requires_grad_(training) for t in group] for group in groups]
+    for group in groups:
+        for t in group[:2] if dynamic else ():
+            torch._dynamo.mark_dynamic(t, 0)
+    got = run(groups)
+    want = [
+        truth(op, layout(a), layout(r), vector(w), vector(b))
+        for (op, _, layout, vector), (a, r, w, b) in zip(todo, exact, strict=True)
+    ]
+    wrong = wrong_ones(names, got, want)
+    if training:
+        pairs = zip(names, gradients(got, groups), gradients(want, exact), strict=True)
+        for name, mine, right in pairs:
+            mine, right = ([g for g in part if g is not None] for part in (mine, right))
+            # A sum over rows has the rounding of its largest terms.
+            scale = [g.abs().max().clamp(min=1) for g in right]
+            mine, right = ([g / s for g, s in zip(x, scale, strict=True)] for x in (mine, right))
+            wrong += wrong_ones([f"gradient of {name}"], [mine], [right])
+    return wrong
 
 
 def eager(kernel):
@@ -128,7 +185,7 @@ def eager(kernel):
     for row in (row for row in OPAQUE_NORMS if row.kernel == kernel):
         if row.name not in pointer_kernels.SCHEMAS:
             continue
-        run = wrap(pointer_kernels.SCHEMAS[row.name][1], row.name)
+        run = wrap(pointer_kernels.schemas()[row.name][1], row.name)
         for name, layout, vector in cases(False):
             a, r, w, b = operands()
             given = {
@@ -169,23 +226,19 @@ def verified(kernel):
 
 
 def main(way, kernel, sizes="static"):
-    pointer_kernels.register()
+    kernel, _, generation = kernel.partition(":")
+    pointer_kernels.register(generation)
     if way == "verify":
         return verified(kernel)
-    if way == "eager":
-        wrong = eager(kernel)
-    else:
-        libraries = LIBRARIES if kernel == "all" else ((kernel,),)
-        wrong = 0
-        for names in libraries:
-            ops = [name.partition("_")[2] for name in names]
-            wrong += compiled(
-                names,
-                ops,
-                "inductor" if way == "inductor" else "eager",
-                sizes == "dynamic",
-                quick=way == "inductor",
-            )
+    wrong = eager(kernel) if way == "eager" else 0
+    libraries = LIBRARIES if kernel == "all" else ((kernel,),)
+    for names in libraries if way != "eager" else ():
+        ops = [name.partition("_")[2] for name in names]
+        lower = "inductor" if "inductor" in way else "eager"
+        training = way.startswith("train")
+        # Symbolic shapes cost ten times as much: fewer cases show the same.
+        quick = training or lower == "inductor" or sizes == "dynamic"
+        wrong += compiled(names, ops, lower, sizes == "dynamic", quick, training)
     hits = counters["inductor"]["fxgraph_cache_hit"]
     print(f"{len(pointer_kernels.CALLS)} calls, {wrong} wrong, {hits} graphs from the cache")
     return int(bool(wrong or not pointer_kernels.CALLS))

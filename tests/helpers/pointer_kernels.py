@@ -40,8 +40,8 @@ def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
-def aiter_rms_norm(x: Tensor, weight: Tensor, eps: float, sensitive: int = 0) -> Tensor:
-    """aiter 0.1.7.post2, CK: m = numel / n, stride = input.stride(0), unchecked."""
+def aiter_rms_norm(x: Tensor, weight: Tensor, eps: float, *_: int) -> Tensor:
+    """aiter, both generations: m = numel / n, stride = input.stride(0), unchecked."""
     CALLS.append("aiter_rms_norm")
     y = rms(read_rows(x, x.stride(0)), read_vector(weight), eps)
     return y.to(x.dtype).view(x.shape)
@@ -66,6 +66,18 @@ def aiter_add_rms_norm(
     y = rms(summed.double(), read_vector(weight), eps).to(x.dtype)
     for written, value in ((total, summed), (out, y)):
         written.as_strided(value.shape, (written.stride(0), 1)).copy_(value)
+
+
+def aiter_2026_add_rms_norm(
+    out: Tensor, x: Tensor, residual: Tensor, total: Tensor, weight: Tensor, eps: float, *_: int
+) -> None:
+    """aiter of August 2026: x by stride(-2), everything else in dense rows."""
+    CALLS.append("aiter_add_rms_norm")
+    hidden = x.shape[-1]
+    summed = (read_rows(x, x.stride(-2)) + read_rows(residual, hidden)).to(x.dtype)
+    y = rms(summed.double(), read_vector(weight), eps).to(x.dtype)
+    for written, value in ((total, summed), (out, y)):
+        written.as_strided(value.shape, (hidden, 1)).copy_(value)
 
 
 def vllm_rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
@@ -146,13 +158,31 @@ SCHEMAS: dict[str, tuple[str, Any]] = {
 }
 
 
+GENERATION_2026: dict[str, tuple[str, Any]] = {
+    name: (SCHEMAS[name][0].replace(_FLAG, f"{_FLAG}, int gemma_norm=0"), function)
+    for name, function in (
+        ("aiter::rms_norm", aiter_rms_norm),
+        ("aiter::rmsnorm2d_fwd_with_add", aiter_2026_add_rms_norm),
+    )
+}
+
+
+_generation = [""]
+
+
+def schemas() -> dict[str, tuple[str, Any]]:
+    """The stand-ins of the generation that is registered, by op."""
+    return SCHEMAS | (GENERATION_2026 if _generation[0] == "2026" else {})
+
+
 @cache
-def register() -> tuple[torch.library.Library, ...]:
+def register(generation: str = "") -> tuple[torch.library.Library, ...]:
     """Register the stand-ins under the libraries' op names, once a process."""
+    _generation[0] = generation
     libraries = {
         name: torch.library.Library(name, "FRAGMENT") for name in ("aiter", "_C", "flashinfer")
     }
-    for name, (schema, function) in SCHEMAS.items():
+    for name, (schema, function) in schemas().items():
         namespace, _, op = name.partition("::")
         libraries[namespace].define(op + schema)
         libraries[namespace].impl(op, function, "CPU")

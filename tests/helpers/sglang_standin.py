@@ -24,6 +24,8 @@ MODULES = (
     "sglang.srt.plugins.hook_registry",
     "sglang.srt.layers",
     "sglang.srt.layers.layernorm",
+    "sglang.srt.models",
+    "sglang.srt.models.utils",
     "sglang.srt.model_loader",
     "sglang.srt.model_loader.loader",
     "sglang.multimodal_gen",
@@ -107,6 +109,7 @@ def install(monkeypatch, version="0.5.23"):
     made["sglang"].__version__ = version
     _fill_registries(made)
     _fill_norms(made["sglang.srt.layers.layernorm"])
+    _fill_models(made)
     _fill_loader(made["sglang.srt.model_loader.loader"])
     _fill_diffusion(made)
     return importlib.import_module
@@ -134,7 +137,13 @@ def _fill_norms(module):
         def __init__(self, hidden, pad=0):
             super().__init__()
             self.weight = nn.Parameter(torch.ones(hidden).bfloat16(), requires_grad=False)
-            self.pad = pad
+            self.pad = self.x_pad_to_multiple = pad
+            self.variance_epsilon, self.variance_size_override = 1e-6, None
+            self.cast_x_before_out_mul = False
+            self._forward_method = self.forward_aiter
+
+        def forward(self, *args):
+            return self._forward_method(*args)
 
         def forward_aiter(self, x, residual=None, post_residual_addition=None, quant_linear=None):
             """Flattens unless x is 2-D, and knows a batch as empty by its first size alone."""
@@ -154,6 +163,21 @@ def _fill_norms(module):
             return (out.reshape(shape), total.reshape(shape)) if flat else (out, total)
 
     module.RMSNorm = RMSNorm
+    module.is_batch_invariant_mode_enabled = lambda: False
+
+
+def _fill_models(made):
+    utils = made["sglang.srt.models.utils"]
+
+    def _reshape_for_qk_norm(x, head_dim):
+        return x.reshape(-1, head_dim)
+
+    def apply_qk_norm(q, k, q_norm, k_norm, head_dim, alt_stream=None, allow_inplace=True):
+        q_by_head = q_norm(utils._reshape_for_qk_norm(q, head_dim))
+        k_by_head = k_norm(utils._reshape_for_qk_norm(k, head_dim))
+        return q_by_head.view(q.shape), k_by_head.view(k.shape)
+
+    utils._reshape_for_qk_norm, utils.apply_qk_norm = _reshape_for_qk_norm, apply_qk_norm
 
 
 def _fill_loader(module):

@@ -36,7 +36,10 @@ def run(*arguments, cache=None):
     return done.stdout
 
 
-@pytest.mark.parametrize("kernel", sorted({row.kernel for row in WRAPPED}))
+OF_2026 = ("aiter_rms_norm:2026", "aiter_add_rms_norm:2026")
+
+
+@pytest.mark.parametrize("kernel", [*sorted({row.kernel for row in WRAPPED}), *OF_2026])
 def test_eager_calls_get_what_the_contract_asks_for(kernel):
     assert "0 wrong" in run("eager", kernel)
 
@@ -45,7 +48,7 @@ SHAPES = (pytest.param("static", marks=pytest.mark.full), "dynamic")  # 10 to 25
 
 
 @pytest.mark.parametrize("dynamic", SHAPES)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", [*KERNELS, *OF_2026])
 def test_rewritten_graphs_call_kernels_as_the_contract_asks(kernel, dynamic):
     assert "0 wrong" in run("graph", kernel, dynamic)
 
@@ -57,6 +60,23 @@ def test_compiled_code_calls_kernels_as_the_contract_asks(tmp_path):
     warm = run("inductor", "all", cache=tmp_path)
     assert "0 wrong, 0 graphs from the cache" in cold
     assert "0 wrong, 3 graphs from the cache" in warm
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dynamic", ["static", "dynamic"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rewritten_graphs_of_training_have_right_values_and_gradients(kernel, dynamic):
+    assert "0 wrong" in run("train", kernel, dynamic)
+
+
+@pytest.mark.full
+@pytest.mark.inductor
+@pytest.mark.parametrize("way", ["inductor", "train-inductor"])
+@pytest.mark.parametrize("dynamic", ["static", "dynamic"])
+def test_compiled_code_of_training_and_dynamic_shapes_calls_kernels_as_asked(
+    tmp_path, way, dynamic
+):
+    assert "0 wrong" in run(way, "all", dynamic, cache=tmp_path)
 
 
 def test_under_verify_a_call_checks_its_contract():

@@ -164,8 +164,7 @@ graph(residual: bf16[2, 64], x: bf16[2, 64], weight: bf16[64])
         report,
         """\
 canonicalize-norms
-    applied rms_norm: became rms_norm of bf16[2, 64]
-    applied add_rms_norm: add joined as add_rms_norm of bf16[2, 64]
+    applied add_rms_norm: became rms_norm of bf16[2, 64], add joined as add_rms_norm of bf16[2, 64]
 """,
     )
 

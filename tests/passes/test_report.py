@@ -5,11 +5,15 @@ import json
 from expecttest import assert_expected_inline
 
 from fixpass import Remark, Report
+from fixpass.passes.base import Choice
+from fixpass.passes.report import log_line, reports_from_json, reports_to_json
 
 LAYERS = tuple(
     Remark("a-pass", "applied", f"rms_norm_{i}", f"add_{i} joined s40", f"m.layers.{i}.n", 8)
     for i in range(3)
 )
+NAMELESS = tuple(Remark("a-pass", "missed", f"rsqrt_{i}", f"add_{i} stays") for i in range(37))
+INDUCTOR = Choice("inductor", 1, 2, True, (), ("m.q_norm", "m.k_norm"))
 OTHER = Remark("b-pass", "missed", "rsqrt", "why not")
 
 
@@ -27,6 +31,16 @@ bytes saved: 24
     )
 
 
+def test_equal_remarks_on_nodes_of_no_module_share_a_line():
+    assert_expected_inline(
+        str(Report(NAMELESS)),
+        """\
+a-pass
+    missed  37 x rsqrt: add_0 stays
+""",
+    )
+
+
 def test_a_report_is_also_data():
     data = json.loads(Report((*LAYERS, OTHER), "target cpu").to_json())
     assert data["title"] == "target cpu"
@@ -39,3 +53,34 @@ def test_reports_add_up_and_are_filtered():
     assert total.of_pass("b-pass") == (OTHER,)
     assert total.of_kind("applied") == LAYERS
     assert total.bytes_saved == 24
+
+
+def norms(number, **facts):
+    found = [Remark("canonicalize-norms", "applied", f"norm_{i}", "x") for i in range(number)]
+    return (*found, *(Remark("select-norm-kernel", "applied", r.node, "y", **facts) for r in found))
+
+
+def test_the_summary_tells_unchanged_code_from_changes():
+    assert_expected_inline(
+        "\n".join(
+            log_line(Report(remarks))
+            for remarks in (
+                norms(13, choice=INDUCTOR),
+                norms(1, choice=INDUCTOR),
+                norms(4),
+                (*norms(13, choice=INDUCTOR), *norms(2), OTHER),
+                (),
+            )
+        ),
+        """\
+13 norms read their strides in place; Inductor's code is the same
+1 norm reads its strides in place; Inductor's code is the same
+select-norm-kernel: 4 applied
+13 norms read their strides in place; Inductor's code is the same; select-norm-kernel: 2 applied; b-pass: 1 missed
+nothing to do""",
+    )
+
+
+def test_reports_are_read_from_the_json_that_they_were_written_to():
+    reports = (Report(norms(2, choice=INDUCTOR), "one"), Report((*LAYERS, OTHER)))
+    assert reports_from_json(reports_to_json(reports)) == reports

@@ -17,15 +17,19 @@ from typing import Any
 
 from torch import fx
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from fixpass.backend import record
+from fixpass.backend import HOOK, last_reports, record
 from fixpass.config import Config
 from fixpass.dynamo_stage import run_entry_passes
 from fixpass.integrations.engine import check_written_in, is_hook_of, once
 from fixpass.integrations.vllm.live_reload import hook_reload
+from fixpass.kept_reports import KeptReports
 from fixpass.passes.functionalize_norms import FunctionalizeNorms
+from fixpass.passes.report import log_line
 
-say_once = once(logging.getLogger("vllm.fixpass"), in_workers=True)
+log = logging.getLogger("vllm.fixpass")
+say_once = once(log, in_workers=True)
 TARGET = "CompilationConfig.init_backend"
 
 
@@ -42,7 +46,16 @@ class FoldingBackend:
         entry = run_entry_passes(gm, inputs, config, may_restride=True)
         record(entry.report)
         entry.retrace_if_restrided()
+        stage = self.options.get(HOOK)
+        uuid = stage.uuid() if isinstance(stage, CustomGraphPass) else None
+        kept, before = KeptReports.of(entry.gm, uuid, self.options), last_reports()
         compiled: Any = compile_fx(entry.gm, entry.inputs, config_patches=dict(self.options))
+        for report in last_reports():
+            if not any(report is other for other in before):
+                kept.add(report)
+        for report in kept.recall():
+            record(report)
+            log.info("fixpass: %s; from the cache", log_line(report))
         return entry.bind_inputs(compiled)
 
 

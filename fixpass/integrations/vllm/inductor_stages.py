@@ -6,7 +6,6 @@ This file imports vLLM, so it is imported when vLLM makes its configuration.
 """
 
 import logging
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +25,7 @@ from fixpass.passes.base import Pass
 from fixpass.passes.functionalize_norms import FunctionalizeNorms
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
-from fixpass.passes.report import Report
+from fixpass.passes.report import log_line
 from fixpass.passes.select_linear_kernel import SelectLinearKernel
 from fixpass.pipelines import (
     collectives,
@@ -109,7 +108,7 @@ class GraphStage(_Stage):
         register_lowerings()
         pipeline = self.pipeline()
         report = run_on(pipeline, graph)
-        log.info("fixpass: %s", summary(report))
+        log.info("fixpass: %s", log_line(report))
         log.debug("%s", report)
 
     def pipeline(self) -> Pipeline:
@@ -137,10 +136,3 @@ class EntryStage(_Stage):
             steps = (*steps, FunctionalizeShmAllReduce(place))
         steps = tuple(step for step in steps if step.name not in self.config.disable)
         return Pipeline(steps, strict=self.config.strict, fuel=self.config.fuel)
-
-
-def summary(report: Report) -> str:
-    """One line: how often each pass rewrote something, and how often it missed."""
-    counts = Counter((remark.pass_name, remark.kind) for remark in report.remarks)
-    parts = [f"{name} {number} {kind}" for (name, kind), number in counts.items()]
-    return ", ".join(parts) or "nothing to do"

@@ -19,7 +19,7 @@ class Reports:
     model_runner: Any
 
     def fixpass_reports(self) -> str:
-        """The reports of the graphs that this worker compiled, as text; empty from a warm cache."""
+        """The reports of the graphs that this worker compiled or took from a cache, as text."""
         return "\n".join(map(str, last_reports()))
 
     def fixpass_fold(self, layouts: Mapping[str, str]) -> None:

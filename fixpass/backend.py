@@ -20,6 +20,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from fixpass.aot_eager import compile_graphs
 from fixpass.config import Config
 from fixpass.dynamo_stage import run_entry_passes, specialize_eps
+from fixpass.passes import bisect
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.report import Report
 from fixpass.pipelines import (
@@ -34,6 +35,7 @@ from fixpass.runtime.providers import asked_once
 log = logging.getLogger("fixpass")
 HOOK = "post_grad_custom_pre_pass"
 
+bisect.register()
 _reports: deque[Report] = deque(maxlen=64)
 
 
@@ -54,7 +56,8 @@ def compile(model: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         >>> compiled = fixpass.compile(model, verify=True)
     """
     Config.resolve(options)
-    return torch.compile(model, backend="fixpass", options=options or None)
+    given = None if bisect.is_elsewhere() else options or None
+    return torch.compile(model, backend="fixpass", options=given)
 
 
 def last_reports() -> tuple[Report, ...]:

@@ -86,6 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--sampled", action="store_true", help="read 12,000 values of each tensor")
     sub = command("audit", _audit, "run post-processing twice and an update, and list the faults")
     sub.add_argument("model", help=f"{function}; it returns (model, process)")
+    sub = command("bisect", _bisect, "find the pass and the change that make a model wrong")
+    sub.add_argument("model", help="as for explain")
+    sub.add_argument(
+        "--passes", action="append", default=[], help="FILE.py:CLASS, a pass that no package offers"
+    )
+    sub.add_argument("--script", default="fixpass_fault.py", help="the program that is written")
     command("passes", _passes, "list the passes in the order in which they run")
     command("kernels", _kernels, "list the norm kernels and the constraints of each")
     command("doctor", _doctor, "list what works on this machine, and the way out where it does not")
@@ -93,17 +99,26 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    given = load_function(arguments.model)()
-    if not isinstance(given, tuple) or len(given) not in (2, 3) or not isinstance(given[1], tuple):
-        raise ConfigError(
-            f"{arguments.model} has to return (model, args) or (model, args, kwargs) with a tuple "
-            "args, for example (model, (tokens,))"
-        )
-    model, args, kwargs = (*given, {})[:3]
+    model, args, kwargs = load_model(arguments.model)
     with torch.no_grad():
         report = fixpass.explain(model, *args, target=arguments.target, **kwargs)
     print(report.to_json() if arguments.json else report)
     return 0
+
+
+def _bisect(arguments: argparse.Namespace) -> int:
+    from fixpass.bisection import find_fault, script_for
+
+    fault = find_fault(load_trial(arguments.model, arguments.passes))
+    if fault is None:
+        print(f"{arguments.model} computes the same values with fixpass as without a compiler")
+        return 0
+    print(fault.text)
+    if not fault.is_ours:
+        return 1
+    Path(arguments.script).write_text(script_for(fault, arguments.model, arguments.passes))
+    print(f"python {arguments.script} shows the fault")
+    return 1
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -141,6 +156,25 @@ def _audit(arguments: argparse.Namespace) -> int:
     found = audit(*given)
     print(found)
     return int(bool(found))
+
+
+def load_model(name: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """The model and the arguments that the function of this name returns."""
+    given = load_function(name)()
+    if not isinstance(given, tuple) or len(given) not in (2, 3) or not isinstance(given[1], tuple):
+        raise ConfigError(
+            f"{name} has to return (model, args) or (model, args, kwargs) with a tuple "
+            "args, for example (model, (tokens,))"
+        )
+    model, args, kwargs = (*given, {})[:3]
+    return model, args, kwargs
+
+
+def load_trial(name: str, passes: Sequence[str] = ()) -> Any:
+    """A model with its arguments and passes, for `fixpass.bisection`."""
+    from fixpass.bisection import Trial
+
+    return Trial(*load_model(name), tuple(load_function(step)() for step in passes))
 
 
 def load_function(name: str) -> Callable[[], Any]:

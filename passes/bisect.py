@@ -5,6 +5,7 @@ bisector runs a whole program and switches the passes and changes of the backend
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,11 @@ def register() -> None:
     BACKENDS.setdefault(BACKEND, [BisectSubsystem("changes"), BisectSubsystem("passes")])
 
 
+def is_elsewhere() -> bool:
+    """Whether torch's bisector compiles with another backend now, which knows no option of ours."""
+    return CompilerBisector.bisection_enabled and CompilerBisector.get_backend() != BACKEND
+
+
 def is_disabled(subsystem: str, pass_name: str) -> bool:
     """Whether torch's bisector has switched this change or pass off; it counts each question."""
     disabled: bool = CompilerBisector.disable_subsystem(BACKEND, subsystem, lambda: pass_name)
@@ -41,11 +47,10 @@ def find_application(step: Pass, snapshot: "Snapshot", check: Check) -> str:
         result = _Limited(step.name, limit=limit, stops=stops)
         return _fails(step, snapshot.graph(), result, check), result
 
-    _, whole = fails(None)
-    total, stops = whole.asked, ""
-    if not total:
-        total = whole.made
-        stops = "at" if total and fails(total, "at")[0] else "behind"
+    whole = fails(None)[1]
+    total, stops = whole.asked or whole.made, ""
+    if not whole.asked:
+        stops = "at" if _changes_first(step, snapshot) or fails(0, "behind")[0] else "behind"
     if not total or fails(0, stops)[0]:
         return ""
     good, bad = 0, total
@@ -85,14 +90,20 @@ class _Limited(PassResult):
             raise _Enough
 
 
+def _changes_first(step: Pass, snapshot: "Snapshot") -> bool:
+    """Whether the pass changes the graph before it reports the change."""
+    graph = snapshot.graph()
+    before = str(graph)
+    _fails(step, graph, _Limited(step.name, limit=0, stops="behind"), lambda *_: None)
+    return str(graph) != before
+
+
 def _fails(step: Pass, graph: fx.Graph, result: _Limited, check: Check) -> bool:
     if result.stops == "at" and result.limit == 0:
         return False
     try:
-        try:
+        with suppress(_Enough):
             step.run(graph, result)
-        except _Enough:
-            pass
         check(graph, result)
     # A fault of the pass, of any kind.
     except (Exception, SystemExit):

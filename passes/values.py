@@ -6,8 +6,8 @@ measured: the same operations run again, and each result of an operation is chan
 of its last digit.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,9 @@ class Values:
             if (got.shape, got.dtype) != (want.shape, want.dtype):
                 return f"result {i} is {_shown(got)} and was {_shown(want)}"
             if (difference := _difference(got, want)) > self.slack[i]:
-                return f"result {i} differs by {difference:.3g}; rounding explains {self.slack[i]:.3g}"
+                return (
+                    f"result {i} differs by {difference:.3g}; rounding explains {self.slack[i]:.3g}"
+                )
         return ""
 
 
@@ -74,16 +76,21 @@ class GraphValues:
             name = str(node.target)
             if name.partition(".")[0] in _COMMUNICATES or "all_reduce" in name:
                 raise PassError(f"{node.name} talks to other ranks")
-        inputs = _inputs(graph)
         try:
-            return GraphValues(inputs, Values.of(lambda mode: _run(graph, inputs, mode)))
+            with _without_modes():
+                inputs = _inputs(graph)
+                return GraphValues(inputs, Values.of(lambda mode: _run(graph, inputs, mode)))
+        except PassError:
+            raise
         # Whatever an operation raises on random inputs, such as an index out of range.
         except Exception as error:
             raise PassError(f"{type(error).__name__} on random inputs: {error}") from error
 
     def check(self, graph: fx.Graph, pass_name: str) -> None:
         """Raise PassError naming the pass where `graph` gives other values."""
-        if fault := self.values.fault_of(_run(graph, self.inputs)):
+        with _without_modes():
+            fault = self.values.fault_of(_run(graph, self.inputs, nullcontext()))
+        if fault:
             raise PassError(f"{pass_name} changed a value: {fault}")
 
 
@@ -106,23 +113,27 @@ class OtherRounding(TorchDispatchMode):
         return result
 
 
-def _run(
-    graph: fx.Graph, inputs: list[Any], mode: AbstractContextManager[Any] = nullcontext()
-) -> list[Any]:
+def _run(graph: fx.Graph, inputs: list[Any], mode: AbstractContextManager[Any]) -> list[Any]:
     """The results of `graph`, and then its inputs, which it may have written into."""
     module = graph.owning_module or nn.Module()
-    with torch.no_grad(), _disable_current_modes(), torch.random.fork_rng():
-        copies = [_copy(x) if isinstance(x, Tensor) else x for x in inputs]
+    copies = [_copy(x) if isinstance(x, Tensor) else x for x in inputs]
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         with mode:
             results = fx.Interpreter(module, graph=graph).run(*copies)
-        return [*pytree.tree_leaves(results), *copies]
+    return [*pytree.tree_leaves(results), *copies]
+
+
+@contextmanager
+def _without_modes() -> Iterator[None]:
+    """Compute real numbers inside a compile, where fake tensors are the rule."""
+    with torch.no_grad(), _disable_current_modes():
+        yield
 
 
 def _inputs(graph: fx.Graph) -> list[Any]:
     generator = torch.Generator().manual_seed(0)
-    with _disable_current_modes():
-        return [_input(node, generator) for node in graph.find_nodes(op="placeholder")]
+    return [_input(node, generator) for node in graph.find_nodes(op="placeholder")]
 
 
 def _input(node: fx.Node, generator: torch.Generator) -> Any:
@@ -131,8 +142,10 @@ def _input(node: fx.Node, generator: torch.Generator) -> Any:
         return value.node.hint
     if value is None or isinstance(value, (int, float)):
         return value
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
+    if not isinstance(value, Tensor):
         raise PassError(f"input {node.name} is a {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise PassError(f"input {node.name} is a {type(value).__name__} of layout {value.layout}")
     return _random(value, generator)
 
 

@@ -2,8 +2,8 @@
 
 Each node is run again on fake tensors and must give the dtype, shape, device and strides that
 `meta["val"]` records; the stride of a size-1 dimension does not count. Nothing is computed and no
-guard is added. What the caller of the graph sees, its `Interface`, has to stay. `values.py` compares
-numbers.
+guard is added. What the caller of the graph sees, its `Interface`, has to stay. `values.py`
+compares numbers.
 """
 
 from collections.abc import Iterator
@@ -52,7 +52,9 @@ class Interface:
     def fault_of(self, other: "Interface") -> str:
         """What a pass changed that made `other` of this interface; empty where nothing."""
         if self.inputs != other.inputs:
-            return f"changed the inputs from ({', '.join(self.inputs)}) to ({', '.join(other.inputs)})"
+            return (
+                f"changed the inputs from ({', '.join(self.inputs)}) to ({', '.join(other.inputs)})"
+            )
         if not _same(other.results, self.results):
             before, after = format_value(self.results), format_value(other.results)
             return f"changed the results from {before} to {after}"
@@ -162,7 +164,7 @@ def _viewed(node: fx.Node) -> Any:
 def _shares(a: Any, b: Any) -> bool:
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return False
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 def _run(node: fx.Node) -> Any:

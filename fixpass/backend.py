@@ -24,13 +24,13 @@ from fixpass.passes import bisect
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.report import Report
 from fixpass.pipelines import (
-    check_torch,
     graph_pipeline,
     linears,
     present_target,
     register_lowerings,
 )
 from fixpass.runtime.providers import asked_once
+from fixpass.runtime.versions import check_torch
 
 log = logging.getLogger("fixpass")
 HOOK = "post_grad_custom_pre_pass"

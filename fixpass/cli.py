@@ -20,9 +20,10 @@ from fixpass.lowering.contract import Kernel
 from fixpass.lowering.contract_table import add_kernels, rows_of
 from fixpass.lowering.target import CPU, TARGETS
 from fixpass.passes import default_passes, entry_passes
-from fixpass.pipelines import check_torch, installed_kernels, installed_passes
+from fixpass.pipelines import installed_kernels, installed_passes
 from fixpass.runtime.errors import ConfigError, FixpassError
 from fixpass.runtime.providers import TRITON
+from fixpass.runtime.versions import check_torch
 from fixpass.runtime.weights.audit import audit
 from fixpass.runtime.weights.compare import diff
 from fixpass.runtime.weights.doctor import check

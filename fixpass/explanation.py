@@ -27,13 +27,13 @@ from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.passes.report import Report
 from fixpass.passes.rewrite import copy_of, guards_suppressed
 from fixpass.pipelines import (
-    check_torch,
     graph_pipeline,
     known_targets,
     linears,
     preferred,
     present_target,
 )
+from fixpass.runtime.versions import check_torch
 
 
 def explain(

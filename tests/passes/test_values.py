@@ -51,11 +51,12 @@ def dtype(graph, node, wrong):
 
 
 def constant(graph, node, wrong):
-    node.update_arg(1, 2.001 if wrong else 2.0)
+    node.update_arg(1, 2.001 if wrong else 2)
 
 
 def eps(graph, node, wrong):
     node.update_arg(1, 1e-5 if wrong else 1e-6)
+    node.kwargs = {"alpha": 1}
 
 
 def dropped_node(graph, node, wrong):
@@ -67,17 +68,19 @@ def dropped_node(graph, node, wrong):
 
 
 def exchanged_input(graph, node, wrong):
-    if wrong:
-        node.args = node.args[::-1]
+    node.args = node.args[::-1] if wrong else node.args
+    node.kwargs = {"alpha": 1}
 
 
 def dropped_copy(graph, node, wrong):
+    node.kwargs = {"non_blocking": False}
     if wrong:
         node.replace_all_uses_with(node.args[1])
         graph.erase_node(node)
 
 
 def alias(graph, node, wrong):
+    node.kwargs = {"memory_format": torch.contiguous_format}
     if wrong:
         node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
@@ -158,6 +161,15 @@ def test_changes_that_keep_every_value_pass(traced, fault):
 def test_only_values_show_some_faults(traced, fault):
     report = Pipeline((Planted(fault, "asks for fuel"),), verify=True).run(copy_graph(traced))
     assert not report.of_kind("failed")
+
+
+def test_without_the_checks_the_result_is_wrong(traced):
+    copied = copy_graph(traced)
+    Planted("constant", "asks for fuel").run(copied, PassResult("planted"))
+    inputs = [f32(8, 8) for _ in range(12)]
+    before, after = (torch.fx.GraphModule({}, g)(*inputs) for g in (copy_graph(traced), copied))
+    wrong = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if not torch.equal(a, b)]
+    assert wrong == [9 * WRONG + 3]
 
 
 def half(x, w):

@@ -14,6 +14,7 @@ import fixpass
 from fixpass import Pass, Pipeline
 from fixpass.aot_eager import copy_graph
 from fixpass.passes import pipeline
+from fixpass.passes.base import PassResult
 from fixpass.passes.verify import Interface
 from fixpass.runtime.errors import PassError
 from fixpass.testing import f32, trace
@@ -151,6 +152,29 @@ def test_compiled_code_is_right_without_the_pass(fault):
     torch.testing.assert_close(inputs[0], want_state)
     torch.testing.assert_close(sine, want_state.sin())
     assert copied.data_ptr() != inputs[1].data_ptr()
+
+
+def run_without_checks(graph, fault, *inputs):
+    copied = copy_graph(graph)
+    Broken(fault.__name__).run(copied, PassResult("broken"))
+    return torch.fx.GraphModule({}, copied)(*inputs)
+
+
+def test_without_the_checks_an_erased_input_fails_at_the_call(traced):
+    with pytest.raises(TypeError, match="takes 2 positional arguments but 3 were given"):
+        run_without_checks(traced, erases_an_unused_input, f32(3, 4), f32(3, 4))
+
+
+def test_without_the_checks_a_dropped_write_leaves_the_old_value(traced):
+    state = f32(3, 4)
+    old = state.clone()
+    run_without_checks(traced, drops_a_write, state, f32(3, 4))
+    assert torch.equal(state, old)
+
+
+def test_without_the_checks_a_dropped_clone_lets_a_result_be_an_input(traced):
+    x = f32(3, 4)
+    assert run_without_checks(traced, lets_a_result_alias_an_input, f32(3, 4), x)[1] is x
 
 
 def test_the_interface_of_a_graph(traced):

@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 FIXPASS_VERIFY=1 $(P
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test test-full engines accept lint format type check bench gpu models-page \
-	sharding-page wheel wheel-test doctor clean
+	sharding-page versions wheel wheel-test doctor clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,10 @@ models-page: $(STAMP) ## Compile the models with Inductor (half an hour); write 
 
 sharding-page: $(STAMP) ## Write the table of units in docs/checkpoints.md
 	PYTHONPATH=.:tests $(PY) -m helpers.sharding_page
+
+# VERSIONS="2.11 2.14" runs two of them.
+versions: ## Run the tests with each torch of constraints-*.txt (an hour each); write docs/versions.md
+	PYTHONPATH=tests $(PYTHON) -m helpers.versions_page $(VERSIONS)
 
 # No target before it: a machine with a GPU may have no network. It takes the environment of
 # this checkout where there is one, else the machine's Python with torch and triton.

@@ -22,20 +22,22 @@ from fixpass.aot_eager import compile_graphs
 from fixpass.config import Config
 from fixpass.dynamo_stage import run_entry_passes, specialize_eps
 from fixpass.kept_reports import KeptReports
+from fixpass.passes import bisect
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.report import Report, log_line
 from fixpass.pipelines import (
-    check_torch,
     graph_pipeline,
     linears,
     present_target,
     register_lowerings,
 )
 from fixpass.runtime.providers import asked_once
+from fixpass.runtime.versions import check_torch
 
 log = logging.getLogger("fixpass")
 HOOK = "post_grad_custom_pre_pass"
 
+bisect.register()
 _reports: deque[Report] = deque(maxlen=64)
 
 
@@ -56,7 +58,8 @@ def compile(model: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         >>> compiled = fixpass.compile(model, verify=True)
     """
     Config.resolve(options)
-    return torch.compile(model, backend="fixpass", options=options or None)
+    given = None if bisect.is_elsewhere() else options or None
+    return torch.compile(model, backend="fixpass", options=given)
 
 
 def last_reports() -> tuple[Report, ...]:

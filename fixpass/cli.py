@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -76,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--sampled", action="store_true", help="read 12,000 values of each tensor")
     sub = command("audit", _audit, "run post-processing twice and an update, and list the faults")
     sub.add_argument("model", help=f"{function}; it returns (model, process)")
+    sub = command("bisect", _bisect, "find the pass and the change that make a model wrong")
+    sub.add_argument("model", help="as for explain")
+    sub.add_argument(
+        "--passes", action="append", default=[], help="FILE.py:CLASS, a pass that no package offers"
+    )
+    sub.add_argument("--script", default="fixpass_fault.py", help="the program that is written")
     command("passes", _passes, "list the passes in the order in which they run")
     for name, run, about in (
         ("targets", _targets, "list the targets and the kernels of each, the preferred one first"),
@@ -86,6 +93,21 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("doctor", _doctor, "say what works on this machine, and the way out for the rest")
     sub.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser
+
+
+def _bisect(arguments: argparse.Namespace) -> int:
+    from fixpass.bisection import find_fault, load_trial, script_for
+
+    fault = find_fault(load_trial(arguments.model, arguments.passes))
+    if fault is None:
+        print(f"{arguments.model} computes the same values with fixpass as without a compiler")
+        return 0
+    print(fault.text)
+    if not fault.is_ours:
+        return 1
+    Path(arguments.script).write_text(script_for(fault, arguments.model, arguments.passes))
+    print(f"python {arguments.script} shows the fault")
+    return 1
 
 
 def _check(arguments: argparse.Namespace) -> int:

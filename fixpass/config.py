@@ -15,6 +15,7 @@ from fixpass.lowering.contract import Kernel
 from fixpass.lowering.target import Target
 from fixpass.passes.base import Pass
 from fixpass.passes.fold_weights import Mode
+from fixpass.passes.pipeline import Verify
 from fixpass.runtime.errors import ConfigError
 from fixpass.runtime.symmetric_memory.policy import Policy
 
@@ -72,6 +73,9 @@ def _items(label: str, value: Any) -> tuple[tuple[str, Any], ...]:
 
 
 _IS_FLAG = _value(lambda value: isinstance(value, bool), "True or False")
+_IS_VERIFY = _value(
+    lambda value: isinstance(value, bool) or value == "values", 'True, False or "values"'
+)
 _IS_LOWER = _value(lambda value: value in ("inductor", "eager"), '"inductor" or "eager"')
 _IS_LINEAR = _value(lambda value: value in ("auto", "inductor"), '"auto" or "inductor"')
 _IS_MODE = _value(
@@ -91,6 +95,10 @@ def _flag(variable: str, text: str) -> bool:
     if text.lower() not in _FLAGS:
         raise ConfigError(f"{variable}={text!r}: say one of {', '.join(_FLAGS)}")
     return _FLAGS[text.lower()]
+
+
+def _verify(variable: str, text: str) -> Verify:
+    return "values" if text == "values" else _flag(variable, text)
 
 
 def _number(variable: str, text: str) -> int:
@@ -131,8 +139,9 @@ class Config:
 
     strict: bool = field(default=False, metadata=_facts(_IS_FLAG, _flag, "FIXPASS_STRICT"))
     """Raise where a pass fails, instead of compiling without it and saying so on the report."""
-    verify: bool = field(default=False, metadata=_facts(_IS_FLAG, _flag, "FIXPASS_VERIFY"))
-    """Check the graph after every pass on fake tensors, with exact strides."""
+    verify: Verify = field(default=False, metadata=_facts(_IS_VERIFY, _verify, "FIXPASS_VERIFY"))
+    """Check the graph after every pass on fake tensors, with exact strides. "values" also runs the
+    graph on random inputs and compares numbers."""
     lower: str = field(default="inductor", metadata=_facts(_IS_LOWER, _word, "FIXPASS_LOWER"))
     """"inductor" compiles; "eager" runs the rewritten graph op by op, for debugging."""
     norm_kernels: tuple[str, ...] | None = field(

@@ -26,7 +26,6 @@ from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.passes.report import Report
 from fixpass.passes.rewrite import copy_of, guards_suppressed
 from fixpass.pipelines import (
-    check_torch,
     graph_pipeline,
     known_targets,
     linears,
@@ -36,6 +35,7 @@ from fixpass.pipelines import (
 from fixpass.report.expected import assert_fired
 from fixpass.report.recording import Recorder
 from fixpass.report.summary import summary
+from fixpass.runtime.versions import check_torch
 
 
 def explain(

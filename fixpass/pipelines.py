@@ -27,7 +27,7 @@ from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
 from fixpass.passes.prepack_linears import PrepackLinears
 from fixpass.passes.select_linear_kernel import SelectLinearKernel
-from fixpass.runtime.errors import ConfigError, UnsupportedTorchError
+from fixpass.runtime.errors import ConfigError
 from fixpass.runtime.providers import check_calls, describe_needs
 from fixpass.runtime.symmetric_memory.policy import Policy
 from fixpass.runtime.weights.weight_ops import packable_dtypes
@@ -36,17 +36,6 @@ log = logging.getLogger("fixpass")
 
 OWN_LINEARS = ("freezing", "max_autotune", "max_autotune_gemm")
 """Options of Inductor with which it packs weights, or fuses pointwise operations into a matmul."""
-OLDEST, NEWEST = (2, 11), (2, 14)
-
-
-def check_torch(version: str = torch.__version__) -> None:
-    """Raise UnsupportedTorchError unless the installed torch is one that fixpass supports."""
-    found = tuple(int(part) for part in version.split(".")[:2])
-    if not OLDEST <= found <= NEWEST:
-        raise UnsupportedTorchError(
-            f"fixpass supports torch {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}, found "
-            f'{version}: install another torch, or compile with backend="inductor"'
-        )
 
 
 @cache

@@ -6,24 +6,35 @@ that is an error. The pipeline holds no state between runs.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
-from typing import Any
+from threading import Event, Thread
+from time import monotonic
+from typing import Any, Literal
 
 import torch
 from torch import fx
-from torch.fx.graph import _Namespace
 from torch.utils import _pytree as pytree
 
 from fixpass.lowering.contract_table import rows_of
 from fixpass.passes.base import Pass, PassResult, Remark
+from fixpass.passes.bisect import Snapshot, find_application, is_disabled
 from fixpass.passes.cache_key import UnnamedError, key_of, pass_key
 from fixpass.passes.report import Report
-from fixpass.passes.verify import faulty_nodes, results_of, verify
+from fixpass.passes.values import GraphValues
+from fixpass.passes.verify import Interface, faulty_nodes, verify
 from fixpass.runtime.errors import PassError
 from fixpass.runtime.providers import asked_once
+
+log = logging.getLogger("fixpass")
+Verify = bool | Literal["values"]
+SLOW = 3.0
+"""Seconds after which a pass that still runs is named in the log, and again at twice the time."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +42,13 @@ class Pipeline:
     """Passes in order.
 
     verify: check the graph after every pass, not only after third parties' (fake tensors again).
+    "values" also runs the graph on random inputs and compares numbers.
     strict: raise PassError where a pass fails, instead of going on without it.
     fuel: stop changing the graph after this many changes; None means no limit.
     """
 
     passes: tuple[Pass, ...]
-    verify: bool = False
+    verify: Verify = False
     strict: bool = False
     fuel: int | None = None
 
@@ -47,14 +59,19 @@ class Pipeline:
         checked = [step for step in self.passes if self.verify or not is_ours(step)]
         excused = faulty_nodes(graph) if checked else frozenset()
         remarks: list[Remark] = []
-        for step in self.passes:
-            result = PassResult(step.name, fuel=take_fuel)
-            if step in checked:
-                self._run_guarded(step, graph, result, excused)
-                _report_unnamed(step, result)
-            else:
-                self._run_trusted(step, graph, result)
-            remarks += result.remarks
+        values = self._values_of(graph, remarks)
+        with _named_while_running() as running:
+            for step in self.passes:
+                if is_disabled("passes", step.name):
+                    continue
+                running(step.name)
+                result = PassResult(step.name, fuel=lambda step=step: take_fuel(step.name))
+                if step in checked:
+                    self._run_guarded(step, graph, result, excused, values)
+                    _report_unnamed(step, result)
+                else:
+                    self._run_trusted(step, graph, result)
+                remarks += result.remarks
         record_inputs(graph)
         return Report(tuple(remarks), title)
 
@@ -86,21 +103,80 @@ class Pipeline:
                 raise PassError(f"pass {step.name}: {why}") from error
             result.remarks.append(Remark(step.name, "failed", "graph", f"stopped: {why}"))
 
+    def _values_of(self, graph: fx.Graph, remarks: list[Remark]) -> GraphValues | None:
+        """What the graph computes, under verify="values"."""
+        if self.verify != "values":
+            return None
+        try:
+            return GraphValues.of(graph)
+        except PassError as error:
+            remarks.append(Remark("verify", "missed", "graph", f"values not compared: {error}"))
+            return None
+
     def _run_guarded(
-        self, step: Pass, graph: fx.Graph, result: PassResult, excused: frozenset[str]
+        self,
+        step: Pass,
+        graph: fx.Graph,
+        result: PassResult,
+        excused: frozenset[str],
+        values: GraphValues | None,
     ) -> None:
-        snapshot, results = Snapshot.of(graph), results_of(graph)
+        snapshot, before = Snapshot.of(graph), Interface.of(graph)
+
+        def check(graph: fx.Graph, result: PassResult) -> None:
+            _check_remarks(result)
+            verify(graph, step.name, excused, before)
+            if values is not None:
+                values.check(graph, step.name)
+
         try:
             step.run(graph, result)
-            verify(graph, step.name, excused, results)
-        # Any error is the pass's: this is the boundary where third parties' code is called.
-        except Exception as error:
+            check(graph, result)
+        # Any error is the pass's: this is the boundary where third parties' code is called. A
+        # pass that calls `sys.exit` may not end the process either.
+        except (Exception, SystemExit) as error:
             why = str(error) if isinstance(error, PassError) else f"{type(error).__name__}: {error}"
+            if application := find_application(step, snapshot, check):
+                why = f"{why}; the first wrong change is {application}"
             if self.strict:
                 raise PassError(f"pass {step.name}: {why}") from error
             snapshot.restore(graph)
             result.changed = False
-            result.remarks[:] = [Remark(step.name, "failed", "graph", f"left out: {why}")]
+            result.remarks = [Remark(step.name, "failed", "graph", f"left out: {why}")]
+
+
+def _check_remarks(result: PassResult) -> None:
+    """Raise PassError where a pass replaced the list of its remarks by something else."""
+    remarks: Any = result.remarks
+    if not isinstance(remarks, list) or not all(isinstance(r, Remark) for r in remarks):
+        raise PassError(f"{result.pass_name} left result.remarks that is no list of Remark")
+
+
+@contextmanager
+def _named_while_running() -> Iterator[Callable[[str], None]]:
+    """Log the name of a pass that runs for long, while it runs."""
+    done, started = Event(), ["", monotonic()]
+
+    def watch() -> None:
+        name, limit = "", SLOW
+        while not done.wait(min(limit, SLOW)):
+            now = monotonic()
+            if name != started[0]:
+                name, limit = started[0], SLOW
+            if (seconds := now - started[1]) >= limit:
+                log.warning("%s has been running for %.0f s", name, seconds)
+                limit = 2 * seconds
+
+    def running(name: str) -> None:
+        started[:] = name, monotonic()
+
+    thread = Thread(target=watch, name="fixpass-slow-passes", daemon=True)
+    thread.start()
+    try:
+        yield running
+    finally:
+        done.set()
+        thread.join()
 
 
 def record_inputs(graph: fx.Graph) -> None:
@@ -161,34 +237,11 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-def _tank(fuel: int | None) -> Callable[[], bool]:
-    if fuel is None:
-        return lambda: True
-    left = iter(range(fuel))
-    return lambda: next(left, None) is not None
+def _tank(fuel: int | None) -> Callable[[str], bool]:
+    """Whether a pass may make one more change; torch's bisector may decide it too."""
+    left = count() if fuel is None else iter(range(fuel))
 
+    def take(pass_name: str) -> bool:
+        return not is_disabled("changes", pass_name) and next(left, None) is not None
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A copy of a graph's nodes, their metadata and its result."""
-
-    copy: fx.Graph
-    result: Any
-    output_meta: dict[str, Any]
-
-    @staticmethod
-    def of(graph: fx.Graph) -> "Snapshot":
-        copy = fx.Graph()
-        result = copy.graph_copy(graph, {})
-        return Snapshot(copy, result, dict(graph.output_node().meta))
-
-    def restore(self, graph: fx.Graph) -> None:
-        """Make `graph` what it was, with new node objects under the old names."""
-        for node in reversed(graph.nodes):
-            node.replace_all_uses_with(None) if node.users else None
-            graph.erase_node(node)
-        graph._graph_namespace = _Namespace()
-        values: dict[fx.Node, fx.Node] = {}
-        graph.graph_copy(self.copy, values)
-        output = graph.output(fx.node.map_arg(self.result, lambda n: values[n]))
-        output.meta.update(self.output_meta)
+    return take

@@ -12,8 +12,8 @@ import torch
 import fixpass
 from fixpass import Config, Pass, explain
 from fixpass.backend import last_reports
-from fixpass.pipelines import check_torch
 from fixpass.runtime.errors import ConfigError, FixpassError, UnsupportedTorchError
+from fixpass.runtime.versions import check_torch
 from fixpass.testing import assert_same, f32
 from helpers.compiling import compiled
 from helpers.spellings import llama

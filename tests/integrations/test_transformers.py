@@ -1,6 +1,7 @@
 """`generate` gives the same tokens with fixpass: caches, tensor parallel ranks, batches."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -15,6 +16,13 @@ from fixpass.runtime.errors import ConfigError
 from helpers import transformers_workers
 from helpers.models import build
 from helpers.ranks import Ranks
+
+# transformers 5.19 renamed the option.
+PAGE_SIZE = (
+    "page_size"
+    if "page_size" in inspect.signature(ContinuousBatchingConfig).parameters
+    else "block_size"
+)
 
 TOKENS = transformers_workers.TOKENS
 # The passes run and every rewritten graph is checked; only Inductor's C++ is left out.
@@ -91,7 +99,7 @@ def test_continuous_batches_give_the_same_tokens():
     settings = {
         "generation_config": GenerationConfig(**TOKENS | {"max_new_tokens": 3}),
         "continuous_batching_config": ContinuousBatchingConfig(
-            num_blocks=16, max_batch_tokens=64, page_size=32
+            num_blocks=16, max_batch_tokens=64, **{PAGE_SIZE: 32}
         ),
     }
 

@@ -23,11 +23,12 @@ from fixpass.config import Config, faulty_variables, set_variables
 from fixpass.lowering.contract import Kernel
 from fixpass.lowering.contract_table import add_kernels, rows_of
 from fixpass.lowering.target import FALLBACK, Target
-from fixpass.pipelines import check_torch, installed_kernels, target_here
+from fixpass.pipelines import installed_kernels, target_here
 from fixpass.report.summary import readable
 from fixpass.runtime import extension
 from fixpass.runtime.errors import UnsupportedTorchError
 from fixpass.runtime.providers import TRITON
+from fixpass.runtime.versions import check_torch
 
 LIBRARIES = ("triton", "aiter", "vllm", "sglang", "flashinfer", "transformers")
 _PACKAGES = {"flashinfer": "flashinfer-python", "aiter": "amd-aiter"}

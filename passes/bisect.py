@@ -13,7 +13,7 @@ from torch import fx
 from torch._inductor.compiler_bisector import BACKENDS, BisectSubsystem, CompilerBisector
 from torch.fx.graph import _Namespace
 
-from fixpass.passes.base import Pass, PassResult
+from fixpass.passes.base import Choice, Pass, PassResult
 
 BACKEND = "fixpass"
 Check = Callable[[fx.Graph, PassResult], None]
@@ -81,11 +81,13 @@ class _Limited(PassResult):
         self.asked += 1
         return self.limit is None or self.asked <= self.limit
 
-    def applied(self, node: fx.Node, text: str, *, bytes_saved: int = 0) -> None:
+    def applied(
+        self, node: fx.Node, text: str, *, bytes_saved: int = 0, choice: Choice | None = None
+    ) -> None:
         self.made += 1
         if self.stops == "behind" and self.limit is not None and self.made > self.limit:
             raise _Enough
-        super().applied(node, text, bytes_saved=bytes_saved)
+        super().applied(node, text, bytes_saved=bytes_saved, choice=choice)
         if self.stops == "at" and self.made == self.limit:
             raise _Enough
 

@@ -14,8 +14,8 @@ import torch
 from torch import fx
 
 from fixpass.passes.base import Pass, PassResult, module_path
-from fixpass.passes.cost import RESHAPES, VIEWS
-from fixpass.passes.rewrite import Editor, erase_dead, find_anchors, is_call
+from fixpass.passes.cost import VIEWS
+from fixpass.passes.rewrite import RESHAPES, Editor, erase_dead, find_anchors, is_call
 from fixpass.passes.select_linear_kernel import MATMULS
 
 ELSEWHERE = (

@@ -48,7 +48,8 @@ def describe_channels(source: fx.Node, dims: Sequence[int]) -> str:
     """The groups of channels that `dims` of `source` reduce, as `F.group_norm` does; else empty."""
     if not is_call(source, *RESHAPES) or [d % 4 for d in dims] != [2, 3]:
         return ""
-    shape, before = source.meta["val"].shape, source.args[0].meta["val"].shape
+    (reshaped,) = source.all_input_nodes[:1]
+    shape, before = source.meta["val"].shape, reshaped.meta["val"].shape
     if len(shape) != 4 or known(before[1] == shape[1] * shape[2]) is not True:
         return ""
     return f"normalises groups of {shape[2]} of {before[1]} channels, which no kernel computes"

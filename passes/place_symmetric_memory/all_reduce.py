@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import fx
 
 from fixpass.lowering.layout import Layout, known
-from fixpass.passes.cost import RESHAPES, WHOLE_VIEWS, bytes_of
+from fixpass.passes.cost import WHOLE_VIEWS, bytes_of
 from fixpass.passes.place_symmetric_memory.collectives import COLLECTIVES, Collective, find_overload
 from fixpass.passes.rewrite import (
     NO_REMARK,
+    RESHAPES,
     Editor,
     Match,
     Missed,

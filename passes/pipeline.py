@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from threading import Event, Thread
@@ -65,7 +65,7 @@ class Pipeline:
                 if is_disabled("passes", step.name):
                     continue
                 running(step.name)
-                result = PassResult(step.name, fuel=lambda step=step: take_fuel(step.name))
+                result = PassResult(step.name, fuel=partial(take_fuel, step.name))
                 if step in checked:
                     self._run_guarded(step, graph, result, excused, values)
                     _report_unnamed(step, result)
@@ -155,20 +155,20 @@ def _check_remarks(result: PassResult) -> None:
 @contextmanager
 def _named_while_running() -> Iterator[Callable[[str], None]]:
     """Log the name of a pass that runs for long, while it runs."""
-    done, started = Event(), ["", monotonic()]
+    done, started = Event(), [("", monotonic())]
 
     def watch() -> None:
         name, limit = "", SLOW
         while not done.wait(min(limit, SLOW)):
-            now = monotonic()
-            if name != started[0]:
-                name, limit = started[0], SLOW
-            if (seconds := now - started[1]) >= limit:
+            current, since = started[0]
+            if name != current:
+                name, limit = current, SLOW
+            if (seconds := monotonic() - since) >= limit:
                 log.warning("%s has been running for %.0f s", name, seconds)
                 limit = 2 * seconds
 
     def running(name: str) -> None:
-        started[:] = name, monotonic()
+        started[0] = name, monotonic()
 
     thread = Thread(target=watch, name="fixpass-slow-passes", daemon=True)
     thread.start()

@@ -160,10 +160,10 @@ def _named_while_running() -> Iterator[Callable[[str], None]]:
     def watch() -> None:
         name, limit = "", SLOW
         while not done.wait(min(limit, SLOW)):
-            now = monotonic()
-            if name != started[0]:
-                name, limit = started[0], SLOW
-            if (seconds := now - started[1]) >= limit:
+            current, since = started
+            if name != current:
+                name, limit = current, SLOW
+            if (seconds := monotonic() - since) >= limit:
                 log.warning("%s has been running for %.0f s", name, seconds)
                 limit = 2 * seconds
 

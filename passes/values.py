@@ -98,7 +98,8 @@ class OtherRounding(TorchDispatchMode):
     """Changes each floating-point result of an operation by a random part of its last digit."""
 
     def __init__(self, seed: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        base: Any = super()
+        base.__init__()
         self.generator = torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(

@@ -92,16 +92,8 @@ def explain_with(
 ) -> Report:
     """`explain` for programs that show more than the remarks.
 
-    Args:
-        model: a module or a function; `args` and `kwargs` are its arguments.
-        args: positional arguments.
-        kwargs: keyword arguments.
-        target: as in `explain`; so are `options` and `dynamic`.
-        options: the options of `fixpass.Config`.
-        dynamic: trace with symbolic shapes.
-        backward: run the backward pass too, which traces its graph. Gradients are added.
-        recorder: gets each graph before and after each pass.
-        say: called with one line for each graph.
+    `backward` runs the backward pass too, which traces its graph and adds gradients. `recorder`
+    gets each graph before and after each pass. `say` is called with one line for each graph.
     """
     check_torch()
     config = Config.resolve(options)

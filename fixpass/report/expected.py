@@ -39,7 +39,7 @@ def _faults(report: Report, wanted: str, name: str) -> Iterator[str]:
         known = ", ".join(_sites(report)) or "none"
         yield f"  {wanted}: no remark is about such a module; modules with remarks: {known}"
     for site in sites:
-        remarks = [remark for remark in report.remarks if site in _names(remark)]
+        remarks = [remark for remark in report.remarks if site in sites_of(remark)]
         if not _fired(remarks, name):
             yield from _explain(site, name, remarks)
 
@@ -65,11 +65,11 @@ def _explain(site: str, name: str, remarks: list[Remark]) -> Iterator[str]:
 
 
 def _sites(report: Report) -> list[str]:
-    names = (name for remark in report.remarks for name in _names(remark))
+    names = (name for remark in report.remarks for name in sites_of(remark))
     return list(dict.fromkeys(names))
 
 
-def _names(remark: Remark) -> tuple[str, ...]:
+def sites_of(remark: Remark) -> tuple[str, ...]:
     """The modules that a remark is about; its node where the model has no modules."""
     joined = remark.choice.sites if remark.choice else ()
     return joined or (remark.where or remark.node,)
@@ -77,7 +77,7 @@ def _names(remark: Remark) -> tuple[str, ...]:
 
 def is_at(remark: Remark, wanted: str) -> bool:
     """Whether the remark is about a module that the site of an expectation names."""
-    return any(_matches(site, wanted) for site in _names(remark))
+    return any(_matches(site, wanted) for site in sites_of(remark))
 
 
 def _matches(site: str, wanted: str) -> bool:

@@ -9,6 +9,7 @@ from jinja2 import Environment, StrictUndefined
 
 from fixpass.passes.base import Remark
 from fixpass.passes.report import Report
+from fixpass.report.expected import sites_of
 from fixpass.report.page_template import TEMPLATE
 from fixpass.report.recording import Recorder, Step
 from fixpass.report.sites import SiteFacts
@@ -23,7 +24,12 @@ class SiteView:
     where: str
     remarks: tuple[Remark, ...]
     norms: tuple[tuple[SiteFacts, str], ...]
-    """Each norm with the name of the kernel that it got."""
+    """Each norm with the kernel that `select-norm-kernel` chose."""
+
+    @property
+    def kernel(self) -> str:
+        """The kernel that the last pass chose, such as one for two norms; empty where none did."""
+        return next((r.choice.kernel for r in reversed(self.remarks) if r.choice), "")
 
     @property
     def is_missed(self) -> bool:
@@ -58,7 +64,8 @@ def _views(report: Report, sites: Iterable[SiteFacts]) -> Iterator[SiteView]:
     facts = {(site.node, site.where): site for site in sites}
     groups: dict[str, list[Remark]] = {}
     for remark in report.remarks:
-        groups.setdefault(remark.where or remark.node, []).append(remark)
+        for where in sites_of(remark):
+            groups.setdefault(where, []).append(remark)
     for where, remarks in groups.items():
         chosen = ((facts.get((r.node, r.where)), r.choice) for r in remarks if r.choice)
         norms = tuple((site, choice.kernel) for site, choice in chosen if site)

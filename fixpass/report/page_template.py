@@ -53,8 +53,9 @@ input[type=search] { width: 100%; max-width: 30rem; padding: 0.4rem; font: inher
 {% for site in sites %}
 <details class="site" data-missed="{{ site.is_missed|int }}">
 <summary><code>{{ site.where }}</code>
+<b>{{ site.kernel }}</b>
 {% for norm, kernel in site.norms[-1:] %}
-<b>{{ kernel }}</b> <span class="dim">{{ norm.layout }}</span>
+<span class="dim">{{ norm.layout }}</span>
 {% endfor %}
 {% if site.is_missed %}
 <span class="missed">missed</span>

@@ -8,7 +8,7 @@ from torch import nn
 
 from fixpass.cli import main
 from fixpass.explanation import explain_with
-from fixpass.passes.base import Remark
+from fixpass.passes.base import Choice, Remark
 from fixpass.passes.report import Report
 from fixpass.report.html import rows_of, to_html
 from fixpass.report.recording import Recorder, Step
@@ -131,6 +131,17 @@ def test_changes_are_shown_with_the_lines_around_them():
         ("equal", "line 50", "line 50"),
         ("equal", "line 51", "line 51"),
     ]
+
+
+def test_a_norm_that_was_joined_with_another_shows_the_kernel_of_both():
+    sites = ("l.q_norm", "l.k_norm")
+    chosen = [Remark("s", "applied", w, "", w, choice=Choice("alone", 1)) for w in sites]
+    joined = Remark(
+        "j", "applied", "n", "one launch", "l.q_norm", choice=Choice("both", -1, sites=sites)
+    )
+    text = Page(to_html(Report((*chosen, joined)), Recorder())).text
+    for site in sites:
+        assert f"{site} both" in text
 
 
 def test_text_of_the_model_is_no_markup():

@@ -104,7 +104,7 @@ def rms_norm_quant(
     scales are empty where `scale` is given, and the sum where there is no residual.
     """
     quantization, norm_steps = split_steps(steps)
-    total = x.new_empty(0) if residual is None else (x + residual).contiguous()
+    total = x.new_empty(0) if residual is None else norms.with_order(x + residual, None)
     rows = x if residual is None else total
     y = norms.rms_norm(rows, eps, norms.Affine(weight, bias, **norm_steps))
     return *quantize(y, scale, quantization), total

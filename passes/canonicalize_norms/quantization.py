@@ -16,10 +16,9 @@ from torch import fx
 import fixpass.runtime.ops  # noqa: F401  (defines torch.ops.fixpass)
 from fixpass.lowering.layout import all_known, dtype_name, known, known_equal
 from fixpass.passes.canonicalize_norms.scale import CONVERT, FLOATS, aten, peel_upcast
-from fixpass.passes.rewrite import arg, is_call
+from fixpass.passes.rewrite import RESHAPES, arg, is_call
 
 NORMS = (torch.ops.fixpass.rms_norm.default, torch.ops.fixpass.add_rms_norm.default)
-RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 SHAPES = (*RESHAPES, aten.unsqueeze.default, aten.squeeze.dim)
 
 

@@ -16,7 +16,6 @@ from fixpass.lowering.layout import Layout, dtype_name, known, known_equal
 from fixpass.passes.canonicalize_norms.norm import op_overload
 from fixpass.passes.canonicalize_norms.quantization import (
     NORMS,
-    RESHAPES,
     Reading,
     differ,
     norm_of,
@@ -28,6 +27,7 @@ from fixpass.passes.canonicalize_norms.quantization import (
 from fixpass.passes.canonicalize_norms.scale import CONVERT, FLOATS, aten
 from fixpass.passes.rewrite import (
     NO_REMARK,
+    RESHAPES,
     Editor,
     Match,
     Missed,

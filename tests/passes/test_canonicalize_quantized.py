@@ -153,8 +153,7 @@ graph(s0, s1, x: bf16[s0, s1, 256], residual: bf16[s0, s1, 256], weight: bf16[25
         report,
         """\
 canonicalize-norms
-    applied rms_norm: became rms_norm of bf16[s0, s1, 256]
-    applied add_rms_norm: add joined as add_rms_norm of bf16[s0, s1, 256]
+    applied add_rms_norm: became rms_norm of bf16[s0, s1, 256], add joined as add_rms_norm of bf16[s0, s1, 256]
     applied rms_norm_quant: add_rms_norm of bf16[s0, s1, 256] joined with its quantisation to float8_e4m3fn with a scale for each 128 values
 """,
     )

@@ -6,17 +6,31 @@ A kernel with ":2026" behind its name is that of aiter of 2026.
 """
 
 import sys
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 from fixpass.eager_kernels import wrap
+from fixpass.lowering import constraints, contract_table
+from fixpass.lowering.contract import Contract
+from fixpass.lowering.contract_table import kernel_of
 from fixpass.runtime.errors import KernelError
 from fixpass.runtime.opaque_norms import OPAQUE_NORMS
 from helpers import pointer_kernels
 
 ROWS, HIDDEN = 6, 64
+LAYOUT_CONSTRAINTS = (
+    constraints.AlignedVector,
+    constraints.Dense,
+    constraints.Dense2D,
+    constraints.LastStridesDivisible,
+    constraints.NotEmpty,
+    constraints.Rank,
+    constraints.RowPitch,
+    constraints.UnitLastStride,
+)
 EPS = 1e-6
 LIBRARIES = (
     ("aiter_rms_norm", "aiter_layer_norm", "aiter_add_rms_norm"),
@@ -42,6 +56,7 @@ LAYOUTS = {
     "permuted and back": lambda a: (
         a.view(-1, 2, 2, 64).permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3) + 1
     ),
+    "every second column": lambda a: a[:, 64:192:2],
     "every second row": lambda a: a.view(-1, 64)[::2],
     "expanded": lambda a: flat(a, 1).view(1, 64).expand(a.shape[0], 64),
     "odd offset": lambda a: flat(a, a.shape[0], 1).view(-1, 64),
@@ -214,6 +229,23 @@ def eager(kernel):
     return wrong
 
 
+def without(kernel):
+    """Take out each constraint on a layout in turn: some case must be wrong, or fault, then."""
+    op = kernel.partition("_")[2]
+    key, row = (kernel, op), kernel_of(kernel, op)
+    found = [each for each in row.contract.constraints if isinstance(each, LAYOUT_CONSTRAINTS)]
+    for constraint in found:
+        rest = tuple(each for each in row.contract.constraints if each is not constraint)
+        contract_table._table[key] = (replace(row, contract=Contract(rest)),)
+        try:
+            wrong = eager(kernel)
+        except (RuntimeError, IndexError) as error:
+            wrong = str(error)
+        print(f"{'found' if wrong else 'MISSED'} without {constraint}")
+    contract_table._table[key] = (row,)
+    return 0
+
+
 def verified(kernel):
     """A call with a layout that no contract allows, as compiled code might make it by mistake."""
     compiled((kernel,), ["rms_norm"], "eager", False, quick=True)
@@ -228,8 +260,8 @@ def verified(kernel):
 def main(way, kernel, sizes="static"):
     kernel, _, generation = kernel.partition(":")
     pointer_kernels.register(generation)
-    if way == "verify":
-        return verified(kernel)
+    if way in ("verify", "without"):
+        return {"verify": verified, "without": without}[way](kernel)
     wrong = eager(kernel) if way == "eager" else 0
     libraries = LIBRARIES if kernel == "all" else ((kernel,),)
     for names in libraries if way != "eager" else ():

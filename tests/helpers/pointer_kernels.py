@@ -17,10 +17,17 @@ CALLS: list[str] = []
 
 def read_rows(x: Tensor, pitch: int, vector_bytes: int = 0) -> Tensor:
     """Row r of x at its start + r * pitch, elements side by side."""
+    demand_rows(x)
     hidden = x.shape[-1]
-    rows = x.numel() // hidden if hidden else 0
+    rows = x.numel() // hidden
     demand_aligned(x, pitch if rows > 1 else 0, vector_bytes)
     return x.as_strided((rows, hidden), (pitch, 1)).double()
+
+
+def demand_rows(x: Tensor) -> None:
+    """A launch of no blocks is an error of the device."""
+    if not x.numel():
+        raise RuntimeError("invalid configuration argument: a launch without rows")
 
 
 def demand_aligned(x: Tensor, pitch: int, num_bytes: int) -> None:
@@ -83,6 +90,7 @@ def aiter_2026_add_rms_norm(
 def vllm_rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     """vLLM 0.32, layernorm_kernels.cu: leading strides one by one, rows in 16-byte vectors."""
     CALLS.append("vllm_rms_norm")
+    demand_rows(x)
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         demand_aligned(x, stride if size > 1 else 0, 16)
     rows = x.as_strided(x.shape, (*x.stride()[:-1], 1)).double()
@@ -103,6 +111,7 @@ def vllm_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -
 def flashinfer_rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float, pdl: bool) -> None:
     """flashinfer 0.6, norm.cuh: rows by their leading strides in uint32, 16-byte vectors."""
     CALLS.append("flashinfer_rms_norm")
+    demand_rows(x)
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     if last >= 2**32:
         raise RuntimeError(f"offset {last} wraps around in uint32")

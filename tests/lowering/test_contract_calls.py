@@ -44,6 +44,30 @@ def test_eager_calls_get_what_the_contract_asks_for(kernel):
     assert "0 wrong" in run("eager", kernel)
 
 
+# Other constraints of the same row imply these in eager calls: the result is dense, or is x itself.
+IMPLIED = {"x is 2-D", "x is 2-D to 4-D", "x is dense", "out is dense", "out is dense 2-D"}
+ALIGNED = "is dense and starts at a multiple of 16 bytes"
+ALSO_IMPLIED = {
+    # Weight and bias are copied together.
+    "aiter_layer_norm": {f"weight {ALIGNED}", f"bias {ALIGNED}"},
+    # x is written in place, so that the constraint on the result speaks of it too.
+    "flashinfer_add_rms_norm": {"x.stride[-1] == 1"},
+}
+OTHERS = (*KERNELS[1:5], "flashinfer_add_rms_norm", "aiter_rms_norm:2026")
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    ["aiter_rms_norm", *(pytest.param(name, marks=pytest.mark.full) for name in OTHERS)],
+)
+def test_without_a_constraint_on_a_layout_some_call_is_wrong(kernel):
+    lines = [line.partition(" without ") for line in run("without", kernel).splitlines()]
+    found = {text for word, _, text in lines if word == "found"}
+    missed = {text for word, _, text in lines if word == "MISSED"}
+    assert len(found) >= 2
+    assert missed <= IMPLIED | ALSO_IMPLIED.get(kernel, set())
+
+
 SHAPES = (pytest.param("static", marks=pytest.mark.full), "dynamic")  # 10 to 25 s each
 
 

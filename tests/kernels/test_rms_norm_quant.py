@@ -55,7 +55,7 @@ def cases() -> Iterator[Case]:
             for layout in EVERY:
                 for code in QUANTIZED:
                     for adds in (False, True):
-                        dtype = DTYPES[crc32(f"{hidden_size}{layout}{code}".encode()) % 3]
+                        dtype = DTYPES[crc32(f"{hidden_size}{layout.__name__}{code}".encode()) % 3]
                         yield Case(kind, code, layout, dtype, hidden_size, adds)
 
 

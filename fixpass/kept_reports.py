@@ -65,7 +65,7 @@ class KeptReports:
         try:
             return reports_from_json(self.path.read_text())
         # Another version wrote it, or the folder was cleaned: the cached graph is right anyway.
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             log.info("the graph is from Inductor's cache, without its report: %s", error)
             return ()
 

@@ -90,7 +90,7 @@ def reports_from_json(text: str) -> tuple[Report, ...]:
     """The reports of `reports_to_json`.
 
     Raises:
-        ValueError, TypeError: the text is not of this version.
+        ValueError, TypeError, KeyError: the text is not of this version.
 
     """
     return tuple(

@@ -1,8 +1,13 @@
-"""The errors that fixpass raises, one class for each kind of mistake.
+"""The errors that fixpass raises, one class for each kind of mistake, and the line a warning names.
 
 Each says what was found and the way out. A pattern that does not match is no error: it is a
 remark on the report.
 """
+
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class FixpassError(Exception):
@@ -59,3 +64,12 @@ class PoisonedError(FixpassError, RuntimeError):
 
 class ExpectationError(FixpassError, AssertionError):
     """A site of a model got another kernel or rewrite than expected; the message says why."""
+
+
+def level_of_caller() -> int:
+    """The stacklevel at which a warning names the first line outside this package."""
+    skipped = (f"{Path(__file__).parents[1]}{os.sep}", contextmanager.__code__.co_filename)
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(skipped):
+        frame, level = frame.f_back, level + 1
+    return level

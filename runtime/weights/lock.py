@@ -55,7 +55,8 @@ class WeightsLock:
         self._readers: dict[_ReadLock, object] = {}
         """The thread that entered each of them."""
         self._writer: object | None = None
-        self._waiting = 0
+        self._waiting: set[object] = set()
+        """The threads whose updates wait for the end of calls."""
         self._poisoned = ""
         self._busy = not _IS_ORDERED
         _LOCKS.add(ref(self, _LOCKS.discard))
@@ -81,7 +82,7 @@ class WeightsLock:
 
     def _update_busy(self) -> None:
         """Say whether calls have to take the mutex, which the caller holds."""
-        needed = self._waiting > 0 or self._writer is not None or bool(self._poisoned)
+        needed = bool(self._waiting) or self._writer is not None or bool(self._poisoned)
         self._busy = needed or not _IS_ORDERED
 
     def _enter_busy(self, reader: "_ReadLock", me: object) -> int:
@@ -100,7 +101,7 @@ class WeightsLock:
         if self._writer is not None:
             return self._writer is not me
         # The update waits for a thread that is in any lock already: that thread must not wait too.
-        return self._waiting > 0 and not _is_inside(me, _locks())
+        return bool(self._waiting) and not _is_inside(me, _locks())
 
 
 class _ReadLock:
@@ -264,36 +265,35 @@ def closed(locks: Collection[WeightsLock], timeout: float | None = None) -> Iter
 def _open(locks: Sequence[WeightsLock], me: object) -> None:
     with _mutex:
         for lock in locks:
+            lock._waiting.discard(me)
             if lock._writer is me:
                 lock._writer = None
-                lock._update_busy()
+            lock._update_busy()
         _mutex.notify_all()
 
 
 def _close(locks: Sequence[WeightsLock], me: object, timeout: float | None) -> None:
+    """Close the locks. The caller opens them, also after an exception or an interrupt."""
     end = None if timeout is None else time.monotonic() + timeout
     with _mutex:
-        _drop_lost_readers(locks)
-        if _is_inside(me, locks):
-            raise UpdateError("weights cannot be updated inside a call of their own model")
+        if any(lock._readers for lock in locks):
+            _drop_lost_readers(locks)
+            if _is_inside(me, locks):
+                raise UpdateError("weights cannot be updated inside a call of their own model")
         for lock in locks:
-            lock._waiting += 1
+            lock._waiting.add(me)
             lock._update_busy()
-        try:
-            while any(lock._readers or lock._writer is not None for lock in locks):
-                left = None if end is None else end - time.monotonic()
-                if left is not None and left <= 0:
-                    threads = {thread for lock in locks for thread in list(lock._readers.values())}
-                    raise UpdateError(
-                        f"{len(threads)} calls of the model did not end within {timeout} s: give "
-                        "a longer timeout, or look for a call that hangs"
-                    )
-                if not _mutex.wait(_SLICE if left is None else min(left, _SLICE)):
-                    _drop_lost_readers(locks)
-            for lock in locks:
-                lock._writer = me
-        finally:
-            for lock in locks:
-                lock._waiting -= 1
-                lock._update_busy()
-            _mutex.notify_all()
+        while any(lock._readers or lock._writer is not None for lock in locks):
+            left = None if end is None else end - time.monotonic()
+            if left is not None and left <= 0:
+                threads = {thread for lock in locks for thread in list(lock._readers.values())}
+                raise UpdateError(
+                    f"{len(threads)} calls of the model did not end within {timeout} s: give "
+                    "a longer timeout, or look for a call that hangs"
+                )
+            if not _mutex.wait(_SLICE if left is None else min(left, _SLICE)):
+                _drop_lost_readers(locks)
+        for lock in locks:
+            lock._writer = me
+            lock._waiting.discard(me)
+            lock._update_busy()

@@ -44,8 +44,7 @@ def own_loader(target: Target) -> Callable[..., Any] | None:
     """The weight_loader of a parameter, or of the parameter it was before it was sharded."""
     # Engines make it a property of a class as often as an attribute.
     found = getattr(target.tensor, "weight_loader", None)
-    former = remembered(target.module, target.leaf)
-    if found is None and former is not None:
+    if found is None and (former := remembered(target.module, target.leaf)) is not None:
         found = getattr(former.like(torch.empty(0)), "weight_loader", None)
     return found if callable(found) else None
 

@@ -28,7 +28,6 @@ from fixpass.runtime.weights.stored import Stored
 from fixpass.runtime.weights.targets import (
     PLAIN,
     Target,
-    local_part,
     local_parts,
     pointers_of,
     walk,
@@ -254,8 +253,8 @@ class CachedPlan:
 
     def work(self, given: Sequence[Source], model: Sequence[Target]) -> Work:
         """The same batches from these sources into the tensors of this walk."""
-        tensors = [local_part(model[index].tensor).detach() for index in self.written]
-        return Work(given, tensors, self.batches, ())
+        tensors = local_parts([model[index].tensor for index in self.written])
+        return Work(given, list(map(Tensor.detach, tensors)), self.batches, ())
 
 
 _CACHE: WeakKeyDictionary[nn.Module, CachedPlan] = WeakKeyDictionary()
@@ -296,5 +295,4 @@ def keep_plan(
     )
 
 
-def _asked(options: Options) -> tuple[object, ...]:
-    return options.mapping, options.scope, options.cast, options.strict, options.missing
+_asked = attrgetter("mapping", "scope", "cast", "strict", "missing")

@@ -63,7 +63,10 @@ def route(checkpoint: Checkpoint, mapping: Mapping, targets: Named[str, Target])
             routes.skipped.append(left)
         else:
             routes.unexpected.append(stored.name)
-    _untie(routes, found)
+    if len(first) == len(targets):
+        routes.taken = found
+    else:
+        _untie(routes, found)
     return routes
 
 

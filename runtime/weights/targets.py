@@ -105,6 +105,9 @@ def _walk(
 
 def reshard(model: nn.Module) -> None:
     """Let FSDP2 free its gathered parameters: a write into those would be lost."""
+    # fully_shard makes a class for each class of modules: without one there is nothing to look for.
+    if not FSDPModule.__subclasses__():
+        return
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

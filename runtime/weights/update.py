@@ -20,7 +20,13 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fixpass.runtime.errors import CheckpointError, PoisonedError, UpdateError, VersionError
+from fixpass.runtime.errors import (
+    CheckpointError,
+    PoisonedError,
+    UpdateError,
+    VersionError,
+    level_of_caller,
+)
 from fixpass.runtime.weights.commit import Commit
 from fixpass.runtime.weights.derived import DECLARED, SEARCHED, Staged, without_declared
 from fixpass.runtime.weights.formats.safetensors import Files
@@ -102,8 +108,9 @@ class Update:
 
     def load_state_dict(self, tensors: Named[str, Tensor]) -> None:
         """Take all tensors of a state dict."""
-        for name, tensor in tensors.items():
-            self._given.add(name, tensor, None)
+        with gc_paused():
+            for name, tensor in tensors.items():
+                self._given.add(name, tensor, None)
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Take tensors from an iterator that may use their memory again at once.
@@ -166,13 +173,12 @@ class Update:
         self.report = UpdateReport(
             report, number, options.mode, seconds, found.covered, derived, stale
         )
-        unused = scales_without_taker(report, options.mapping)
+        unused = scales_without_taker(report, options.mapping) if report.skipped else []
         for what, names in (("were not loaded", found.scales), ("no parameter takes", unused)):
             if names:
-                # The frames between are those of context managers.
-                warnings.warn(f"scales that {what}: {some(tuple(names), 5)}", stacklevel=6)
+                warnings.warn(f"scales that {what}: {some(names, 5)}", stacklevel=level_of_caller())
         if stale:
-            warnings.warn(warning_of(stale), stacklevel=6)
+            warnings.warn(warning_of(stale), stacklevel=level_of_caller())
 
     def _cached(self) -> _Prepared | None:
         """The update by the plan of the last one, where it is like that."""

@@ -63,10 +63,6 @@ class RawHeader:
     text: bytes
 
     @property
-    def path(self) -> Path:
-        return self.file.path
-
-    @property
     def begin(self) -> int:
         """The byte of the file at which the tensors begin."""
         return 8 + len(self.text)
@@ -93,13 +89,13 @@ def tensors_in(header: RawHeader) -> list[Stored]:
 
     Raises CheckpointError where the file is not exactly what its header says.
     """
-    path, found = header.path, []
+    path, begin, found = header.file.path, header.begin, []
     for name, entry in _parse(path, header.text).items():
         dtype, shape, start, stop = _entry(path, name, entry)
         expected = math.prod(shape) * dtype.itemsize
         if stop - start != expected:
             raise _broken(path, f"{name!r} has {stop - start:,} bytes for a shape of {expected:,}")
-        piece = FilePiece(header.file, header.begin + start, Box.whole(shape))
+        piece = FilePiece(header.file, begin + start, Box.whole(shape))
         found.append((start, stop, Stored(name, dtype, shape, (piece,), header.origin)))
     found.sort(key=_START_AND_STOP)
     end = 0
@@ -108,9 +104,9 @@ def tensors_in(header: RawHeader) -> list[Stored]:
             how = "overlaps the tensor before it" if start < end else "leaves a gap before it"
             raise _broken(path, f"{stored.name!r} {how}, at byte {start:,}")
         end = stop
-    if header.begin + end != header.size:
+    if begin + end != header.size:
         raise _broken(
-            path, f"its tensors end at byte {header.begin + end:,} and the file at {header.size:,}"
+            path, f"its tensors end at byte {begin + end:,} and the file at {header.size:,}"
         )
     return [stored for _, _, stored in found]
 

@@ -63,11 +63,11 @@ def counts(folder):
 
 # The first update and the first reload of a model search it for tensors that would be stale.
 MOST = {
-    "load": (21, 96),
-    "update": (23, 97),
-    "update again": (14, 58),
-    "reload": (25, 113),
-    "reload again": (16, 73),
+    "load": (21, 90),
+    "update": (23, 93),
+    "update again": (13, 55),
+    "reload": (25, 107),
+    "reload again": (15, 68),
 }
 
 

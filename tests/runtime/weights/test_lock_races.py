@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from fixpass.runtime.weights import lock as lock_module
 from fixpass.runtime.weights.lock import WeightsLock, closed
 from helpers.threads import in_thread
 
@@ -192,3 +193,39 @@ def test_an_update_whose_wake_up_was_lost_looks_again():
         assert updated.wait(5)
         thread.join(5)
         lock._readers[reader] = me
+
+
+def test_an_interrupt_at_any_line_of_an_update_that_closes_locks_lets_calls_in_again():
+    class Interrupt(BaseException):
+        pass
+
+    def interrupted_at(count):
+        """Close a lock and raise at this line; whether there was such a line."""
+        left = [count]
+
+        def trace(frame, event, argument):
+            if frame.f_code is not lock_module._close.__code__:
+                return None
+            left[0] -= event == "line"
+            if event == "line" and left[0] == 0:
+                raise Interrupt
+            return trace
+
+        lock, before = WeightsLock(), sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with closed((lock,)):
+                pass
+        except Interrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        call = in_thread(lambda: lock.read_lock().__enter__())
+        call.join(10)
+        assert not call.is_alive()
+        return left[0] <= 0
+
+    count = 1
+    while interrupted_at(count):
+        count += 1
+    assert count > 10

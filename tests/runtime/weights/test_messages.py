@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fixpass.runtime.errors import CheckpointError
-from fixpass.weights import load, update
+from fixpass.weights import load, reload, update
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,16 @@ def test_a_quantised_weight_that_is_updated_without_its_scale_is_said():
         tx.load_state_dict(new | {"weight_scale": torch.ones(1)})
     with update(model, scope="parameters") as tx:
         tx.load("other.weight", torch.ones(2, 2))
+
+
+def _updated(model, state):
+    with update(model) as tx:
+        tx.load_state_dict(state)
+
+
+@pytest.mark.parametrize("way", [load, reload, _updated])
+def test_a_warning_names_the_line_of_the_caller(way):
+    state = {"weight": torch.ones(2, 2), "weight_scale": torch.ones(2)}
+    with pytest.warns(UserWarning, match="scales that no parameter takes: weight_scale") as caught:
+        way(nn.Linear(2, 2, bias=False), state)
+    assert [warning.filename for warning in caught] == [__file__]

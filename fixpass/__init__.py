@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fixpass.lowering.target import Target
     from fixpass.passes.base import Pass, PassResult, Remark
     from fixpass.passes.pipeline import Pipeline
-    from fixpass.passes.report import Report
+    from fixpass.passes.remarks import Report
     from fixpass.passes.rewrite import Editor, Match, Missed, Rewrite, apply_rewrite
     from fixpass.runtime.errors import FixpassError
 
@@ -51,7 +51,7 @@ _MODULES = {
     "fixpass.lowering.target": ("Target",),
     "fixpass.passes.base": ("Pass", "PassResult", "Remark"),
     "fixpass.passes.pipeline": ("Pipeline",),
-    "fixpass.passes.report": ("Report",),
+    "fixpass.passes.remarks": ("Report",),
     "fixpass.passes.rewrite": ("Editor", "Match", "Missed", "Rewrite", "apply_rewrite"),
     "fixpass.runtime.errors": ("FixpassError",),
 }

@@ -24,7 +24,7 @@ from fixpass.dynamo_stage import run_entry_passes, specialize_eps
 from fixpass.kept_reports import KeptReports
 from fixpass.passes import bisect
 from fixpass.passes.pipeline import Pipeline
-from fixpass.passes.report import Report, log_line
+from fixpass.passes.remarks import Report, log_line
 from fixpass.pipelines import (
     graph_pipeline,
     linears,

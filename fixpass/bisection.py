@@ -20,7 +20,7 @@ from fixpass.backend import compile, last_reports
 from fixpass.model_loading import load_function, load_model
 from fixpass.passes.base import Pass, Remark
 from fixpass.passes.bisect import BACKEND, register
-from fixpass.passes.values import Values
+from fixpass.passes.values import RoundedValues
 from fixpass.runtime.errors import PassError
 
 CHECKS = {"verify": "values", "strict": True, "lower": "eager"}
@@ -28,7 +28,7 @@ CHECKS = {"verify": "values", "strict": True, "lower": "eager"}
 
 
 @dataclass(frozen=True)
-class Fault:
+class BisectedFault:
     """A fault that was found."""
 
     text: str
@@ -53,13 +53,13 @@ class Trial:
     def options(self) -> dict[str, Any]:
         return {"passes": self.passes} if self.passes else {}
 
-    def values(self) -> Values:
+    def values(self) -> RoundedValues:
         """The results of the model, and its tensor arguments afterwards, without a compiler."""
 
         def run(mode: AbstractContextManager[Any]) -> list[Any]:
             return self._call(lambda model: model, mode)
 
-        return Values.of(run)
+        return RoundedValues.of(run)
 
     def pass_fault(self) -> str:
         """The error of the first pass that fails or changes a value; empty where none does."""
@@ -70,7 +70,7 @@ class Trial:
             return str(found) if isinstance(found := _root(error), PassError) else ""
         return ""
 
-    def fault(self, values: Values) -> str:
+    def fault(self, values: RoundedValues) -> str:
         """What is wrong with the compiled model; empty where nothing is."""
         try:
             return values.fault_of(self._compiled({}))
@@ -111,18 +111,20 @@ def load_trial(name: str, passes: Sequence[str] = ()) -> Trial:
     return Trial(loaded.model, loaded.args, loaded.kwargs, tuple(made))
 
 
-def find_fault(trial: Trial) -> Fault | None:
+def find_fault(trial: Trial) -> BisectedFault | None:
     """The first wrong change, or None where the compiled model is right."""
     values = trial.values()
     if text := trial.pass_fault():
-        return Fault(text)
+        return BisectedFault(text)
     if not (text := trial.fault(values)):
         return None
     register()
     with redirect_stdout(sys.stderr):
         found = CompilerBisector.do_bisect(lambda: not trial.fault(values))
     if found is None:
-        return Fault(f"{text}; the fault does not show again under torch's bisector", is_ours=False)
+        return BisectedFault(
+            f"{text}; the fault does not show again under torch's bisector", is_ours=False
+        )
     return _described(found, trial, text)
 
 
@@ -133,7 +135,7 @@ def compare(trial: Trial) -> int:
     return 1 if fault else 0
 
 
-def script_for(fault: Fault, model: str, passes: Sequence[str]) -> str:
+def script_for(fault: BisectedFault, model: str, passes: Sequence[str]) -> str:
     """A program that shows the fault; with `--without` it leaves the wrong change out."""
     limit = "" if fault.limit is None else _LIMIT.format(BACKEND, fault)
     trial = f"load_trial({model!r}, {list(passes)!r})"
@@ -156,17 +158,19 @@ sys.exit(compare({}))
 """
 
 
-def _described(found: BisectionResult, trial: Trial, text: str) -> Fault:
+def _described(found: BisectionResult, trial: Trial, text: str) -> BisectedFault:
     part = f", {found.subsystem}" if found.subsystem else ""
     if found.backend != BACKEND or found.bisect_number is None:
-        return Fault(f"{text}; torch's backend {found.backend}{part} does it too", is_ours=False)
+        return BisectedFault(
+            f"{text}; torch's backend {found.backend}{part} does it too", is_ours=False
+        )
     number, name = found.bisect_number, found.debug_info
     what = "change" if found.subsystem == "changes" else "pass"
     before = trial.remarks.get(number - 1, [])
     after = trial.remarks.get(number, [])
     new = next((r for r in after if r not in before), None)
     shown = f" ({new.node}: {new.text})" if new and what == "change" else ""
-    return Fault(
+    return BisectedFault(
         f"{text}; the first wrong {what} is number {number + 1}, of {name}{shown}",
         number,
         found.subsystem or "",

@@ -20,7 +20,7 @@ from fixpass.passes import default_passes, entry_passes
 from fixpass.pipelines import installed_passes, known_targets
 from fixpass.runtime.errors import ConfigError, FixpassError
 from fixpass.runtime.weights.audit import audit
-from fixpass.runtime.weights.compare import diff
+from fixpass.runtime.weights.checkpoint_diff import diff
 from fixpass.runtime.weights.doctor import check
 from fixpass.runtime.weights.mapping import Mapping
 

@@ -22,7 +22,7 @@ from fixpass.passes.fold_weights import FoldWeights
 from fixpass.passes.fold_weights.apply import folds_of, stored_anew
 from fixpass.passes.fold_weights.constant_values import candidates_in
 from fixpass.passes.fold_weights.graph_weights import weights_of
-from fixpass.passes.report import Report
+from fixpass.passes.remarks import Report
 from fixpass.pipelines import entry_pipeline
 from fixpass.runtime.opaque_norms import OPAQUE_NORMS
 from fixpass.runtime.providers import op_exists

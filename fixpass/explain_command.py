@@ -13,7 +13,7 @@ from torch import nn
 from fixpass.config import pass_names
 from fixpass.explanation import explain_with
 from fixpass.model_loading import FORMS, load_model
-from fixpass.passes.report import Report
+from fixpass.passes.remarks import Report
 from fixpass.report.expected import assert_fired, is_at
 from fixpass.report.html import to_html
 from fixpass.report.recording import Recorder

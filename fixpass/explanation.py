@@ -23,7 +23,7 @@ from fixpass.dynamo_stage import run_entry_passes, specialize_eps
 from fixpass.lowering.target import Target, target_named
 from fixpass.passes.base import Remark
 from fixpass.passes.prepack_linears import PrepackLinears
-from fixpass.passes.report import Report
+from fixpass.passes.remarks import Report
 from fixpass.passes.rewrite import copy_of, guards_suppressed
 from fixpass.pipelines import (
     graph_pipeline,

@@ -41,7 +41,7 @@ _LEAST_SHARED = 1 << 28
 
 
 @dataclass(frozen=True)
-class Finding:
+class PartFinding:
     """One part of the installation."""
 
     state: Literal["works", "absent", "broken"]
@@ -51,7 +51,7 @@ class Finding:
     """What to do; empty where there is nothing to do."""
 
 
-def findings() -> Iterator[Finding]:
+def findings() -> Iterator[PartFinding]:
     """Try each part of the installation, one after the other."""
     yield _torch()
     yield _compiler()
@@ -70,36 +70,36 @@ def known_kernels() -> tuple[Kernel, ...]:
     return rows_of()
 
 
-def _torch() -> Finding:
+def _torch() -> PartFinding:
     detail = f"{torch.__version__} with fixpass {fixpass.__version__}"
     try:
         check_torch()
     except UnsupportedTorchError as error:
-        return Finding("broken", "torch", detail, str(error))
-    return Finding("works", "torch", detail)
+        return PartFinding("broken", "torch", detail, str(error))
+    return PartFinding("works", "torch", detail)
 
 
-def _compiler() -> Finding:
+def _compiler() -> PartFinding:
     try:
         compiler = get_cpp_compiler()
     except InvalidCxxCompiler:
         way_out = "install a C++ compiler such as g++, or set CXX"
-        return Finding("broken", "C++ compiler", "Inductor finds none", way_out)
-    return Finding("works", "C++ compiler", str(compiler))
+        return PartFinding("broken", "C++ compiler", "Inductor finds none", way_out)
+    return PartFinding("works", "C++ compiler", str(compiler))
 
 
-def _extension() -> Finding:
+def _extension() -> PartFinding:
     """Build the smallest of our C++ parts, or load it where an earlier process has built it."""
     start = perf_counter()
     loaded = extension.load("tile_copy")
     seconds = f"{perf_counter() - start:.1f} s"
     if loaded.library is None:
         way_out = "install a C++ compiler, and set TORCH_EXTENSIONS_DIR to a writable folder"
-        return Finding("broken", "C++ extension", f"not built: {loaded.reason}", way_out)
-    return Finding("works", "C++ extension", f"built, or loaded from the cache, in {seconds}")
+        return PartFinding("broken", "C++ extension", f"not built: {loaded.reason}", way_out)
+    return PartFinding("works", "C++ extension", f"built, or loaded from the cache, in {seconds}")
 
 
-def _library(name: str) -> Finding:
+def _library(name: str) -> PartFinding:
     """A library by its version, with the kernels that it computes and the sources read for them."""
     rows = [row for row in known_kernels() if _library_of(row) == name]
     kernels = ", ".join(dict.fromkeys(row.name for row in rows))
@@ -108,15 +108,17 @@ def _library(name: str) -> Finding:
         found = version(package)
     except PackageNotFoundError:
         way_out = f"pip install {package}" if kernels or name == "transformers" else ""
-        return Finding("absent", name, f"for {kernels}" if kernels else "not installed", way_out)
+        return PartFinding(
+            "absent", name, f"for {kernels}" if kernels else "not installed", way_out
+        )
     if not rows:
-        return Finding("works", name, found)
+        return PartFinding("works", name, found)
     if any(row.is_installed for row in rows):
         sources = "; ".join(dict.fromkeys(row.contract.source for row in rows))
-        return Finding("works", name, f"{found}: {kernels} [{sources}]")
+        return PartFinding("works", name, f"{found}: {kernels} [{sources}]")
     needs = next((row.needs for row in rows), "")
     way_out = f"{kernels} need {needs}"
-    return Finding("absent", name, f"{found}, but its kernels cannot be called here", way_out)
+    return PartFinding("absent", name, f"{found}, but its kernels cannot be called here", way_out)
 
 
 def _library_of(row: Kernel) -> str:
@@ -124,38 +126,38 @@ def _library_of(row: Kernel) -> str:
     return _OF_NAMESPACE.get(namespace, namespace)
 
 
-def _devices() -> Iterator[Finding]:
+def _devices() -> Iterator[PartFinding]:
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     for device in devices:
         yield _device(target_here(device, Config()), str(device))
 
 
-def _device(target: Target, name: str) -> Finding:
+def _device(target: Target, name: str) -> PartFinding:
     kernels = [kernel for kernel in target.kernels if kernel not in target.missing]
     detail = f"{target}: {', '.join(kernels)}"
     if target.kernels == (FALLBACK,) and target.device_type != "cpu":
         way_out = "name your own target in the option `targets` for more kernels"
-        return Finding("works", name, detail, way_out)
+        return PartFinding("works", name, detail, way_out)
     missing = f"not installed: {', '.join(target.missing)}" if target.missing else ""
-    return Finding("works", name, detail, missing)
+    return PartFinding("works", name, detail, missing)
 
 
-def _shared_memory() -> Finding:
+def _shared_memory() -> PartFinding:
     usage = shutil.disk_usage(_SHARED_MEMORY)
     detail = f"{readable(usage.free)} free of {readable(usage.total)}"
     if usage.free < _LEAST_SHARED:
         way_out = "all-reduces of ranks on one CPU host may not fit: docker run --shm-size=1g"
-        return Finding("broken", str(_SHARED_MEMORY), detail, way_out)
-    return Finding("works", str(_SHARED_MEMORY), detail)
+        return PartFinding("broken", str(_SHARED_MEMORY), detail, way_out)
+    return PartFinding("works", str(_SHARED_MEMORY), detail)
 
 
-def _caches() -> Iterator[Finding]:
+def _caches() -> Iterator[PartFinding]:
     folders = {"inductor": cache_dir(), "triton": triton_cache_dir(0)}
     folders["extension"] = str(extension.cache_folder())
     for name, folder in folders.items():
         size = sum(path.lstat().st_size for path in _files(Path(folder)))
-        yield Finding("works", f"{name} cache", f"{readable(size)} in {folder}")
+        yield PartFinding("works", f"{name} cache", f"{readable(size)} in {folder}")
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -163,10 +165,10 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (path for name in names if (path := Path(root, name)).is_file())
 
 
-def _variables() -> Iterator[Finding]:
+def _variables() -> Iterator[PartFinding]:
     faults = faulty_variables()
     for name, value in set_variables().items():
         if name in faults:
-            yield Finding("broken", name, f"set to {value!r}", faults[name])
+            yield PartFinding("broken", name, f"set to {value!r}", faults[name])
         else:
-            yield Finding("works", name, f"set to {value!r}")
+            yield PartFinding("works", name, f"set to {value!r}")

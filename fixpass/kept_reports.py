@@ -17,7 +17,7 @@ from torch import fx
 from torch._inductor import config as inductor_config
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from fixpass.passes.report import Report, reports_from_json, reports_to_json
+from fixpass.passes.remarks import Report, reports_from_json, reports_to_json
 
 log = logging.getLogger("fixpass")
 

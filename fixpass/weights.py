@@ -9,8 +9,8 @@ from typing import Any
 
 from fixpass.runtime.weights.audit import Audit, Finding, audit
 from fixpass.runtime.weights.census import Census, Entry, census
+from fixpass.runtime.weights.checkpoint_diff import Comparison, diff, stored_tensors
 from fixpass.runtime.weights.checkpoint_view import checkpoint_layout
-from fixpass.runtime.weights.compare import Comparison, diff, stored_tensors
 from fixpass.runtime.weights.derived import derive
 from fixpass.runtime.weights.doctor import Diagnosis, check
 from fixpass.runtime.weights.layouts import (
@@ -41,8 +41,14 @@ from fixpass.runtime.weights.mapping_rules import (
 )
 from fixpass.runtime.weights.module_hooks import protect, reset_layouts, set_layouts
 from fixpass.runtime.weights.options import LoadReport, UpdateReport
+from fixpass.runtime.weights.parameter_layout import (
+    forget,
+    layout_of,
+    logical,
+    reset_layout,
+    set_layout,
+)
 from fixpass.runtime.weights.rebind import Rebound, copy_or_rebind, pack, unpack
-from fixpass.runtime.weights.relayout import forget, layout_of, logical, reset_layout, set_layout
 from fixpass.runtime.weights.stale import StaleWarning
 from fixpass.runtime.weights.state_file import SavedState, digest, resume
 from fixpass.runtime.weights.update import Update, update

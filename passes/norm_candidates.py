@@ -18,7 +18,7 @@ from fixpass.runtime.providers import describe_needs
 
 
 @dataclass(frozen=True)
-class Candidate:
+class KernelCandidate:
     """A kernel with the relayout that it needs, and what the norm then costs."""
 
     kernel: str
@@ -39,7 +39,7 @@ class Candidates:
     site: Site
     """The norm's layouts, read through the copies that a kernel may not need."""
     fusion: Fusion
-    found: tuple[Candidate, ...]
+    found: tuple[KernelCandidate, ...]
     """In the target's order of preference; at least one."""
     refused: tuple[tuple[str, str], ...]
     """Each kernel that is not installed or would need a copy, with the reason."""
@@ -50,7 +50,7 @@ def candidates_of(node: fx.Node, target: Target) -> Candidates:
     op = op_name(node)
     site = without_copies(Site.of(node), OPERANDS[op], copied_operands(node))
     fusion = fusion_of(node)
-    found: list[Candidate] = []
+    found: list[KernelCandidate] = []
     refused: list[tuple[str, str]] = []
     for name in target.kernels:
         if (kernel := kernel_of(name, op)) is None:
@@ -68,11 +68,11 @@ def candidates_of(node: fx.Node, target: Target) -> Candidates:
     return Candidates(site, fusion, tuple(found), tuple(refused))
 
 
-def _candidate(name: str, op: str, plan: Relayout, fusion: Fusion) -> Candidate:
+def _candidate(name: str, op: str, plan: Relayout, fusion: Fusion) -> KernelCandidate:
     if name == FALLBACK:
-        return Candidate(name, plan, fusion.fused_bytes, launches_of_inductor(op))
+        return KernelCandidate(name, plan, fusion.fused_bytes, launches_of_inductor(op))
     num_bytes = fusion.opaque_bytes + hint(plan.num_bytes)
-    return Candidate(name, plan, num_bytes, 1 + len(plan.copied))
+    return KernelCandidate(name, plan, num_bytes, 1 + len(plan.copied))
 
 
 def _refusal(kernel: Kernel, site: Site, plan: Relayout | None) -> str:

@@ -25,7 +25,7 @@ from fixpass.lowering.contract_table import rows_of
 from fixpass.passes.base import Pass, PassResult, Remark
 from fixpass.passes.bisect import Snapshot, find_application, is_disabled
 from fixpass.passes.cache_key import UnnamedError, key_of, pass_key
-from fixpass.passes.report import Report
+from fixpass.passes.remarks import Report
 from fixpass.passes.values import GraphValues
 from fixpass.passes.verify import Interface, faulty_nodes, verify
 from fixpass.runtime.errors import PassError

@@ -17,7 +17,7 @@ from fixpass.lowering.site import OPS
 from fixpass.lowering.target import FALLBACK, Target
 from fixpass.passes.base import Choice, Pass, PassResult
 from fixpass.passes.canonicalize_norms.norm import op_overload
-from fixpass.passes.norm_candidates import Candidate, Candidates, candidates_of
+from fixpass.passes.norm_candidates import Candidates, KernelCandidate, candidates_of
 from fixpass.passes.rewrite import find_anchors
 
 
@@ -50,14 +50,14 @@ class SelectNormKernel(Pass):
         saved = max(first.num_bytes - best.num_bytes, 0)
         result.applied(node, "".join(_describe(best, seen)), bytes_saved=saved, choice=choice)
 
-    def _cost(self, candidate: Candidate) -> tuple[int, int]:
+    def _cost(self, candidate: KernelCandidate) -> tuple[int, int]:
         """What `min` compares; the first of equals is the target's first."""
         if self.target.prefers_fusion:
             return candidate.num_bytes, candidate.launches
         return hint(candidate.plan.num_bytes), 0
 
 
-def _describe(best: Candidate, seen: Candidates) -> Iterator[str]:
+def _describe(best: KernelCandidate, seen: Candidates) -> Iterator[str]:
     """The remark: the kernel, what it reads, what that costs, and the best of the others."""
     yield f"{best.kernel} reads {seen.site.x}; "
     if not best.plan.copied:

@@ -27,14 +27,14 @@ _RUNS, _MARGIN = 2, 16
 
 
 @dataclass(frozen=True)
-class Values:
+class RoundedValues:
     """What a computation gave, and how far rounding moves each of its tensors."""
 
     leaves: list[Any]
     slack: list[float]
 
     @staticmethod
-    def of(run: Run) -> "Values":
+    def of(run: Run) -> "RoundedValues":
         """Call `run` once as it is, and then with other rounding."""
         leaves = run(nullcontext())
         slack = [_MARGIN * _last_digit(leaf) * _largest(leaf) for leaf in leaves]
@@ -42,7 +42,7 @@ class Values:
             moved = run(OtherRounding(seed))
             for i, (a, b) in enumerate(zip(moved, leaves, strict=True)):
                 slack[i] = max(slack[i], _MARGIN * _difference(a, b))
-        return Values(leaves, slack)
+        return RoundedValues(leaves, slack)
 
     def fault_of(self, leaves: list[Any]) -> str:
         """Which of `leaves` is another number than rounding explains; empty where none is."""
@@ -63,7 +63,7 @@ class GraphValues:
     """The values of a graph on one set of random inputs, and its inputs after the run."""
 
     inputs: list[Any]
-    values: Values
+    values: RoundedValues
 
     @staticmethod
     def of(graph: fx.Graph) -> "GraphValues":
@@ -79,7 +79,7 @@ class GraphValues:
         try:
             with _without_modes():
                 inputs = _inputs(graph)
-                return GraphValues(inputs, Values.of(lambda mode: _run(graph, inputs, mode)))
+                return GraphValues(inputs, RoundedValues.of(lambda mode: _run(graph, inputs, mode)))
         except PassError:
             raise
         # Whatever an operation raises on random inputs, such as an index out of range.

@@ -5,6 +5,7 @@ source, so one that nothing imports is found too.
 """
 
 import ast
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,45 @@ PASSES = [
     for found in pass_classes(path.read_text())
 ]
 FILES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
+
+
+def public_modules():
+    """(name, path) of each module that is not private; a package by its folder's name."""
+    paths = [path.relative_to(ROOT) for path in FILES if not path.is_symlink()]
+    return [(stem(path), path.as_posix()) for path in paths if not stem(path).startswith("_")]
+
+
+def public_classes():
+    """(name, path) of each class at the top of a module."""
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                yield node.name, path.relative_to(ROOT).as_posix()
+
+
+def several(named):
+    """The names that stand for more than one thing, with the places."""
+    places = defaultdict(list)
+    for name, path in named:
+        places[name].append(path)
+    return {name: paths for name, paths in places.items() if len(paths) > 1}
+
+
+def is_facade(paths):
+    """Whether the first of two modules is what users import, and only re-exports the second."""
+    if len(paths) != 2 or Path(paths[0]).parent.as_posix() != "fixpass":
+        return False
+    body = ast.parse((ROOT / paths[0]).read_text()).body
+    return not any(isinstance(node, ast.ClassDef) for node in body)
+
+
+def test_no_two_classes_share_a_name():
+    assert several(public_classes()) == {}
+
+
+def test_no_two_modules_share_a_name_but_a_facade_and_its_module():
+    found = several(public_modules())
+    assert {name: paths for name, paths in found.items() if not is_facade(paths)} == {}
 
 
 def test_there_are_passes():

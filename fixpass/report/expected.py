@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 
 from fixpass.passes.base import Remark
-from fixpass.passes.report import Report
+from fixpass.passes.remarks import Report
 from fixpass.runtime.errors import ExpectationError
 
 

@@ -8,7 +8,7 @@ from itertools import chain
 from jinja2 import Environment, StrictUndefined
 
 from fixpass.passes.base import Remark
-from fixpass.passes.report import Report
+from fixpass.passes.remarks import Report
 from fixpass.report.expected import sites_of
 from fixpass.report.page_template import TEMPLATE
 from fixpass.report.recording import Recorder, Step

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from fixpass.lowering.layout import Layout, known
-from fixpass.passes.canonicalize_norms.groups import describe_groups
+from fixpass.passes.canonicalize_norms.grouped_norms import describe_groups
 from fixpass.passes.canonicalize_norms.norm import Norm, compute_step, out_steps
 from fixpass.passes.canonicalize_norms.residual import build, joined
 from fixpass.passes.canonicalize_norms.scale import (

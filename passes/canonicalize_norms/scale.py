@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from fixpass.lowering.layout import all_known, known_equal
-from fixpass.passes.canonicalize_norms.groups import describe_channels
+from fixpass.passes.canonicalize_norms.grouped_norms import describe_channels
 from fixpass.passes.rewrite import NO_REMARK, Missed, arg, is_call, sole_user, val_of
 
 aten = torch.ops.aten

@@ -18,7 +18,7 @@ from fixpass.passes.fold_weights.graph_weights import Weight, examples_of
 from fixpass.passes.fold_weights.regions import FoldRegion, Order
 from fixpass.passes.rewrite import Missed
 from fixpass.runtime.errors import WeightError
-from fixpass.runtime.weights.relayout import restride
+from fixpass.runtime.weights.parameter_layout import restride
 from fixpass.runtime.weights.weight_cache import CachedWeight, WeightFunction
 from fixpass.runtime.weights.weight_ops import has_layout
 

@@ -19,7 +19,7 @@ from fixpass.passes.fold_weights.constant_values import Value, is_computed
 from fixpass.passes.fold_weights.graph_weights import Weight
 from fixpass.passes.rewrite import NO_REMARK, Missed, guards_suppressed, is_call
 from fixpass.runtime.weights import weight_ops
-from fixpass.runtime.weights.relayout import obstacle_to_restride
+from fixpass.runtime.weights.parameter_layout import obstacle_to_restride
 
 Order = tuple[int, ...] | Missed
 """The order of dimensions in which a weight could be stored instead, or why there is none."""

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from fixpass.passes.base import Pass, PassResult
 from fixpass.passes.fold_weights.apply import DERIVED, VALUE, introduce
 from fixpass.passes.fold_weights.graph_weights import examples_of, weights_of
-from fixpass.passes.prepack_linears.folded_linear import Linear, linears_of, weight_of
+from fixpass.passes.prepack_linears.folded_linear import FoldedLinear, linears_of, weight_of
 from fixpass.passes.rewrite import Missed
 from fixpass.runtime.weights.weight_cache import CachedWeight
 from fixpass.runtime.weights.weight_ops import Prepacked
@@ -47,7 +47,7 @@ class PrepackLinears(Pass):
             elif why := _pack(graph, node, found, examples, result):
                 result.missed(node, why)
 
-    def _linears(self, folded: fx.Node) -> list[Linear] | Missed:
+    def _linears(self, folded: fx.Node) -> list[FoldedLinear] | Missed:
         value, function = folded.meta[VALUE], folded.meta[DERIVED].cache.function
         # A layout of a kernel's is for that kernel, and a weight in it is its own value.
         if (
@@ -65,7 +65,7 @@ class PrepackLinears(Pass):
 def _pack(
     graph: fx.Graph,
     folded: fx.Node,
-    linears: Sequence[Linear],
+    linears: Sequence[FoldedLinear],
     examples: Sequence[Tensor | None],
     result: PassResult,
 ) -> str:
@@ -108,7 +108,7 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _packed(plain: CachedWeight, linear: Linear) -> CachedWeight:
+def _packed(plain: CachedWeight, linear: FoldedLinear) -> CachedWeight:
     view, function = weight_of(linear), plain.cache.function
     signature = f"{function.signature}\npacked\n{view.code}" if function.signature else ""
     return CachedWeight(

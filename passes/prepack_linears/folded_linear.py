@@ -23,7 +23,7 @@ _METHODS = ("matmul", "mm", "__matmul__")
 
 
 @dataclass(frozen=True)
-class Linear:
+class FoldedLinear:
     """One layer, x (..., in_features) by `weight`, a view of the folded input.
 
     views: the nodes from the input to `weight`. transposed: `weight` is (in_features,
@@ -47,7 +47,7 @@ class Linear:
         return int(self.weight.meta["example_value"].shape[1 if self.transposed else 0])
 
 
-def linears_of(folded: fx.Node) -> list[Linear] | Missed:
+def linears_of(folded: fx.Node) -> list[FoldedLinear] | Missed:
     """All that reads the folded input, if that is nothing but linear layers."""
     found = []
     for views, node in _readers(folded, ()):
@@ -59,7 +59,7 @@ def linears_of(folded: fx.Node) -> list[Linear] | Missed:
     return found
 
 
-def weight_of(linear: Linear) -> fx.GraphModule:
+def weight_of(linear: FoldedLinear) -> fx.GraphModule:
     """What makes the layer's weight (out_features, in_features) of the folded value."""
     graph = fx.Graph()
     last = graph.placeholder("value")
@@ -81,7 +81,7 @@ def _readers(
             yield views, user
 
 
-def _linear(node: fx.Node, weight: fx.Node, views: tuple[fx.Node, ...]) -> Linear | None:
+def _linear(node: fx.Node, weight: fx.Node, views: tuple[fx.Node, ...]) -> FoldedLinear | None:
     kwargs: Mapping[str, Any] = node.kwargs
     is_call, target = node.op == "call_function", node.target
     if is_call and target is _LINEAR and set(kwargs) <= {"bias"}:
@@ -97,10 +97,10 @@ def _linear(node: fx.Node, weight: fx.Node, views: tuple[fx.Node, ...]) -> Linea
         return None
     if not isinstance(bias, fx.Node | None):
         return None
-    return Linear(node, x, weight, views, bias, transposed)
+    return FoldedLinear(node, x, weight, views, bias, transposed)
 
 
-def _against(linear: Linear) -> str:
+def _against(linear: FoldedLinear) -> str:
     """What oneDNN's layer cannot do here, or ""."""
     nodes = (linear.x, linear.weight, linear.node, *([linear.bias] if linear.bias else []))
     found = [val for node in nodes if _is_plain(val := node.meta.get("example_value"))]

@@ -18,7 +18,7 @@ from fixpass.lowering.site import Site
 from fixpass.passes.base import Choice, Pass, PassResult
 from fixpass.passes.cost import bytes_of
 from fixpass.passes.rewrite import Editor, Missed, erase_dead, find_anchors, val_of
-from fixpass.passes.select_linear_kernel.experts import Experts, experts_of, grouped_matmuls
+from fixpass.passes.select_linear_kernel.experts import ExpertMatmuls, experts_of, grouped_matmuls
 from fixpass.runtime.linear import MOST_ROWS, unavailable
 
 aten = torch.ops.aten
@@ -87,7 +87,9 @@ def layer_of(node: fx.Node) -> Linear | Missed:
     return layer if verdict else Missed(str(verdict))
 
 
-def _replace(graph: fx.Graph, node: fx.Node, layer: Linear | Experts, result: PassResult) -> None:
+def _replace(
+    graph: fx.Graph, node: fx.Node, layer: Linear | ExpertMatmuls, result: PassResult
+) -> None:
     edit, weight = Editor(graph, node), layer.site.layouts["weight"]
     if isinstance(layer, Linear):
         args = (layer.x, layer.weight, layer.bias)

@@ -24,7 +24,7 @@ def grouped_matmuls() -> tuple[Any, ...]:
 
 
 @dataclass(frozen=True)
-class Experts:
+class ExpertMatmuls:
     """x (S, K), sorted by expert, @ weight (E, K, N); expert e has the rows up to ends[e]."""
 
     x: fx.Node
@@ -42,12 +42,12 @@ class Experts:
         return Site("linear", layouts, "cpu")
 
 
-def experts_of(node: fx.Node) -> Experts | Missed:
+def experts_of(node: fx.Node) -> ExpertMatmuls | Missed:
     """The experts whose product `node` is, or why the kernel does not take it."""
     x, weight, *rest = (each for each in (*node.args, *node.kwargs.values()) if each is not None)
     if len(rest) != 1 or not all(isinstance(each, fx.Node) for each in (x, weight, rest[0])):
         return Missed("it has a bias or another dtype, or no ends of the experts' rows")
-    experts = Experts(x, weight, rest[0])  # type: ignore[arg-type]
+    experts = ExpertMatmuls(x, weight, rest[0])  # type: ignore[arg-type]
     if (x.meta["val"].dim(), weight.meta["val"].dim()) != (2, 3):  # type: ignore[union-attr]
         return Missed("its experts do not share one x, or one weight")
     verdict = SKINNY_LINEAR.check(experts.site)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fixpass.runtime.errors import FixpassError
 from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights.census import Census, census
-from fixpass.runtime.weights.relayout import logical
+from fixpass.runtime.weights.parameter_layout import logical
 from fixpass.runtime.weights.stale import StaleWarning
 from fixpass.runtime.weights.targets import local_part, pointers_of, targets, walk
 from fixpass.runtime.weights.update import update

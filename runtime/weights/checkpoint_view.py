@@ -19,8 +19,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fixpass.runtime.errors import CheckpointError, LayoutError
 from fixpass.runtime.weights.layout_plan import LayoutPlan
+from fixpass.runtime.weights.parameter_layout import (
+    LayoutRecord,
+    check_memory,
+    memory_of,
+    record_of,
+)
 from fixpass.runtime.weights.region import Region, read, write
-from fixpass.runtime.weights.relayout import LayoutRecord, check_memory, memory_of, record_of
 from fixpass.runtime.weights.stored import Box, Shape
 from fixpass.runtime.weights.targets import is_freed, local_box
 

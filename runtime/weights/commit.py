@@ -34,7 +34,7 @@ from fixpass.runtime.weights.plan_cache import Manifest
 from fixpass.runtime.weights.read import Work
 from fixpass.runtime.weights.state_file import SavedState, write_state
 from fixpass.runtime.weights.stored import MemoryPiece
-from fixpass.runtime.weights.targets import Target, gc_paused, local_box, tensors_of, walk
+from fixpass.runtime.weights.targets import WeightTarget, gc_paused, local_box, tensors_of, walk
 from fixpass.runtime.weights.weight_version import committed, write_keys
 
 _PART = 1 << 20  # elements looked at for NaN at once
@@ -50,7 +50,7 @@ class Commit:
     """The version of the weights when the update was opened."""
     manifest: Manifest
     """The model as it was planned for."""
-    written: Sequence[Target]
+    written: Sequence[WeightTarget]
     work: Work
     files: Sequence[OpenFile]
     covers_all: bool

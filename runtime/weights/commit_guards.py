@@ -24,8 +24,8 @@ from fixpass.runtime.errors import UpdateError
 from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights.checkpoint_view import shows_checkpoint
 from fixpass.runtime.weights.files import MOST_PARTS, OpenFile, in_turn
+from fixpass.runtime.weights.parameter_layout import any_layout_set, packed, record, record_of
 from fixpass.runtime.weights.read import Copy, Work, copies
-from fixpass.runtime.weights.relayout import any_layout_set, packed, record, record_of
 from fixpass.runtime.weights.stored import Box, FilePiece, Stored
 from fixpass.runtime.weights.targets import PLAIN, gc_paused, pointers_of, same_part, walk
 

@@ -24,7 +24,7 @@ from fixpass.runtime.weights.files import Batch
 from fixpass.runtime.weights.options import Options
 from fixpass.runtime.weights.reachable import resolve
 from fixpass.runtime.weights.read import Work
-from fixpass.runtime.weights.targets import MemoryRanges, Target, local_part, same_part
+from fixpass.runtime.weights.targets import MemoryRanges, WeightTarget, local_part, same_part
 
 Value = Tensor | float
 Function = Callable[..., Value]
@@ -114,8 +114,8 @@ def declared_in(model: nn.Module) -> tuple[set[int], set[str]]:
 
 
 def without_declared(
-    model: nn.Module, live: Sequence[Target], options: Options
-) -> tuple[list[Target], Options]:
+    model: nn.Module, live: Sequence[WeightTarget], options: Options
+) -> tuple[list[WeightTarget], Options]:
     """The targets of a checkpoint without declared tensors, which a checkpoint may have or not."""
     ids, _ = declared_in(model)
     names = [target.name for target in live if id(target.tensor) in ids]

@@ -19,12 +19,12 @@ from fixpass.runtime.weights.formats.open import StoredSource, checkpoint_of
 from fixpass.runtime.weights.mapping import SAME_NAMES, Mapping
 from fixpass.runtime.weights.options import printable, some
 from fixpass.runtime.weights.own_loaders import own_loader
+from fixpass.runtime.weights.parameter_layout import record_of
 from fixpass.runtime.weights.placement import check_dtype, missing_parts, place, taken
-from fixpass.runtime.weights.relayout import record_of
 from fixpass.runtime.weights.renames import pattern, suggest
 from fixpass.runtime.weights.route import NO_PARAMETER, Routed, Routes, check_twins, route
 from fixpass.runtime.weights.stored import Checkpoint, Shape, Stored
-from fixpass.runtime.weights.targets import Target, is_quantised, targets
+from fixpass.runtime.weights.targets import WeightTarget, is_quantised, targets
 
 FAMILIES: Named[str, str] = {
     "torchao": r":_weight_\w+$",
@@ -126,13 +126,13 @@ def grouped(names: Iterable[str]) -> list[str]:
     ]
 
 
-def _shape(target: Target) -> Shape:
+def _shape(target: WeightTarget) -> Shape:
     record = record_of(target.tensor)
     return tuple(target.tensor.shape) if record is None else record.plan.logical
 
 
 def _look_at(
-    found: _Findings, target: Target, routed: Sequence[Routed], mapping: Mapping, cast: bool
+    found: _Findings, target: WeightTarget, routed: Sequence[Routed], mapping: Mapping, cast: bool
 ) -> None:
     name, dtype, whole = target.name, target.tensor.dtype, _shape(target)
     plain = [item.stored for item in routed if is_quantised(item.stored.dtype)]
@@ -274,7 +274,7 @@ def _scales(scales: Sequence[str], used: set[str], family: str) -> list[str]:
     return [text + unsupported]
 
 
-def _memory(model: Named[str, Target], routes: Routes, found: _Findings) -> str:
+def _memory(model: Named[str, WeightTarget], routes: Routes, found: _Findings) -> str:
     """The memory that a load takes besides the model, by mode."""
     sizes = {name: sum(i.stored.num_bytes for i in routed) for name, routed in routes.taken.items()}
     moved, most = sum(sizes.values()), max((sizes[name] for name in found.own), default=0)

@@ -26,7 +26,7 @@ from fixpass.runtime.errors import UpdateError
 from fixpass.runtime.weights.lock import WeightsLock
 from fixpass.runtime.weights.options import Options
 from fixpass.runtime.weights.processes import has_ended, is_stopped
-from fixpass.runtime.weights.update_group import Decision, Progress, Step, UpdateGroup
+from fixpass.runtime.weights.update_group import GroupDecision, Progress, Step, UpdateGroup
 
 _STAGED = ("buffered", "double_buffer")
 _LOOK = 0.25
@@ -117,7 +117,7 @@ class Attempt:
         if self.has_voted:
             return
         try:
-            self.ranks.decide(Decision(False, 0, f"rank {self.ranks.rank} raised {error!r}"))
+            self.ranks.decide(GroupDecision(False, 0, f"rank {self.ranks.rank} raised {error!r}"))
         except RuntimeError as lost:
             error.add_note(f"the other ranks were not told: {lost}")
 
@@ -133,11 +133,11 @@ class Attempt:
             text = f"this rank has the new weights, and {'; '.join(texts)}"
             warnings.warn(text, stacklevel=6)
 
-    def _check(self, found: Decision) -> None:
+    def _check(self, found: GroupDecision) -> None:
         if not found.commit:
             raise UpdateError(f"no rank was updated: {found.why}")
 
-    def _found(self) -> Decision | None:
+    def _found(self) -> GroupDecision | None:
         return self.ranks.decision(self.ranks.attempt)
 
     def _have_all(self, step: Step) -> bool:
@@ -148,7 +148,7 @@ class Attempt:
         there = {each.rank for each in progress if each.reached(self.ranks.attempt, step)}
         return {*range(self.ranks.size)} - there
 
-    def _counted(self, votes: Sequence[Progress], to: int) -> Decision:
+    def _counted(self, votes: Sequence[Progress], to: int) -> GroupDecision:
         """The decision of a rank that sees the votes of all."""
         if len({(vote.base, vote.to) for vote in votes}) > 1:
             texts = ", ".join(f"rank {vote.rank}: {vote.base} to {vote.to}" for vote in votes)
@@ -156,22 +156,22 @@ class Attempt:
                 f"the ranks update different versions ({texts}): a rank that came back first loads "
                 "the weights of group_version(group) by itself"
             )
-            return self.ranks.decide(Decision(False, 0, why))
+            return self.ranks.decide(GroupDecision(False, 0, why))
         lost = _lost(votes, can_stop=False)
-        return self.ranks.decide(Decision(not lost, to, "; ".join(lost.values())))
+        return self.ranks.decide(GroupDecision(not lost, to, "; ".join(lost.values())))
 
-    def _waited(self) -> Decision:
+    def _waited(self) -> GroupDecision:
         """The decision of another rank, or an abort where none comes in time."""
         self._wait(lambda: self._found() is not None)
         return self._outcome("voted", "did not vote")
 
-    def _outcome(self, step: Step, what: str) -> Decision:
+    def _outcome(self, step: Step, what: str) -> GroupDecision:
         """The decision, or else an abort for want of ranks that have come to a step."""
         if (found := self._found()) is not None:
             return found
         texts = self._absent(step, f"{what} within {self.ranks.timeout:g} s")
         why = "; ".join(texts) or f"no rank decided within {self.ranks.timeout:g} s"
-        return self.ranks.decide(Decision(False, 0, why))
+        return self.ranks.decide(GroupDecision(False, 0, why))
 
     def _wait(self, is_there: Callable[[], bool], step: Step | None = None) -> bool:
         """Wait for the others.

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from fixpass.runtime.errors import LayoutError
 from fixpass.runtime.weights.checkpoint_view import shows_checkpoint
 from fixpass.runtime.weights.layouts import WeightLayout
-from fixpass.runtime.weights.region import Region, write
-from fixpass.runtime.weights.relayout import (
+from fixpass.runtime.weights.parameter_layout import (
     check_memory,
     logical,
     memory_of,
@@ -23,6 +22,7 @@ from fixpass.runtime.weights.relayout import (
     reset_layout,
     set_layout,
 )
+from fixpass.runtime.weights.region import Region, write
 from fixpass.runtime.weights.targets import targets
 
 _REDUCE = "__reduce_ex__"

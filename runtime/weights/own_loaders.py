@@ -21,18 +21,18 @@ from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.checkpoint_view import Destination, shows_checkpoint, written_arguments
 from fixpass.runtime.weights.files import OpenFile
 from fixpass.runtime.weights.formats.open import from_iterator
+from fixpass.runtime.weights.parameter_layout import logical
 from fixpass.runtime.weights.placement import Placed, taken
 from fixpass.runtime.weights.read import Copy, copies, read
-from fixpass.runtime.weights.relayout import logical
 from fixpass.runtime.weights.route import Routed
 from fixpass.runtime.weights.stored import Box, MemoryPiece, Stored
-from fixpass.runtime.weights.targets import Target
+from fixpass.runtime.weights.targets import WeightTarget
 
 
 class OwnLoads(NamedTuple):
     """A parameter with a loader of its own, and the stored tensors that it gets."""
 
-    target: Target
+    target: WeightTarget
     loader: Callable[..., Any]
     routed: list[Routed]
     where: Destination
@@ -40,7 +40,7 @@ class OwnLoads(NamedTuple):
     """The place of the parameter among the tensors that are written."""
 
 
-def own_loader(target: Target) -> Callable[..., Any] | None:
+def own_loader(target: WeightTarget) -> Callable[..., Any] | None:
     """The weight_loader of a parameter, or of the parameter it was before it was sharded."""
     # Engines make it a property of a class as often as an attribute.
     found = getattr(target.tensor, "weight_loader", None)

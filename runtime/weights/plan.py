@@ -18,6 +18,7 @@ from fixpass.runtime.weights.checkpoint_view import Destination, destination
 from fixpass.runtime.weights.mapping import Candidate, Mapping
 from fixpass.runtime.weights.options import Initialised, LoadReport, Missing, Options, Skipped, some
 from fixpass.runtime.weights.own_loaders import OwnLoads, own_loader
+from fixpass.runtime.weights.parameter_layout import record_of
 from fixpass.runtime.weights.placement import (
     Placed,
     check_apart,
@@ -27,11 +28,10 @@ from fixpass.runtime.weights.placement import (
     place_part,
 )
 from fixpass.runtime.weights.read import Copy, copies
-from fixpass.runtime.weights.relayout import record_of
 from fixpass.runtime.weights.renames import suggest
 from fixpass.runtime.weights.route import Routed, route, scales_left_out
 from fixpass.runtime.weights.stored import Box, Checkpoint, MemoryPiece, Shape, Stored, describe
-from fixpass.runtime.weights.targets import PLAIN, Target
+from fixpass.runtime.weights.targets import PLAIN, WeightTarget
 
 MOST_FAULTS = 10
 NOTHING_STORED = "nothing is stored for it"
@@ -95,7 +95,7 @@ class Plan:
 
 
 def make_plan(
-    checkpoint: Checkpoint, parts: Parts, model: Sequence[Target], options: Options
+    checkpoint: Checkpoint, parts: Parts, model: Sequence[WeightTarget], options: Options
 ) -> Plan:
     """Plan to load `checkpoint`, and tensors for parts of parameters, into a model.
 
@@ -117,7 +117,7 @@ def make_plan(
     for name, routed in routes.taken.items():
         index = places[name]
         try:
-            _add(plan, index, model[index], routed, mapping, cast)
+            _add(plan, index, model[index], routed, options)
         except CheckpointError as error:
             faults.append(_with_layout(str(error), model[index]))
     if faults:
@@ -148,29 +148,29 @@ def make_plan(
     return plan
 
 
-def _with_layout(fault: str, target: Target) -> str:
+def _with_layout(fault: str, target: WeightTarget) -> str:
     found = record_of(target.tensor)
     return fault if found is None else f"{fault} (its layout is {found.plan.layout})"
 
 
 def _add(
-    plan: Plan, index: int, target: Target, routed: Sequence[Routed], mapping: Mapping, cast: bool
+    plan: Plan, index: int, target: WeightTarget, routed: Sequence[Routed], options: Options
 ) -> None:
     loader = own_loader(target)
     for item in routed:
         if item.stored.dtype != target.tensor.dtype:
             # A loader of its own may round, but no loader knows a scale that it is not given.
-            rounds = cast or loader is not None
+            rounds = options.cast or loader is not None
             check_dtype(item.stored, target.name, target.tensor.dtype, cast=rounds)
     if loader is not None:
         where = destination(target.tensor, repr(target.name))
         position = plan.position(index, where.memory)
         plan.own.append(OwnLoads(target, loader, list(routed), where, position))
         lacks = missing_parts(routed)
-    elif _add_plain(plan, index, target.tensor, routed, mapping):
+    elif _add_plain(plan, index, target.tensor, routed, options.mapping):
         lacks = ""
     else:
-        lacks = _add_placed(plan, index, target, routed, mapping)
+        lacks = _add_placed(plan, index, target, routed, options.mapping)
     if lacks:
         plan.missing.append(Missing(target.name, lacks))
     else:
@@ -201,7 +201,7 @@ def _add_plain(
 
 
 def _add_placed(
-    plan: Plan, index: int, target: Target, routed: Sequence[Routed], mapping: Mapping
+    plan: Plan, index: int, target: WeightTarget, routed: Sequence[Routed], mapping: Mapping
 ) -> str:
     where = destination(target.tensor, repr(target.name))
     placement = place(target.name, where.whole, routed, mapping.tensor_parallel)
@@ -234,7 +234,7 @@ def placed_copies(placed: Placed, where: Destination, name: str, position: int) 
     return found
 
 
-def _add_missing(plan: Plan, index: int, target: Target, options: Options) -> None:
+def _add_missing(plan: Plan, index: int, target: WeightTarget, options: Options) -> None:
     wish = getattr(target.tensor, "missing_param_init", options.missing)
     if wish == "error":
         plan.missing.append(Missing(target.name, NOTHING_STORED))
@@ -253,7 +253,7 @@ def _add_missing(plan: Plan, index: int, target: Target, options: Options) -> No
 
 
 def _add_parts(
-    plan: Plan, index: int, target: Target, parts: Sequence[tuple[Stored, Shape]], cast: bool
+    plan: Plan, index: int, target: WeightTarget, parts: Sequence[tuple[Stored, Shape]], cast: bool
 ) -> None:
     name, dtype = target.name, target.tensor.dtype
     where = destination(target.tensor, repr(name))

@@ -21,13 +21,13 @@ from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights.files import Batch, Source
 from fixpass.runtime.weights.formats.safetensors import Files
 from fixpass.runtime.weights.options import LoadReport, Options
+from fixpass.runtime.weights.parameter_layout import any_layout_set, layout_generation, record_of
 from fixpass.runtime.weights.plan import Plan
 from fixpass.runtime.weights.read import Work
-from fixpass.runtime.weights.relayout import any_layout_set, layout_generation, record_of
 from fixpass.runtime.weights.stored import Stored
 from fixpass.runtime.weights.targets import (
     PLAIN,
-    Target,
+    WeightTarget,
     local_parts,
     pointers_of,
     walk,
@@ -251,7 +251,7 @@ class CachedPlan:
     twins: list[tuple[str, str]]
     """Names of tensors whose values have to be equal, as they are for one tied parameter."""
 
-    def work(self, given: Sequence[Source], model: Sequence[Target]) -> Work:
+    def work(self, given: Sequence[Source], model: Sequence[WeightTarget]) -> Work:
         """The same batches from these sources into the tensors of this walk."""
         tensors = local_parts([model[index].tensor for index in self.written])
         return Work(given, list(map(Tensor.detach, tensors)), self.batches, ())

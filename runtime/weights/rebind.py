@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fixpass.runtime.errors import LayoutError, WeightError
 from fixpass.runtime.weights.layouts import Alias, WeightLayout, named
 from fixpass.runtime.weights.lock import closed, over
-from fixpass.runtime.weights.relayout import (
+from fixpass.runtime.weights.parameter_layout import (
     PackedPart,
     forget,
     owned_bytes,

@@ -16,7 +16,7 @@ from fixpass.runtime.weights.mapping import Candidate, Dropped, Mapping
 from fixpass.runtime.weights.options import LoadReport, Skipped
 from fixpass.runtime.weights.read import STAGING, read
 from fixpass.runtime.weights.stored import Box, Checkpoint, Stored
-from fixpass.runtime.weights.targets import Target, is_quantised
+from fixpass.runtime.weights.targets import WeightTarget, is_quantised
 
 NO_PARAMETER = "the model has no such parameter"
 
@@ -41,7 +41,7 @@ class Routes:
     """Stored tensors for the same place of a tied parameter; the first of a pair is loaded."""
 
 
-def route(checkpoint: Checkpoint, mapping: Mapping, targets: Named[str, Target]) -> Routes:
+def route(checkpoint: Checkpoint, mapping: Mapping, targets: Named[str, WeightTarget]) -> Routes:
     """The routes of all stored tensors."""
     first: dict[int, str] = {}
     routes = Routes({name: first.setdefault(id(t.tensor), name) for name, t in targets.items()})
@@ -71,7 +71,7 @@ def route(checkpoint: Checkpoint, mapping: Mapping, targets: Named[str, Target])
 
 
 def _split(
-    stored: Stored, mapping: Mapping, targets: Named[str, Target], unexpected: list[str]
+    stored: Stored, mapping: Mapping, targets: Named[str, WeightTarget], unexpected: list[str]
 ) -> list[Candidate]:
     """The parameters that take the experts of a stored tensor, one each."""
     taken: list[Candidate] = []
@@ -114,7 +114,7 @@ def _untie(routes: Routes, found: dict[str, list[Routed]]) -> None:
                 routes.twins.append((twin.stored, item.stored))
 
 
-def scales_left_out(scales: Iterable[str], written: Iterable[Target]) -> list[str]:
+def scales_left_out(scales: Iterable[str], written: Iterable[WeightTarget]) -> list[str]:
     """The scales of modules in which a quantised weight is written and the scale is not."""
     modules = {
         target.name.rpartition(".")[0] for target in written if is_quantised(target.tensor.dtype)

@@ -18,7 +18,7 @@ from torch import nn
 from fixpass.runtime.errors import UpdateError
 from fixpass.runtime.weights.formats.open import raw_bytes
 from fixpass.runtime.weights.lock import lock_of
-from fixpass.runtime.weights.relayout import logical, record_of
+from fixpass.runtime.weights.parameter_layout import logical, record_of
 from fixpass.runtime.weights.targets import local_box, targets
 
 

@@ -32,7 +32,7 @@ _DATA_PARALLEL = (
 )
 
 
-class Target(NamedTuple):
+class WeightTarget(NamedTuple):
     """A parameter or persistent buffer."""
 
     name: str
@@ -54,7 +54,7 @@ def gc_paused() -> Iterator[None]:
         resume()
 
 
-def walk(model: nn.Module) -> tuple[list[Target], list[Tensor]]:
+def walk(model: nn.Module) -> tuple[list[WeightTarget], list[Tensor]]:
     """Find all tensors of a model in one pass.
 
     Returns:
@@ -62,13 +62,13 @@ def walk(model: nn.Module) -> tuple[list[Target], list[Tensor]]:
         names, and the buffers that are not persistent.
 
     """
-    found: list[Target] = []
+    found: list[WeightTarget] = []
     transient: list[Tensor] = []
     _walk(model, "", set(), found, transient)
     return found, transient
 
 
-def targets(model: nn.Module) -> dict[str, Target]:
+def targets(model: nn.Module) -> dict[str, WeightTarget]:
     """The parameters and persistent buffers by name."""
     return {target.name: target for target in walk(model)[0]}
 
@@ -80,18 +80,22 @@ def tensors_of(model: nn.Module) -> list[Tensor]:
 
 
 def _walk(
-    module: nn.Module, path: str, outer: set[int], found: list[Target], transient: list[Tensor]
+    module: nn.Module,
+    path: str,
+    outer: set[int],
+    found: list[WeightTarget],
+    transient: list[Tensor],
 ) -> None:
     for leaf, param in module._parameters.items():
         if param is not None:
-            found.append(Target(path + leaf, module, leaf, param))
+            found.append(WeightTarget(path + leaf, module, leaf, param))
     if module._buffers:
         skip = module._non_persistent_buffers_set
         for leaf, tensor in module._buffers.items():
             if tensor is not None and leaf in skip:
                 transient.append(tensor)
             elif tensor is not None:
-                found.append(Target(path + leaf, module, leaf, tensor))
+                found.append(WeightTarget(path + leaf, module, leaf, tensor))
     if not module._modules:
         return
     outer.add(id(module))

@@ -45,12 +45,12 @@ from fixpass.runtime.weights.options import (
     some,
 )
 from fixpass.runtime.weights.own_loaders import run_own_loaders
+from fixpass.runtime.weights.parameter_layout import any_layout_set
 from fixpass.runtime.weights.pending_update import PendingUpdate
 from fixpass.runtime.weights.plan import make_plan
 from fixpass.runtime.weights.plan_cache import Manifest, ModelSignature, cached_plan, keep_plan
 from fixpass.runtime.weights.read import Work
 from fixpass.runtime.weights.rebind import bring_back_packed
-from fixpass.runtime.weights.relayout import any_layout_set
 from fixpass.runtime.weights.route import check_twins, scales_without_taker
 from fixpass.runtime.weights.stale import stale_after, views_of, warning_of
 from fixpass.runtime.weights.state_file import digest, resume

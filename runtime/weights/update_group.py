@@ -36,7 +36,7 @@ class Progress(NamedTuple):
         return here >= there
 
 
-class Decision(NamedTuple):
+class GroupDecision(NamedTuple):
     """The outcome of one attempt, which all ranks read."""
 
     commit: bool
@@ -112,15 +112,17 @@ class UpdateGroup:
             keys = [key for key in keys if self._store.check([key])]
         return [Progress(*json.loads(text)) for text in self._store.multi_get(keys)]
 
-    def decision(self, attempt: int) -> Decision | None:
+    def decision(self, attempt: int) -> GroupDecision | None:
         """The decision of an attempt; None before there is one."""
         key = f"decision/{attempt}"
-        return Decision(*json.loads(self._store.get(key))) if self._store.check([key]) else None
+        return (
+            GroupDecision(*json.loads(self._store.get(key))) if self._store.check([key]) else None
+        )
 
-    def decide(self, wanted: Decision) -> Decision:
+    def decide(self, wanted: GroupDecision) -> GroupDecision:
         """Propose the decision of the present attempt; the one that came first."""
         key = f"decision/{self.attempt}"
-        return Decision(*json.loads(self._store.compare_set(key, "", json.dumps(wanted))))
+        return GroupDecision(*json.loads(self._store.compare_set(key, "", json.dumps(wanted))))
 
     def catch_up(self) -> None:
         """Take the last attempt that is decided for seen."""

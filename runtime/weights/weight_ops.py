@@ -24,8 +24,8 @@ from fixpass.runtime import ops
 from fixpass.runtime.errors import LayoutError, WeightError
 from fixpass.runtime.weights.layout_plan import LayoutPlan, resolve
 from fixpass.runtime.weights.layouts import named
+from fixpass.runtime.weights.parameter_layout import layout_of
 from fixpass.runtime.weights.region import Region, write
-from fixpass.runtime.weights.relayout import layout_of
 from fixpass.runtime.weights.stored import dense_strides
 
 _NUMBERS = itertools.count(1)

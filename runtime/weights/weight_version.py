@@ -87,25 +87,22 @@ def can_be_watched(tensor: object) -> bool:
 
 
 def write_key(param: Tensor) -> WriteKey:
-    """A key that changes when `param` is written as torch counts it, or gets other memory.
-
-    torch does not count the writes of a tensor made in inference mode: its count is -1.
-    """
+    """The key of one parameter: see `write_keys`."""
     return write_keys((param,))[0]
 
 
 def write_keys(params: Sequence[Tensor]) -> tuple[WriteKey, ...]:
-    """The keys of several parameters."""
+    """Keys that change when a parameter is written as torch counts it, or gets other memory.
+
+    torch does not count the writes of a tensor made in inference mode: its count is -1.
+    """
     parts = local_parts(params)
     try:
-        counts = list(map(_count, parts))
+        counts = list(map(attrgetter("_version"), parts))
     # Tensors made in inference mode have none.
     except RuntimeError:
         counts = [-1 if part.is_inference() else part._version for part in parts]
     return tuple(zip(counts, pointers_of(parts), strict=True))
-
-
-_count = attrgetter("_version")
 
 
 def fingerprint(tensor: Tensor, samples: int = SAMPLES) -> int:

@@ -7,7 +7,7 @@ from torch import nn
 from fixpass.runtime.weights.load import reload
 from fixpass.runtime.weights.mapping import Mapping
 from fixpass.runtime.weights.mapping_rules import Stacked
-from fixpass.runtime.weights.relayout import logical
+from fixpass.runtime.weights.parameter_layout import logical
 
 MODES = ("buffered", "double_buffer", "undo_log")
 

@@ -171,7 +171,7 @@ def write_plainly():
 
 def refuse_sharded():
     """What a sharded model says to a fold and to a second set of memory."""
-    from fixpass.runtime.weights.relayout import set_layout
+    from fixpass.runtime.weights.parameter_layout import set_layout
 
     model, said = sharded(), []
     for work in (

@@ -13,7 +13,7 @@ import fixpass
 from fixpass import Config, Editor, Pass, Pipeline
 from fixpass.aot_eager import copy_graph
 from fixpass.passes.base import PassResult
-from fixpass.passes.values import GraphValues, Values
+from fixpass.passes.values import GraphValues, RoundedValues
 from fixpass.runtime.errors import ConfigError, PassError
 from fixpass.testing import f32, trace
 
@@ -199,7 +199,7 @@ def test_another_order_of_additions_is_rounding():
             return [x.sum(-1)]
 
     halves = x[:, :2048].sum(-1) + x[:, 2048:].sum(-1)
-    values = Values.of(summed)
+    values = RoundedValues.of(summed)
     assert not torch.equal(halves, values.leaves[0])
     assert values.fault_of([halves]) == ""
     assert "result 0 differs by" in values.fault_of([halves * 1.25])

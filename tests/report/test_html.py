@@ -9,7 +9,7 @@ from torch import nn
 from fixpass.cli import main
 from fixpass.explanation import explain_with
 from fixpass.passes.base import Choice, Remark
-from fixpass.passes.report import Report
+from fixpass.passes.remarks import Report
 from fixpass.report.html import rows_of, to_html
 from fixpass.report.recording import Recorder, Step
 from fixpass.report.sites import SiteFacts

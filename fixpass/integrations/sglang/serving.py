@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fixpass.config import Config, is_switched_on
 from fixpass.eager_kernels import wrap
-from fixpass.integrations.sglang import qk_norm
+from fixpass.integrations.sglang import attention_norms
 from fixpass.integrations.sglang.engine_parameters import keeping, restore
 from fixpass.integrations.sglang.hooks import Hook, check_version, install, say_once
 from fixpass.runtime.errors import EngineError
@@ -49,7 +49,10 @@ def serving_hooks() -> tuple[Hook, ...]:
     norms: tuple[Hook, ...] = ()
     if Config.resolve().eager_kernels:
         norms = norm_hooks(LAYERNORM, "_use_aiter")
-        norms = (*norms, Hook(qk_norm.TARGET, "AROUND", qk_norm.read_in_place, norms[0].applies))
+        norms = (
+            *norms,
+            Hook(attention_norms.TARGET, "AROUND", attention_norms.read_in_place, norms[0].applies),
+        )
     return (
         *norms,
         Hook(f"{LOADER}.device_loading_context", "AROUND", _keep_parameters),

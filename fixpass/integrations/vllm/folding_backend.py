@@ -26,7 +26,7 @@ from fixpass.integrations.engine import check_written_in, is_hook_of, once
 from fixpass.integrations.vllm.live_reload import hook_reload
 from fixpass.kept_reports import KeptReports
 from fixpass.passes.functionalize_norms import FunctionalizeNorms
-from fixpass.passes.report import log_line
+from fixpass.passes.remarks import log_line
 
 log = logging.getLogger("vllm.fixpass")
 say_once = once(log, in_workers=True)

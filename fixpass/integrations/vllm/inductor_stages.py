@@ -25,7 +25,7 @@ from fixpass.passes.base import Pass
 from fixpass.passes.functionalize_norms import FunctionalizeNorms
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
-from fixpass.passes.report import log_line
+from fixpass.passes.remarks import log_line
 from fixpass.passes.select_linear_kernel import SelectLinearKernel
 from fixpass.pipelines import (
     collectives,

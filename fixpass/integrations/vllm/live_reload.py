@@ -21,7 +21,7 @@ from torch import Tensor
 from fixpass.integrations.engine import check_written_in, is_hook_of, once
 from fixpass.runtime.errors import EngineError
 from fixpass.runtime.weights.checkpoint_view import checkpoint_layout
-from fixpass.runtime.weights.relayout import record_of
+from fixpass.runtime.weights.parameter_layout import record_of
 
 log = logging.getLogger("vllm.fixpass")
 say_once = once(log, in_workers=True)

@@ -10,7 +10,7 @@ from torch import nn
 from fixpass.runtime.errors import LayoutError
 from fixpass.runtime.weights.checkpoint_view import checkpoint_layout
 from fixpass.runtime.weights.layouts import NAMED, Alias
-from fixpass.runtime.weights.relayout import logical, set_layout
+from fixpass.runtime.weights.parameter_layout import logical, set_layout
 from helpers.folding import REFERENCES, aiter, equal, parameter
 
 LAYOUTS = [layout.name for layout in NAMED if not isinstance(layout.steps[0], Alias)]

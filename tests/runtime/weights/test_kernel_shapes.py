@@ -7,8 +7,8 @@ from torch import nn
 from fixpass.runtime.errors import LayoutError
 from fixpass.runtime.weights.layouts import Permute, SwapHalves, WeightLayout
 from fixpass.runtime.weights.load import load, reload
+from fixpass.runtime.weights.parameter_layout import logical, reset_layout, set_layout
 from fixpass.runtime.weights.permute import STAGING
-from fixpass.runtime.weights.relayout import logical, reset_layout, set_layout
 
 BLOCKS = WeightLayout("blocks", (Permute(((-1,), (-1, 8)), (1, 0, 2), shows_factors=True),))
 

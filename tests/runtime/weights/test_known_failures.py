@@ -18,8 +18,8 @@ from fixpass.runtime.weights.lock import version
 from fixpass.runtime.weights.mapping import Mapping
 from fixpass.runtime.weights.mapping_rules import FUSED_EXPERTS
 from fixpass.runtime.weights.module_hooks import set_layouts
+from fixpass.runtime.weights.parameter_layout import logical, set_layout
 from fixpass.runtime.weights.rebind import copy_or_rebind
-from fixpass.runtime.weights.relayout import logical, set_layout
 from fixpass.runtime.weights.update import update
 from helpers.folding import aiter
 

@@ -15,7 +15,7 @@ from fixpass.runtime.weights.mapping_rules import (
     Stacked,
     TensorParallel,
 )
-from fixpass.runtime.weights.relayout import logical, set_layout
+from fixpass.runtime.weights.parameter_layout import logical, set_layout
 from helpers.checkpoints import holder
 
 

@@ -13,7 +13,7 @@ from fixpass.runtime.errors import LayoutError
 from fixpass.runtime.weights.checkpoint_view import checkpoint_layout
 from fixpass.runtime.weights.load import reload
 from fixpass.runtime.weights.module_hooks import reset_layouts, set_layouts
-from fixpass.runtime.weights.relayout import layout_of, reset_layout
+from fixpass.runtime.weights.parameter_layout import layout_of, reset_layout
 from helpers.folding import aiter
 
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from fixpass.runtime.errors import LayoutError
 from fixpass.runtime.weights.layouts import Alias, WeightLayout
+from fixpass.runtime.weights.parameter_layout import packed, set_layout
 from fixpass.runtime.weights.rebind import has_left_pack, pack, return_to_pack, unpack
-from fixpass.runtime.weights.relayout import packed, set_layout
 
 
 def three():

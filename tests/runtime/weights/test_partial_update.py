@@ -9,7 +9,7 @@ from fixpass.runtime.weights.lock import version
 from fixpass.runtime.weights.mapping import Mapping
 from fixpass.runtime.weights.mapping_rules import FUSED_EXPERTS
 from fixpass.runtime.weights.module_hooks import set_layouts
-from fixpass.runtime.weights.relayout import logical
+from fixpass.runtime.weights.parameter_layout import logical
 from fixpass.runtime.weights.state_file import digest
 from fixpass.runtime.weights.update import update
 from helpers.updating import MODES, holds, model_of, values

@@ -12,9 +12,9 @@ import fixpass  # noqa: F401  # registers the backend
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights import files
 from fixpass.runtime.weights.lock import version
+from fixpass.runtime.weights.parameter_layout import set_layout
 from fixpass.runtime.weights.plan_cache import _CACHE
 from fixpass.runtime.weights.rebind import pack
-from fixpass.runtime.weights.relayout import set_layout
 from helpers.folding import aiter
 from helpers.reloading import MODES, holds, model_of, named, reloaded, saved, stacked
 

@@ -10,7 +10,7 @@ from torch import nn
 from fixpass.runtime.weights.checkpoint_view import checkpoint_layout
 from fixpass.runtime.weights.layout_plan import resolve
 from fixpass.runtime.weights.layouts import Pad, Permute, SwapHalves, WeightLayout
-from fixpass.runtime.weights.relayout import logical, reset_layout, set_layout
+from fixpass.runtime.weights.parameter_layout import logical, reset_layout, set_layout
 
 
 def random_permute(choose):

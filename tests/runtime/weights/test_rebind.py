@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from fixpass.runtime.errors import WeightError
+from fixpass.runtime.weights.parameter_layout import set_layout
 from fixpass.runtime.weights.rebind import copy_or_rebind, pack
-from fixpass.runtime.weights.relayout import set_layout
 from helpers.folding import equal, parameter
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from fixpass.runtime.errors import LayoutError
 from fixpass.runtime.weights.layout_plan import resolve
 from fixpass.runtime.weights.layouts import Alias, Bytes, Pad, Permute, Stride, WeightLayout
-from fixpass.runtime.weights.relayout import layout_of, logical, reset_layout, set_layout
+from fixpass.runtime.weights.parameter_layout import layout_of, logical, reset_layout, set_layout
 from helpers.folding import REFERENCES, Allocations, aiter, bits, equal, parameter
 
 BF16, FP8, INT4 = torch.bfloat16, torch.float8_e4m3fn, torch.uint8

@@ -15,7 +15,7 @@ from fixpass.runtime.weights.files import OpenFile
 from fixpass.runtime.weights.load import reload
 from fixpass.runtime.weights.lock import lock_of, version
 from fixpass.runtime.weights.module_hooks import set_layouts
-from fixpass.runtime.weights.relayout import logical
+from fixpass.runtime.weights.parameter_layout import logical
 from fixpass.runtime.weights.update import update
 from helpers.folding import aiter
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from fixpass.runtime.extension import Extension
 from fixpass.runtime.weights import tile_copy
-from fixpass.runtime.weights.relayout import logical, reset_layout, set_layout
+from fixpass.runtime.weights.parameter_layout import logical, reset_layout, set_layout
 from fixpass.runtime.weights.tile_copy import copy_tiles, permute_blocks
 
 needs_compiler = pytest.mark.skipif(tile_copy._library() is None, reason="no C++ compiler here")

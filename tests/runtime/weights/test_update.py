@@ -9,8 +9,8 @@ from torch import nn
 
 from fixpass.runtime.errors import CheckpointError, FixpassError, UpdateError, VersionError
 from fixpass.runtime.weights.lock import lock_of, version
+from fixpass.runtime.weights.parameter_layout import layout_of
 from fixpass.runtime.weights.rebind import pack
-from fixpass.runtime.weights.relayout import layout_of
 from fixpass.runtime.weights.update import update
 from fixpass.runtime.weights.weight_version import write_key
 from helpers.folding import aiter

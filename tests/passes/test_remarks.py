@@ -6,7 +6,7 @@ from expecttest import assert_expected_inline
 
 from fixpass import Remark, Report
 from fixpass.passes.base import Choice
-from fixpass.passes.report import log_line, reports_from_json, reports_to_json
+from fixpass.passes.remarks import log_line, reports_from_json, reports_to_json
 
 LAYERS = tuple(
     Remark("a-pass", "applied", f"rms_norm_{i}", f"add_{i} joined s40", f"m.layers.{i}.n", 8)

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from fixpass.cli import main
 from fixpass.runtime.errors import CheckpointError
-from fixpass.runtime.weights.compare import diff, stored_tensors
+from fixpass.runtime.weights.checkpoint_diff import diff, stored_tensors
 from fixpass.runtime.weights.load import load
 from fixpass.runtime.weights.mapping import Mapping
 from fixpass.runtime.weights.mapping_rules import (
@@ -18,7 +18,7 @@ from fixpass.runtime.weights.mapping_rules import (
     Rename,
     TensorParallel,
 )
-from fixpass.runtime.weights.relayout import set_layout
+from fixpass.runtime.weights.parameter_layout import set_layout
 from helpers.checkpoints import holder
 
 TRAINER = {

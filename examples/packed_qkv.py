@@ -1,7 +1,6 @@
 """A Qwen3 whose q, k and v projections are one matmul, as serving engines run it.
 
 The attention gets strided slices of one packed tensor: some norm kernels cannot read those.
-
     python -m fixpass explain examples/packed_qkv.py:build --target rocm:gfx942
 """
 

@@ -68,11 +68,22 @@ def test_without_a_constraint_on_a_layout_some_call_is_wrong(kernel):
     assert missed <= IMPLIED | ALSO_IMPLIED.get(kernel, set())
 
 
-SHAPES = (pytest.param("static", marks=pytest.mark.full), "dynamic")  # 10 to 25 s each
+# 10 to 25 s each.
+GRAPHS = [
+    pytest.param(
+        kernel,
+        shapes,
+        marks=()
+        if (kernel, shapes)
+        in (("aiter_rms_norm", "dynamic"), ("flashinfer_add_rms_norm", "dynamic"))
+        else pytest.mark.full,
+    )
+    for kernel in (*KERNELS, *OF_2026)
+    for shapes in ("static", "dynamic")
+]
 
 
-@pytest.mark.parametrize("dynamic", SHAPES)
-@pytest.mark.parametrize("kernel", [*KERNELS, *OF_2026])
+@pytest.mark.parametrize(("kernel", "dynamic"), GRAPHS)
 def test_rewritten_graphs_call_kernels_as_the_contract_asks(kernel, dynamic):
     assert "0 wrong" in run("graph", kernel, dynamic)
 

@@ -71,9 +71,7 @@ def test_views_between_the_weight_and_the_layer_are_packed_with_it():
         report_of(module),
         """\
 prepack-linears
-    applied linear: reads folded_cat as oneDNN packs it
-    applied linear_2: reads folded_cat as oneDNN packs it
-    applied linear_1: reads folded_cat as oneDNN packs it
+    applied 3 x linear: reads folded_cat as oneDNN packs it
 """,
     )
     graph, _ = graph_of(module, f32(3, 128))

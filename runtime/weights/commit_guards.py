@@ -244,7 +244,7 @@ def _check(written: Sequence[Tensor]) -> None:
             why = "was made in inference mode, and its memory cannot be exchanged"
         elif type(tensor) not in PLAIN and isinstance(tensor, DTensor):
             why = "is a DTensor, whose memory FSDP2 holds too"
-        elif tensor.is_cpu and tensor.is_shared():
+        elif tensor.is_cpu and tensor.untyped_storage().is_shared():
             why = "is in shared memory or in a file, which others go on to read"
         elif shows_checkpoint(tensor):
             why = "shows the checkpoint's layout now, and its memory must stay"

@@ -42,7 +42,7 @@ class PendingUpdate:
             raise UpdateError(f"{name!r} was loaded twice in one update")
         # The model's own values are copied in any case: the commit writes over them.
         tensor = tensor.detach()
-        if self._copies or self._live.holds_any((tensor,)):
+        if self._copies or self._live.holds(tensor):
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         if start is None:
             self._tensors[name] = tensor

@@ -200,10 +200,11 @@ class MemoryRanges:
 
     def holds_any(self, tensors: Iterable[Tensor]) -> bool:
         """Whether memory of any of the tensors, on this rank, lies in the ranges."""
-        return any(map(self._holds, local_parts(list(tensors))))
+        return any(map(self.holds, tensors))
 
-    def _holds(self, tensor: Tensor) -> bool:
-        start, end = _range(tensor)
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether memory of a tensor, on this rank, lies in the ranges."""
+        start, end = _range(local_part(tensor))
         index = bisect_right(self.starts, start)
         if index and start < self.ends[index - 1]:
             return True

@@ -1,5 +1,6 @@
 """Calls and updates that come at the same moment: each sees the other, and nobody waits for ever."""
 
+import inspect
 import sys
 import threading
 import time
@@ -199,15 +200,22 @@ def test_an_interrupt_at_any_line_of_an_update_that_closes_locks_lets_calls_in_a
     class Interrupt(BaseException):
         pass
 
+    source, first = inspect.getsourcelines(lock_module._close)
+    with_line = first + source.index("    with _mutex:\n")
+
     def interrupted_at(count):
         """Close a lock and raise at this line; whether there was such a line."""
-        left = [count]
+        left, inside = [count], [False]
 
         def trace(frame, event, argument):
             if frame.f_code is not lock_module._close.__code__:
                 return None
-            left[0] -= event == "line"
-            if event == "line" and left[0] == 0:
+            # Python looks for interrupts nowhere between the end of a block and its exit.
+            if event != "line" or (inside[0] and frame.f_lineno == with_line):
+                return trace
+            inside[0] |= frame.f_lineno == with_line
+            left[0] -= 1
+            if left[0] == 0:
                 raise Interrupt
             return trace
 

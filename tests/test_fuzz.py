@@ -105,7 +105,7 @@ def fits(program: Program, module: RandomModule) -> bool:
 
 # In parts, so that the workers of a full run share them.
 @pytest.mark.parametrize("part", range(8 if FULL else 1))
-@examples(150, full=2_000)
+@examples(100, full=2_000)
 @given(program=programs())
 def test_random_modules_give_what_eager_gives(part, program):
     check(program)

@@ -73,10 +73,7 @@ GRAPHS = [
     pytest.param(
         kernel,
         shapes,
-        marks=()
-        if (kernel, shapes)
-        in (("aiter_rms_norm", "dynamic"), ("flashinfer_add_rms_norm", "dynamic"))
-        else pytest.mark.full,
+        marks=() if (kernel, shapes) == ("aiter_rms_norm", "dynamic") else pytest.mark.full,
     )
     for kernel in (*KERNELS, *OF_2026)
     for shapes in ("static", "dynamic")

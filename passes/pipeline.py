@@ -86,7 +86,7 @@ class Pipeline:
         constraints = (c for row in rows for c in row.contract.constraints)
         try:
             keys = [repr(step) if is_ours(step) else pass_key(step) for step in self.passes]
-            keys += [key_of(c) for c in constraints if not _is_of_fixpass(c)]
+            keys += [key_of(c) for c in constraints if not is_ours(c)]
         except UnnamedError:
             return None
         facts = (keys, rows, self.fuel, self.strict, torch.__version__)
@@ -201,11 +201,8 @@ def _needs_exact_strides(op: torch._ops.OpOverload) -> bool:
     return torch.Tag.needs_exact_strides in op.tags
 
 
-def is_ours(step: Pass) -> bool:
-    return _is_of_fixpass(step)
-
-
-def _is_of_fixpass(value: object) -> bool:
+def is_ours(value: object) -> bool:
+    """Whether a pass, or a constraint, is of a class of fixpass."""
     return type(value).__module__.startswith("fixpass.")
 
 

@@ -110,7 +110,7 @@ def rms_norm_quant(
     return *quantize(y, scale, quantization), total
 
 
-def fake_rms_norm_quant(
+def empty_results(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -119,7 +119,7 @@ def fake_rms_norm_quant(
     eps: float,
     **steps: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Results of `rms_norm_quant` with no values: their shapes, strides and dtypes."""
+    """Uninitialised results of `rms_norm_quant`: for kernels to fill, and with fake operands."""
     quantization, _ = split_steps(steps)
     codes = x.new_empty(x.shape, dtype=quantization.quant_dtype)
     groups = x.shape[-1] // quantization.group_size if quantization.group_size else 1

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fixpass.runtime.kernels.checks import FLOATS, MAX_HIDDEN
-from fixpass.runtime.quantized_norm import split_steps
+from fixpass.runtime.quantized_norm import empty_results, split_steps
 
 MAX_RANK = 6
 
@@ -119,13 +119,7 @@ def rms_norm_quant(
 
     _check_compute(compute_dtype)
     quantization, rest = split_steps(steps)
-    out = empty_like(x, quantization.quant_dtype, None)
-    total = scales = None
-    if residual is not None:
-        total = empty_like(x, torch.promote_types(x.dtype, residual.dtype), None)
-    if scale is None:
-        group = quantization.group_size or x.shape[-1]
-        scales = x.new_empty(*x.shape[:-1], x.shape[-1] // group, dtype=torch.float32)
+    codes, scales, total = empty_results(x, residual, weight, bias, scale, eps, **steps)
     launch(
         x,
         residual,
@@ -133,15 +127,14 @@ def rms_norm_quant(
         bias,
         scale,
         eps,
-        out=out,
-        sum_out=total,
-        scales=scales,
+        out=codes,
+        sum_out=None if residual is None else total,
+        scales=scales if scale is None else None,
         quantization=quantization,
         outputs_are_new=True,
         **rest,
     )
-    nothing = x.new_empty(0)
-    return out, nothing.float() if scales is None else scales, nothing if total is None else total
+    return codes, scales, total
 
 
 def _norm(

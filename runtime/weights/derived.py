@@ -90,9 +90,9 @@ def derive(module: nn.Module, name: str, fn: Function, of: Sequence[str]) -> Non
     if name.isidentifier() and not _has(module, name):
         setattr(module, name, value)
     held = resolve(module, name)[1]
-    if isinstance(held, Tensor) and MemoryRanges.of(sources).holds_any((held,)):
+    if isinstance(held, Tensor) and MemoryRanges.of(sources).holds(held):
         raise WeightError(f"{name!r} is a view of one of {', '.join(of)}: it follows by itself")
-    _Refresh(module, found, held, _fitting(module, found, held, value)).write()
+    _Refresh(module, found, held, _fitting(module, found, held, value)).put(value)
     vars(module).setdefault(_KEY, _Derivations())[name] = found
     DECLARED.add(module)
     SEARCHED.clear()
@@ -167,13 +167,8 @@ class _Refresh(NamedTuple):
     held: Value
     value: Value
 
-    def write(self) -> None:
-        self._put(self.value)
-
-    def back(self, old: Value) -> None:
-        self._put(old)
-
-    def _put(self, value: Value) -> None:
+    def put(self, value: Value) -> None:
+        """Put the new value, or the old one again, where the held one is."""
         if isinstance(self.held, Tensor) and isinstance(value, Tensor):
             # torch writes a tensor of inference mode only in that mode.
             with torch.inference_mode(self.held.is_inference()), torch.no_grad():
@@ -235,11 +230,11 @@ class Staged:
         old = [r.held.clone() if isinstance(r.held, Tensor) else r.held for r in self._refreshes]
         try:
             for refresh in self._refreshes:
-                refresh.write()
+                refresh.put(refresh.value)
             yield
         except BaseException:
             for refresh, value in zip(self._refreshes, old, strict=True):
-                refresh.back(value)
+                refresh.put(value)
             raise
 
 

@@ -198,10 +198,6 @@ class MemoryRanges:
                 ends.append(end)
         return MemoryRanges(starts, ends)
 
-    def holds_any(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether memory of any of the tensors, on this rank, lies in the ranges."""
-        return any(map(self.holds, tensors))
-
     def holds(self, tensor: Tensor) -> bool:
         """Whether memory of a tensor, on this rank, lies in the ranges."""
         start, end = _range(local_part(tensor))

@@ -40,14 +40,19 @@ def test_all_ranks_get_one_version(ranks):
     }
 
 
+def assert_raised_by(raising, results):
+    """The rank that raised has its own error, and the others one that names the rank."""
+    for rank, (said, _) in enumerate(results):
+        named = f"no rank was updated: rank {raising} raised ValueError('as planned')"
+        assert said == ["as planned" if rank == raising else named]
+
+
 @pytest.mark.parametrize("phase", BEFORE[:3])
 def test_a_rank_that_raises_leaves_all_ranks_alone(ranks, phase):
     before = ranks.run(workers.state)
     results = ranks.run(workers.step, 7, 2, phase, "raise")
     assert [state for _, state in results] == before
-    for rank, (said, _) in enumerate(results):
-        assert said == ["as planned" if rank == 2 else
-                        "no rank was updated: rank 2 raised ValueError('as planned')"]  # fmt: skip
+    assert_raised_by(2, results)
 
 
 def test_a_checkpoint_that_does_not_fit_one_rank_is_refused_by_all(ranks):
@@ -62,9 +67,7 @@ def test_a_checkpoint_that_does_not_fit_one_rank_is_refused_by_all(ranks):
 def test_the_first_update_of_a_group_may_fail_before_the_others_begin(ranks):
     results = ranks.run(workers.first_update_fails, 1)
     assert states(results) == {(1, 2.0)}
-    for rank, (said, _) in enumerate(results):
-        assert said == ["as planned" if rank == 1 else
-                        "no rank was updated: rank 1 raised ValueError('as planned')"]  # fmt: skip
+    assert_raised_by(1, results)
 
 
 def test_ranks_that_update_different_versions_are_told(ranks):

@@ -72,6 +72,9 @@ class Kernel:
     needs: str = ""
     """The requirement of the kernel: an op as "namespace::op", an op with an argument as
     "namespace::op(argument)", or an importable package. Empty: the kernel is always there."""
+    overwrites: tuple[str, ...] = ()
+    """The operands that the kernel writes its results to. The callable copies them first, and the
+    cost model counts these copies."""
 
     def check(self, site: Site) -> Verdict:
         """The first constraint that is not proved, a refuted one before an open one."""

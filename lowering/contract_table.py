@@ -175,6 +175,7 @@ KERNELS: tuple[Kernel, ...] = (
         ),
         f"{_PROVIDERS}:vllm_add_rms_norm",
         needs="_C::fused_add_rms_norm",
+        overwrites=("x", "residual"),
     ),
     Kernel(
         "flashinfer_rms_norm",
@@ -218,6 +219,7 @@ KERNELS: tuple[Kernel, ...] = (
         ),
         f"{_PROVIDERS}:flashinfer_add_rms_norm",
         needs="flashinfer::fused_add_rmsnorm",
+        overwrites=("x", "residual"),
     ),
     *QUANTIZING,
     _ours("rms_norm", _STRIDED),

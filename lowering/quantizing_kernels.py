@@ -65,6 +65,7 @@ QUANTIZING: tuple[Kernel, ...] = (
         Contract(_STATIC, f"{_SOURCE}: stride(-2) with flattened rows"),
         "fixpass.runtime.vllm_quant:static",
         needs="_C::fused_add_rms_norm_static_fp8_quant",
+        overwrites=("residual",),
     ),
     _dynamic(
         "vllm_rms_norm_dynamic_fp8",

@@ -9,7 +9,7 @@ from torch import fx
 
 from fixpass.lowering.contract import Kernel
 from fixpass.lowering.contract_table import kernel_of
-from fixpass.lowering.relayout import Relayout, cheapest_relayout, hint, why_not
+from fixpass.lowering.relayout import Relayout, cheapest_relayout, copy_bytes, hint, why_not
 from fixpass.lowering.site import OPERANDS, Site, op_name
 from fixpass.lowering.target import FALLBACK, Target
 from fixpass.passes.cost import Fusion, fusion_of, launches_of_inductor
@@ -24,8 +24,10 @@ class KernelCandidate:
     kernel: str
     plan: Relayout
     num_bytes: int
-    """Bytes read and written, with those of the relayout's copies."""
+    """Bytes read and written, with those of all copies."""
     launches: int
+    overwrites: tuple[str, ...] = ()
+    """The operands that are copied because the kernel writes to them."""
 
     def __str__(self) -> str:
         plural = "" if self.launches == 1 else "es"
@@ -63,16 +65,23 @@ def candidates_of(node: fx.Node, target: Target) -> Candidates:
         if plan is None or plan.copied:
             refused.append((name, _refusal(kernel, site, plan)))
         if plan is not None:
-            found.append(_candidate(name, op, plan, fusion))
-    found = found or [_candidate(FALLBACK, op, Relayout((), False, 0), fusion)]
+            found.append(_candidate(kernel, site, plan, fusion))
+    if not found:
+        found = [_inductors(op, Relayout((), False, 0), fusion)]
     return Candidates(site, fusion, tuple(found), tuple(refused))
 
 
-def _candidate(name: str, op: str, plan: Relayout, fusion: Fusion) -> KernelCandidate:
-    if name == FALLBACK:
-        return KernelCandidate(name, plan, fusion.fused_bytes, launches_of_inductor(op))
-    num_bytes = fusion.opaque_bytes + hint(plan.num_bytes)
-    return KernelCandidate(name, plan, num_bytes, 1 + len(plan.copied))
+def _candidate(kernel: Kernel, site: Site, plan: Relayout, fusion: Fusion) -> KernelCandidate:
+    if kernel.name == FALLBACK:
+        return _inductors(kernel.op, plan, fusion)
+    written = tuple(name for name in kernel.overwrites if name in site.layouts)
+    num_bytes = fusion.opaque_bytes + hint(plan.num_bytes + copy_bytes(site, written))
+    launches = 1 + len(plan.copied) + len(written)
+    return KernelCandidate(kernel.name, plan, num_bytes, launches, written)
+
+
+def _inductors(op: str, plan: Relayout, fusion: Fusion) -> KernelCandidate:
+    return KernelCandidate(FALLBACK, plan, fusion.fused_bytes, launches_of_inductor(op))
 
 
 def _refusal(kernel: Kernel, site: Site, plan: Relayout | None) -> str:

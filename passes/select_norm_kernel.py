@@ -60,7 +60,9 @@ class SelectNormKernel(Pass):
 def _describe(best: KernelCandidate, seen: Candidates) -> Iterator[str]:
     """The remark: the kernel, what it reads, what that costs, and the best of the others."""
     yield f"{best.kernel} reads {seen.site.x}; "
-    if not best.plan.copied:
+    if best.overwrites:
+        yield f"copies {' and '.join(best.overwrites)}, which the kernel overwrites; "
+    elif not best.plan.copied:
         yield "no copy; "
     if best.plan:
         yield f"{best.plan}; "

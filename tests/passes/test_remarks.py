@@ -13,7 +13,8 @@ LAYERS = tuple(
     for i in range(3)
 )
 NAMELESS = tuple(Remark("a-pass", "missed", f"rsqrt_{i}", f"add_{i} stays") for i in range(37))
-INDUCTOR = Choice("inductor", 1, 2, True, (), ("m.q_norm", "m.k_norm"))
+INDUCTOR = Choice("inductor", 1, 2, True, ("x",), ())
+ONE, JOINED = Choice("inductor", 1), Choice("strided_qk_norm", -1, sites=("m.q", "m.k"))
 OTHER = Remark("b-pass", "missed", "rsqrt", "why not")
 
 
@@ -78,6 +79,17 @@ def test_the_summary_tells_unchanged_code_from_changes():
 select-norm-kernel: 4 applied
 13 norms read their strides in place; Inductor's code is the same; select-norm-kernel: 2 applied; b-pass: 1 missed
 nothing to do""",
+    )
+
+
+def test_norms_that_are_joined_later_are_not_counted_as_the_same_code():
+    chosen = (
+        Remark("select-norm-kernel", "applied", "x", "y", f"m.{name}", choice=ONE) for name in "qko"
+    )
+    joined = Remark("join-qk-norms", "applied", "qk_norm", "y", "m.q", choice=JOINED)
+    assert_expected_inline(
+        log_line(Report((*chosen, joined))),
+        """1 norm reads its strides in place; Inductor's code is the same; join-qk-norms: 1 applied""",
     )
 
 

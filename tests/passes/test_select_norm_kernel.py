@@ -148,6 +148,21 @@ applied add_rms_norm: inductor reads bf16[5, 128][256, 1]; no copy; reads and wr
     )
 
 
+def test_a_kernel_that_overwrites_its_operands_is_charged_for_their_copies():
+    def block(x, residual, weight):
+        total = x + residual
+        return llama(total, weight), total
+
+    target = Target("cuda:sm_90", "cuda", ("vllm_add_rms_norm", "inductor"))
+    _, report = select(target, block, bf16(5, 128), bf16(5, 128), bf16(128))
+    assert_expected_inline(
+        report,
+        """\
+applied add_rms_norm: inductor reads bf16[5, 128]; no copy; reads and writes 3,840 bytes in 1 launch (vllm_add_rms_norm: 8,960 bytes in 3 launches)
+""",
+    )
+
+
 def test_an_empty_batch_never_reaches_a_kernel_that_cannot_take_it():
     _, report = select(
         Target("rocm:gfx942", "cuda", ("aiter_rms_norm",)), llama, bf16(0, 128), bf16(128)

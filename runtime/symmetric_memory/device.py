@@ -7,6 +7,8 @@ all ranks take the same. Nothing here has a CPU path.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -17,33 +19,49 @@ from torch.distributed import _symmetric_memory as symm_mem
 from torch.distributed.distributed_c10d import GroupName
 
 from fixpass.runtime.symmetric_memory import groups
+from fixpass.runtime.symmetric_memory.device_limits import limits_of
 from fixpass.runtime.symmetric_memory.process_group import SUMMED, process_group_all_reduce
-from fixpass.runtime.symmetric_memory.settings import KIB
 
 Way = Literal["multimem", "one_shot", "two_shot", "process_group"]
-# Each rank reads all data once in one-shot, and about two times 1/num_ranks of it in two-shot,
-# with one meeting more. PyTorch's own choice for one-shot ends at 128 KiB.
-ONE_SHOT_BYTES = 128 * KIB
 # PyTorch's multimem kernels have no float16.
 MULTIMEM = (torch.float32, torch.bfloat16)
 # The device kernels read 16 bytes at a time; two-shot cuts the data in num_ranks such parts.
 ALIGNMENT = 16
 
 
-def choose(num_bytes: int, num_ranks: int, dtype: torch.dtype, has_multicast: bool) -> Way:
-    """The way to sum `num_bytes` of each of `num_ranks` ranks.
+@dataclass(frozen=True)
+class DeviceFacts:
+    """The facts of a device that decide about the way."""
 
-    has_multicast: the switch sums the data (NVLink SHARP), which is the fastest way where dtype
-    and size allow it.
-    """
+    architecture: str = ""
+    """The compute capability of a CUDA device, such as "9.0"; empty on ROCm."""
+    has_multicast: bool = False
+    """The switch can sum data (NVLink SHARP)."""
+
+    @staticmethod
+    @cache
+    def of(place: torch.device) -> "DeviceFacts":
+        """The facts of a present device."""
+        multicast = _SymmetricMemory.has_multicast_support(DeviceType.CUDA, place.index or 0)
+        if torch.version.hip:
+            return DeviceFacts("", multicast)
+        major, minor = torch.cuda.get_device_capability(place)
+        return DeviceFacts(f"{major}.{minor}", multicast)
+
+
+def choose(num_bytes: int, num_ranks: int, dtype: torch.dtype, device: DeviceFacts) -> Way:
+    """The way to sum `num_bytes` of each of `num_ranks` ranks on this device."""
+    limits = limits_of(device.architecture, num_ranks)
     if dtype not in SUMMED or num_bytes == 0 or num_bytes % ALIGNMENT:
         return "process_group"
+    if num_bytes > limits.symmetric:
+        return "process_group"
     divides = num_bytes % (ALIGNMENT * num_ranks) == 0
-    if has_multicast and divides and dtype in MULTIMEM:
+    if device.has_multicast and limits.multimem and divides and dtype in MULTIMEM:
         return "multimem"
-    if num_bytes <= ONE_SHOT_BYTES or not divides:
+    if num_bytes <= limits.one_shot:
         return "one_shot"
-    return "two_shot"
+    return "two_shot" if divides else "process_group"
 
 
 def all_reduce(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
@@ -52,8 +70,7 @@ def all_reduce(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
     # A captured graph replays with the addresses that it saw; that they stay is not proved.
     if group is None or reduce_op != "sum" or torch.cuda.is_current_stream_capturing():
         return process_group_all_reduce(x, reduce_op, group_name)
-    multicast = _has_multicast(x.device)
-    way = choose(x.nbytes, group.size(), x.dtype, multicast)
+    way = choose(x.nbytes, group.size(), x.dtype, DeviceFacts.of(x.device))
     if way == "process_group":
         return process_group_all_reduce(x, reduce_op, group_name)
     ops, name = torch.ops.symm_mem, group.group_name
@@ -78,10 +95,6 @@ def allocating_in(group_name: str) -> Iterator[None]:
         return
     with torch.cuda.use_mem_pool(symm_mem.get_mem_pool(torch.device("cuda"))):
         yield
-
-
-def _has_multicast(place: torch.device) -> bool:
-    return _SymmetricMemory.has_multicast_support(DeviceType.CUDA, place.index or 0)
 
 
 def _staged(x: Tensor, name: str) -> Tensor:

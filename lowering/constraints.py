@@ -29,7 +29,7 @@ class Constraint(ABC):
 
     @property
     def is_asked_at_call(self) -> bool:
-        """Whether the kernel's callable asks it of each call, so that it may stay open here."""
+        """Whether the kernel's callable checks this at each call, so that it may be open here."""
         return False
 
 
@@ -154,8 +154,8 @@ class RowPitch(OperandConstraint):
 class OffsetsBelow(OperandConstraint):
     """The kernel computes offsets of elements in a narrow integer.
 
-    asked_at_call: the callable runs the reference where a tensor of a call reaches further. A
-    number of rows that is not known while compiling then leaves the kernel legal.
+    asked_at_call: the callable checks each call, and runs the reference where a tensor reaches
+    further. The kernel is then legal also where the number of rows is unknown while compiling.
     """
 
     bits: int

@@ -1,8 +1,8 @@
 """KERNELS: every norm kernel, its contract and its callable. The source stands on the row.
 
 The passes and the eager wrappers read the rows. A row promises no more than its source shows:
-where a kernel takes some layout by luck, the row leaves it out. Of several rows with one name and
-op, the first whose needs are met counts, and the last, which promises least, where none is.
+where a kernel takes some layout by luck, the row leaves it out. Several rows may have one name and
+op. The first row whose needs are met is used. If none is, the last row is: it promises least.
 """
 
 from collections.abc import Iterable

@@ -50,7 +50,7 @@ class ComputesIn(Constraint):
 
 @dataclass(frozen=True)
 class WeightRule(Constraint):
-    """Where the rounding to x's dtype happens, and what is added to the weight."""
+    """Whether the value is rounded to x's dtype before the weight, and the offset of the weight."""
 
     rounds_before: tuple[bool, ...]
     offsets: tuple[float, ...] = (0.0,)
@@ -60,7 +60,7 @@ class WeightRule(Constraint):
         if offset not in self.offsets or dtype not in (None, torch.float32, site.x.dtype):
             return False
         weight = site.layouts.get("weight")
-        # Added in 16 bits, the sum is rounded where the kernel does not round.
+        # In 16 bits the sum 1 + weight is rounded, which the kernel does not do.
         if offset and torch.float32 not in (dtype, weight and weight.dtype):
             return False
         if site.steps.get("norm_dtype") not in (None, site.compute_dtype, site.x.dtype):
@@ -122,7 +122,7 @@ class QuantizedAs(Constraint):
             abs(steps.get(name, 0.0) / value - 1) > 1e-7 for name, value in wanted.items()
         ):
             return False
-        # A value that is not rounded to x's dtype before it is quantised is another value.
+        # The kernel rounds to x's dtype before it quantises; without this step the codes differ.
         if steps.get("weight_dtype") not in (None, site.x.dtype) or steps.get("amax_min"):
             return False
         if steps.get("out_dtype") not in (None, site.x.dtype, torch.float32):

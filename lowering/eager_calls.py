@@ -26,10 +26,10 @@ log = logging.getLogger("fixpass")
 
 
 def planner(call: OpaqueNorm) -> Planner:
-    """The planner of calls of `call`: it makes the contract of the kernel `call.kernel` hold."""
+    """A function that plans calls of `call`, so that the contract of `call.kernel` holds."""
 
     def plan(operands: Mapping[str, Tensor]) -> CallPlan | None:
-        # Asked at each new layout: the library is there by then, and says its generation.
+        # Asked at each new layout: by then the library is loaded, and its generation is known.
         kernel = _kernel(call)
         sites = _sites(call, operands)
         found = _plan(kernel, call, sites)
@@ -73,7 +73,7 @@ def check_call(op: str, kernel: str, args: tuple[Any, ...], steps: Mapping[str, 
 
 
 def minds_offsets(call: OpaqueNorm) -> bool:
-    """Whether some row for the kernel asks where in its storage a row operand starts."""
+    """Whether a row of the kernel has a constraint on the storage offset of a row operand."""
     rows = rows_of(call.kernel, call.op)
     return any(
         isinstance(c, LastStridesDivisible) for row in rows for c in row.contract.constraints
@@ -83,7 +83,7 @@ def minds_offsets(call: OpaqueNorm) -> bool:
 def _kernel(call: OpaqueNorm) -> Kernel:
     found = kernel_of(call.kernel, call.op)
     assert found is not None, f"the table has no row {call.kernel!r} for {call.op}"
-    # The table does not ask for it, because what a pass lets a kernel write has the shape of x.
+    # The table does not ask for this: in a graph the result always has the shape of x.
     constraints = (SameShape("out", "x"), *found.contract.constraints)
     return replace(found, contract=Contract(constraints, found.contract.source))
 
@@ -91,8 +91,8 @@ def _kernel(call: OpaqueNorm) -> Kernel:
 def _sites(call: OpaqueNorm, operands: Mapping[str, Tensor]) -> dict[str, Site]:
     """The call as contracts see it, by the role that is written there.
 
-    A contract asks of what is written under the name of `out`. It asks the same of the sum, so
-    that a sum that is not written in place has a site of its own.
+    A contract has constraints on `out`. The same constraints apply to the sum, so a sum that is
+    not written in place has a site of its own.
     """
     x = operands["x"]
     layouts = {role: Layout.of(value) for role, value in operands.items() if role != "total"}
@@ -115,7 +115,7 @@ def _plan(kernel: Kernel, call: OpaqueNorm, sites: Mapping[str, Site]) -> CallPl
         copied.update(written if name == "out" else name for name in relayout.copied)
         as_rows = as_rows or relayout.as_rows
     for read, written in (("x", "out"), ("residual", "total")):
-        # What is read and written in place is copied for both or for none.
+        # An operand that is written in place is copied for the read and the write, or not at all.
         if call.is_in_place(written) and copied & {read, written}:
             copied |= {read, written}
     for written, site in sites.items():

@@ -1,7 +1,7 @@
 """How Inductor lowers our collectives: what feeds an all-reduce is allocated symmetric.
 
-On CUDA and ROCm a producer of known size gets a buffer that Inductor allocates in symmetric memory
-and keeps. Of unknown size, and on CPU, the op takes what it is given. Nothing is lowered at import.
+On CUDA and ROCm Inductor allocates the output of a producer of known size in symmetric memory, and
+keeps the buffer. In all other cases the op takes any input. Nothing is lowered at import.
 """
 
 import hashlib
@@ -35,11 +35,11 @@ def register() -> None:
 
 
 def _seed_allocation_ids() -> None:
-    """Keep two graphs from drawing one identity for two buffers.
+    """Give the symmetric buffers of different graphs different identities.
 
-    Inductor draws it at random, and Dynamo sets the state of the generator back after every graph.
-    The seed is the graph's own text with its shapes and dtypes, so that one graph always compiles
-    to the same code.
+    Inductor draws an identity at random. Dynamo resets the random state after every graph, so two
+    graphs would draw the same identities. The seed is the text of the graph with shapes and dtypes,
+    so that a graph always compiles to the same code.
     """
     graph = V.graph.graph
     tensors = [node.meta.get("val") for node in graph.nodes]

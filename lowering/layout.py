@@ -32,7 +32,7 @@ def known(condition: bool | torch.SymBool) -> Known:
 def known_equal(left: Dim, right: Dim) -> Known:
     """Whether two sizes or strides are equal.
 
-    One and the same expression is seen at once: most questions are of that kind, and a symbolic
+    Identical expressions return early, because most questions compare those, and a symbolic
     comparison costs more than the rest of a match.
     """
     if isinstance(left, torch.SymInt) and isinstance(right, torch.SymInt):
@@ -86,11 +86,11 @@ class Layout:
         return self.numel * self.dtype.itemsize
 
     def is_dense(self) -> Known:
-        """Whether it is contiguous, whatever the strides of size-1 dimensions."""
+        """Whether the layout is contiguous; strides of size-1 dimensions do not count."""
         return self.has_stride(dense_stride(self.shape, range(self.rank)))
 
     def has_stride(self, stride: Sequence[Dim]) -> Known:
-        """Whether `stride` addresses the same elements: equal but where the size is 1."""
+        """Whether `stride` addresses the same elements: equal except where the size is 1."""
         if len(stride) != self.rank:
             return False
         dims = list(zip(self.shape, self.stride, stride, strict=True))
@@ -149,7 +149,7 @@ def dense_stride(shape: Sequence[Dim], order: Iterable[int]) -> tuple[Dim, ...]:
 
 
 def dense_order(layout: Layout) -> tuple[int, ...] | None:
-    """The order of dimensions, outermost first, that makes it dense; None if not proved."""
+    """The order of dimensions, outermost first, in which it is dense; None if not proved."""
     identity = tuple(range(layout.rank))
     if layout.has_stride(dense_stride(layout.shape, identity)) is True:
         return identity

@@ -49,7 +49,7 @@ _STATIC = (
     OneNumber("scale"),
     QuantizedAs("reciprocal", ()),
 )
-# The dynamic kernels take the variance of a sum that is not rounded, and the reference rounds it.
+# The dynamic kernels compute the variance of an unrounded sum. The reference rounds the sum.
 _DYNAMIC = (*_ROWS, Absent("residual"), Absent("scale"))
 
 

@@ -51,7 +51,7 @@ def cheapest_relayout(kernel: Kernel, site: Site) -> Relayout | None:
 
 
 def why_not(kernel: Kernel, site: Site) -> Verdict:
-    """What still stops the contract when everything that a relayout can change is changed."""
+    """The constraint that still fails after every change that a relayout can make."""
     names = (*site.rows, *site.loose_parameters)
     everything = apply_relayout(site, Relayout(names, bool(site.x.rank), 0))
     verdict = kernel.check(everything or site)

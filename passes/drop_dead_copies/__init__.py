@@ -27,7 +27,7 @@ from fixpass.passes.rewrite import Editor, erase_dead, find_anchors
 
 @dataclass(frozen=True)
 class DropDeadCopies(Pass):
-    """Norms read what was copied, not the copy."""
+    """Lets norms read the tensor that was copied, in place of the copy."""
 
     name: ClassVar[str] = "drop-dead-copies"
 

@@ -1,7 +1,7 @@
-"""What stands in front of a norm and only moves data: `clone`, and views that merge rows.
+"""Finds copies in front of a norm: `clone`, and views that merge rows.
 
-A norm of the last dimension does not mind where its rows lie, so it may read the tensor that was
-copied. Here such sources are found; whether a kernel can read them is the contract's to say.
+A norm over the last dimension may read its rows from any place, so it may read the tensor that was
+copied. The kernel's contract decides whether the kernel can read that tensor.
 """
 
 from typing import Any
@@ -38,7 +38,7 @@ def copied_operands(norm: fx.Node) -> dict[int, fx.Node]:
 
 
 def without_copies(site: Site, op_operands: tuple[str, ...], sources: dict[int, fx.Node]) -> Site:
-    """The site with the operands at these positions replaced by what they were copied from."""
+    """The site whose operands at these positions are replaced by the tensors that were copied."""
     for i, source in sources.items():
         layout = Layout.of(source.meta["val"])
         changed = {op_operands[i]: layout}
@@ -49,7 +49,7 @@ def without_copies(site: Site, op_operands: tuple[str, ...], sources: dict[int, 
 
 
 def viewed_shape(operand: fx.Node) -> list[Any]:
-    """The shape that a view gave to the copied `operand`, as the view's argument has it."""
+    """The argument of the view that gave the copied `operand` its shape."""
     node: Any = operand
     while not is_call(node, *VIEWS):
         node = node.args[0]

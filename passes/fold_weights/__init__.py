@@ -1,10 +1,11 @@
 """Subgraphs that read only weights are constant-folded: their values are kept across calls.
 
-They are recomputed when one of those weights changes. The pass runs on Dynamo's graph, which has
-the live parameters, and so also with warm Inductor caches. A folded value becomes an input behind
-Dynamo's own; its metadata holds the `CachedWeight` that gives the value at each call. Views of
-weights, values that need gradients and values that the graph writes stay in the graph. In mode
-"restride" a weight is stored in another order where that makes a view of the value.
+A folded value is recomputed when one of its weights changes. The pass runs on Dynamo's graph, which
+has the live parameters, so it also runs when Inductor's caches are warm. A folded value becomes a
+new input of the graph, after Dynamo's own inputs. The metadata of the input holds a `CachedWeight`,
+which computes the value and keeps it. Three kinds of values stay in the graph: views of weights,
+values that need gradients, and values that the graph writes into. In mode "restride" the pass
+stores a weight in another order of dimensions if the value is then a view of the weight.
 """
 
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ _AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._e
 
 @dataclass(frozen=True)
 class FoldWeights(Pass):
-    """Weight-only subgraphs as values that are kept."""
+    """Replaces subgraphs that read only weights by values that are kept across calls."""
 
     name: ClassVar[str] = "fold-weights"
 
@@ -54,7 +55,7 @@ class FoldWeights(Pass):
         values = values_of(graph, weights)
         written = written_memory(graph, weights, values.found)
         for node, why in values.refused.items():
-            # An update in place of a counter or a cache was never to leave the graph.
+            # The graph updates this tensor in place (a counter, a cache): it needs no remark.
             if not written.intersection(node.all_input_nodes):
                 result.missed(node, why)
         kept = unwritten(values.found, written)
@@ -71,7 +72,7 @@ class FoldWeights(Pass):
             if stored_anew(graph):
                 result.remarks[:] = stored.remarks
                 return  # Dynamo traces again, with the new strides.
-        # Build every subgraph before any change: one region may hold nodes that another replaces.
+        # Build all subgraphs before the graph changes: regions may share nodes.
         subgraphs = [build(region) for region in regions]
         for region, order, subgraph in zip(regions, orders, subgraphs, strict=True):
             derive(graph, region, subgraph, weights, result, describe(order))

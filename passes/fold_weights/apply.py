@@ -1,8 +1,8 @@
-"""The two ways to have a weight's value without computing it in each call, carried out.
+"""Carries out a fold: `derive` keeps the value beside the weight, `store` reorders the weight.
 
-`derive` keeps the value beside the weight: a new input stands for it, whose node holds what gives
-it. `store` lays the weight itself out so that the value is a view of it. What to choose, and
-whether either is allowed, is the pass's affair.
+`derive` replaces the value by a new input of the graph, whose metadata computes it. `store` stores
+the weight in an order of dimensions in which the value is a view of the weight. The pass decides
+which of the two is used, and whether it is allowed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,19 +23,19 @@ from fixpass.runtime.weights.weight_cache import CachedWeight, WeightFunction
 from fixpass.runtime.weights.weight_ops import has_layout
 
 DERIVED, VALUE = "fixpass_derived", "fixpass_value"
-"""Where in its metadata an input holds the `CachedWeight` that gives it, and its first value."""
+"""The keys of an input's metadata for the `CachedWeight` that computes it, and its first value."""
 STORED = "fixpass_stored"
-"""Where in its metadata the output names the weights that were stored anew."""
+"""The key of the output's metadata for the names of the weights that `store` reordered."""
 
 
 def folds_of(graph: fx.Graph) -> tuple[tuple[CachedWeight, Tensor], ...]:
-    """What gives the inputs that were added to the graph, in their order, and their values now."""
+    """The `CachedWeight` and the first value of each input that `derive` added, in order."""
     inputs = graph.find_nodes(op="placeholder")
     return tuple((n.meta[DERIVED], n.meta[VALUE]) for n in inputs if DERIVED in n.meta)
 
 
 def stored_anew(graph: fx.Graph) -> tuple[str, ...]:
-    """The weights that were stored anew: the graph has their old strides and is of no use."""
+    """The names of the weights that `store` reordered. The graph has their old strides: drop it."""
     names: tuple[str, ...] = graph.output_node().meta.get(STORED, ())
     return names
 
@@ -47,7 +47,7 @@ def store(
     weights: Mapping[fx.Node, Weight],
     result: PassResult,
 ) -> None:
-    """Store the weights of regions in these orders; what cannot be is left to be derived."""
+    """Store the weights of regions in these orders, where that is possible."""
     names: dict[str, None] = {}
     for region, order in zip(regions, orders, strict=True):
         weight = weights[region.sources[0]]
@@ -55,7 +55,7 @@ def store(
             continue
         try:
             restride(weight.tensor, order, weight.name)
-        # A call that reads it, or no memory to begin with: the weight is as it was.
+        # A running call reads the weight, or memory is short: the weight did not change.
         except (WeightError, torch.OutOfMemoryError):
             continue
         text = f"{weight.name} is stored in the order {order}: {region.steps} is a view of it"
@@ -72,13 +72,13 @@ def derive(
     result: PassResult,
     aside: str,
 ) -> None:
-    """Compute the value and let an input stand for it; a value that cannot be had is left."""
+    """Compute the value and replace it by a new input; a value that cannot be computed stays."""
     positions = [weights[source].position for source in region.sources]
     derived = CachedWeight(_named(region, subgraph), positions)
     examples = examples_of(graph, weights)
     try:
         value = derived.value(examples)
-    # No memory, an op that fake tensors promised and this device lacks, a weight folded otherwise.
+    # Memory is short, the device lacks the op, or the weight has another layout already.
     except (RuntimeError, WeightError) as error:
         result.missed(region.node, f"it could not be computed: {type(error).__name__}: {error}")
         return
@@ -102,10 +102,10 @@ def derive(
 def introduce(
     graph: fx.Graph, name: str, meta: Mapping[str, Any], derived: CachedWeight, value: Tensor
 ) -> fx.Node:
-    """A new last input for what `derived` gives, at first `value`; it lends `meta`."""
+    """Add a last input for the value of `derived`, with a copy of the metadata `meta`."""
     with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
         new = graph.placeholder(name)
-    # Which the graph made unique, as arguments of a function have to be.
+    # The graph makes names unique; arguments of a function need unique targets too.
     new.target = new.name
     new.meta = {key: item for key, item in meta.items() if key != "grapharg"}
     new.meta |= {
@@ -117,7 +117,7 @@ def introduce(
 
 
 def _named(region: FoldRegion, compute: fx.GraphModule) -> WeightFunction:
-    """The subgraph of the value. Equal code on equal layouts has an equal signature."""
+    """The subgraph with its signature: equal for equal code on equal layouts."""
     is_value = partial(has_layout, layout=region.layout) if region.layout else None
     like = torch.empty_strided(
         region.val.shape, region.val.stride(), dtype=region.val.dtype, device="meta"
@@ -135,7 +135,7 @@ def _erase(graph: fx.Graph, region: FoldRegion) -> None:
 
 
 def _unlike(value: Tensor, fake: Tensor, examples: Sequence[Tensor | None]) -> str:
-    """How the value is not what was traced, or ""."""
+    """The difference between the value and the traced one, or ""."""
     found = (value.shape, value.stride(), value.dtype, value.device)
     if found != (fake.shape, fake.stride(), fake.dtype, fake.device):
         return f"it is {Layout.of(value)} and was traced as {Layout.of(fake)}"

@@ -1,8 +1,9 @@
-"""Which values of Dynamo's graph depend on weights alone, found by running them on fake tensors.
+"""Finds the values of Dynamo's graph that depend only on weights, by running nodes on fake tensors.
 
-A value belongs here when everything that computes it is a function of its inputs: nothing of it
-writes, draws random numbers, depends on data or communicates. That is read off the ATen ops that
-really ran, not off names. Views are told from work, because a view costs nothing and stays.
+A value counts if all ops that compute it are functions of their inputs: no op writes, draws random
+numbers, depends on data or communicates. The ATen ops that run on the fake tensors decide this, not
+the names of the nodes. A value that needs no op but views is not computed: a view costs nothing and
+stays in the graph.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,43 +28,41 @@ _GATHERS = (
     torch.ops.aten.index_select.default,
     torch.ops.aten.gather.default,
 )
-# Namespaces whose ops are what their schemas say. Ops of other libraries may keep state, and
-# collectives have to run on every rank alike.
+# Namespaces whose ops do only what their schemas say. Ops of other libraries may keep state, and
+# collectives must run on all ranks.
 _KNOWN = ("aten", "prims", "fixpass", "quantized_decomposed")
 
 
 @dataclass(frozen=True)
 class Value:
-    """A value that depends on weights alone.
-
-    val: what the node gives on fake tensors. is_computed: whether it was computed, and is no view.
-    sources: the weights that it depends on. memory: the nodes whose memory it may be a view of.
-    version: how often its memory had been written when it was made. moved: bytes that its own
-    operations read and write.
-    """
+    """A value that depends only on weights."""
 
     node: fx.Node
     val: Any
+    """The result of the node on fake tensors."""
     is_computed: bool
+    """An op other than a view computed it."""
     sources: frozenset[fx.Node]
+    """The weights that it depends on."""
     memory: frozenset[fx.Node]
+    """The nodes whose memory it may be a view of."""
     version: int = 0
+    """The number of writes into its memory at the time when it was made."""
     moved: int = 0
+    """Bytes that its own ops read and write."""
 
 
 @dataclass(frozen=True)
 class Values:
-    """The values of a graph that depend on weights alone, in order; and what is not one, and why.
-
-    refused: nodes that read weights alone and still are no functions of them.
-    """
+    """The values of a graph that depend only on weights, in the order of the graph."""
 
     found: dict[fx.Node, Value]
     refused: dict[fx.Node, str]
+    """Nodes that read only weights and are no functions of them, each with the reason."""
 
 
 def values_of(graph: fx.Graph, weights: Mapping[fx.Node, Weight]) -> Values:
-    """All values of `graph` that depend on `weights` alone, without the weights themselves."""
+    """All values of `graph` that depend only on `weights`, without the weights themselves."""
     values = Values({}, {})
     known: dict[fx.Node, Value] = {}
     for node in weights:
@@ -82,7 +81,7 @@ def values_of(graph: fx.Graph, weights: Mapping[fx.Node, Weight]) -> Values:
 
 
 def is_computed(nodes: Sequence[fx.Node], weights: Mapping[fx.Node, Tensor]) -> bool:
-    """Whether any of the nodes is work where the weights are these fake tensors."""
+    """Whether any of the nodes computes something, and is no view, for these fake weights."""
     known = {
         node: Value(node, val, False, frozenset(), frozenset()) for node, val in weights.items()
     }
@@ -95,7 +94,7 @@ def is_computed(nodes: Sequence[fx.Node], weights: Mapping[fx.Node, Tensor]) -> 
 
 
 def view_of(node: fx.Node) -> fx.Node | None:
-    """The only tensor that the node reads, where the node is a view of it."""
+    """The tensor that the node is a view of, or None if the node is no view of its only input."""
     if node.op not in ("call_function", "call_method") or len(node.all_input_nodes) != 1:
         return None
     source = node.all_input_nodes[0]
@@ -106,7 +105,7 @@ def view_of(node: fx.Node) -> fx.Node | None:
 
 
 def candidates_in(graph: fx.Graph, weights: Mapping[fx.Node, Weight]) -> bool:
-    """Whether any node reads weights alone: a cheap question that comes first."""
+    """Whether any node reads only weights. This is cheap, so the pass asks it first."""
     return any(
         node.op in ("call_function", "call_method")
         and node.all_input_nodes
@@ -122,7 +121,7 @@ def _reads_only(node: fx.Node, known: Mapping[fx.Node, Value]) -> bool:
 
 
 def _untrusted(node: fx.Node) -> str:
-    """Why what the node calls is not even tried, or "": it may have effects that cannot be seen."""
+    """The reason for which the node must not run on fake tensors (unseen effects), or ""."""
     target = node.target
     if node.op == "call_method" or isinstance(
         target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
@@ -158,7 +157,7 @@ def _evaluate(node: fx.Node, known: Mapping[fx.Node, Value]) -> Value | str:
             val = _call(node, args, kwargs)
     except _ImpureError as error:
         return str(error)
-    # Whatever cannot be computed from weights on fake tensors is no rearrangement.
+    # A node that fails on fake tensors cannot be folded, whatever the error.
     except Exception as error:
         return f"it does not run on its own: {type(error).__name__}"
     if not all(_is_plain(leaf) for leaf in pytree.tree_leaves(val)):
@@ -184,7 +183,7 @@ def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
 
 
 def _passes_on(node: fx.Node, value: Value) -> bool:
-    """Whether the node takes one tensor out of a tuple that was computed: that tensor is work."""
+    """Whether the node takes a computed tensor out of a tuple."""
     return node.target is getitem and value.is_computed and not isinstance(value.val, Tensor)
 
 
@@ -196,7 +195,7 @@ def _is_plain(leaf: object) -> bool:
 
 
 def _fresh(val: Any) -> Any:
-    """A fake tensor like one of Dynamo's, which goes on to use its own: nothing may touch that."""
+    """A new fake tensor like one of Dynamo's. Dynamo still uses its own, which must not change."""
     if not isinstance(val, FakeTensor) or val.layout != torch.strided:
         return val
     with guards_suppressed(val):
@@ -204,11 +203,11 @@ def _fresh(val: Any) -> Any:
 
 
 class _ImpureError(Exception):
-    """A call made an op that is no function of its inputs; it was not run."""
+    """A node called an op that is no function of its inputs. The op did not run."""
 
 
 class _Recorder(TorchDispatchMode):
-    """Stops a call at the first ATen op that is no function, and sees whether any is work."""
+    """Stops a call at the first ATen op that is no function, and notes whether any op computes."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -218,13 +217,13 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        # `prim` asks for a device or a layout: it is no operation on values.
+        # Ops of `prim` ask for a device or a layout, and compute no values.
         if func.namespace != "prim" and (why := _impurity(func)):
             raise _ImpureError(why)
         result = func(*args, **(kwargs or {}))
         if func.namespace != "prim" and not _is_view(func):
             self.is_computed = True
-            # Of a table of which some rows are taken, no more than those are read.
+            # An op that takes rows of a table reads only these rows.
             read = _nbytes(result) if func in _GATHERS else _nbytes((args, kwargs))
             self.moved += read + _nbytes(result)
         return result

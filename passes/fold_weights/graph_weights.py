@@ -1,7 +1,7 @@
-"""Which inputs of Dynamo's graph are weights: parameters and buffers, with the live tensors.
+"""Finds the weights among the inputs of Dynamo's graph: parameters and buffers, with live tensors.
 
-A weight that cannot be folded says why. Plain tensors that a module keeps as attributes, and
-parameters of modules that the graph does not read, are no weights here.
+A weight that cannot be folded has a reason. Plain tensors that a module keeps as attributes do not
+count as weights.
 """
 
 import re
@@ -18,27 +18,27 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter or buffer that the graph reads.
-
-    why: what stands against folding it, or "". opaque: what reads it cannot even be looked into.
-    """
+    """A parameter or buffer that the graph reads."""
 
     node: fx.Node
     position: int
+    """The place of the weight among all inputs of the graph."""
     tensor: Tensor
     name: str
     why: str = ""
+    """The reason for which the weight cannot be folded, or ""."""
     opaque: bool = False
+    """Nodes that read the weight cannot be evaluated on fake tensors."""
 
 
 def weights_of(graph: fx.Graph) -> dict[fx.Node, Weight]:
-    """The weights among the inputs of `graph`; `position` counts all inputs."""
+    """The weights among the inputs of `graph`."""
     found = {}
     for position, node in enumerate(graph.find_nodes(op="placeholder")):
         argument = node.meta.get("grapharg")
         if not isinstance(argument, GraphArg) or not isinstance(argument.example, Tensor):
             continue
-        # A property in some releases of torch, a method in others.
+        # `name` is a property in some releases of torch, and a method in others.
         name: Any = argument.source.name if argument.source is not None else ""
         path = name if isinstance(name, str) else name()
         if isinstance(argument.example, nn.Parameter) or "._buffers[" in path:
@@ -51,7 +51,7 @@ def weights_of(graph: fx.Graph) -> dict[fx.Node, Weight]:
 
 
 def examples_of(graph: fx.Graph, weights: Mapping[fx.Node, Weight]) -> list[Tensor | None]:
-    """The live weights at their places among all inputs of `graph`; None for other inputs."""
+    """One entry for each input of `graph`: the live weight, or None for other inputs."""
     inputs = graph.find_nodes(op="placeholder")
     return [weights[node].tensor if node in weights else None for node in inputs]
 

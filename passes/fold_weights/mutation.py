@@ -1,8 +1,8 @@
-"""What the rest of a Dynamo graph writes into weights, or into values computed from them.
+"""Finds the weights, and the values computed from weights, that the graph writes into.
 
-A value that is written cannot be derived ahead of the call, nor can one that shares its memory.
-Written is what a schema says, what the name of a method or operator says, and every fake tensor
-whose version rose while Dynamo traced. A call that nothing is known of writes into all it reads.
+Such a value cannot be computed ahead of the call; nor can a value that shares its memory. A write
+is known from an op's schema, from the name of a method or operator, or from a fake tensor whose
+version rose while Dynamo traced. An unknown call is taken to write into all its inputs.
 """
 
 import operator
@@ -27,7 +27,7 @@ _OPERATORS = (
 def written_memory(
     graph: fx.Graph, weights: Mapping[fx.Node, Weight], values: Mapping[fx.Node, Value]
 ) -> frozenset[fx.Node]:
-    """The weights and computed values of which some memory is written anywhere in the graph."""
+    """The weights and computed values whose memory is written, in part or whole, by the graph."""
     written: set[fx.Node] = set()
     for node in (*weights, *values):
         memory = values[node].memory if node in values else frozenset((node,))
@@ -38,7 +38,7 @@ def written_memory(
 
 
 def unwritten(values: Mapping[fx.Node, Value], written: frozenset[fx.Node]) -> dict[fx.Node, Value]:
-    """The values that no written value goes into. Regions report written weights themselves."""
+    """The values that are not computed from a written value. Written weights do not count here."""
     kept: dict[fx.Node, Value] = {}
     for node, value in values.items():
         inputs = [source for source in node.all_input_nodes if source in values]
@@ -48,17 +48,17 @@ def unwritten(values: Mapping[fx.Node, Value], written: frozenset[fx.Node]) -> d
 
 
 def _others(node: fx.Node, values: Mapping[fx.Node, Value]) -> Iterator[fx.Node]:
-    """Users that are not known to be functions."""
+    """The users of a node that are not known to be functions of their inputs."""
     return (user for user in node.users if user not in values and user.op != "output")
 
 
 def _rose(node: fx.Node, values: Mapping[fx.Node, Value]) -> bool:
-    """Whether Dynamo's fake tensor was written after it was made."""
+    """Whether the graph wrote into the node's fake tensor after its creation."""
     traced = node.meta.get("example_value")
     if not isinstance(traced, Tensor) or traced.is_inference():
         return False
     if node in values and not values[node].is_computed:
-        # A view counts the writes into its base, which has its turn.
+        # A view shares the count of its base, which is asked by itself.
         return False
     before = values[node].version if node in values else 0
     return traced._version > before
@@ -90,7 +90,7 @@ def _written_by(node: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def _may_write(packet: torch._ops.OpOverloadPacket) -> bool:
-    """Whether a call of the packet may reach an overload that writes: `out` ones ask for `out`."""
+    """Whether an overload of the packet writes, apart from `out` overloads, which need `out=`."""
     return any(
         getattr(packet, name)._schema.is_mutable and not name.endswith("out")
         for name in packet.overloads()

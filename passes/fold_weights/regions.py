@@ -1,9 +1,10 @@
-"""The regions of a graph that fold-weights takes out, the subgraph of each, and stored orders.
+"""The regions of a graph that fold-weights takes out: their subgraphs, and orders of their weights.
 
-A region ends in a computed tensor that the rest of the graph reads, itself or through views. The
-views stay in the graph. The subgraph runs the nodes of the region op by op, as eager would. A
-region needs no memory of its own where another order of the weight makes it a view: that is found
-by running its nodes on fake tensors with the strides of each order. No weight is changed here.
+A region ends in a computed tensor that the rest of the graph reads, directly or through views. The
+views stay in the graph. The subgraph runs the nodes of the region one by one, as eager code does.
+If the weight can be stored in an order in which the region is a view, the region needs no memory of
+its own. `order_for` finds this order: it runs the region's nodes on fake tensors in each order.
+This module changes no weight.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,26 +27,25 @@ Order = tuple[int, ...] | Missed
 _RANK = 4
 """The most dimensions of a weight whose orders are tried."""
 _shuffle = torch.ops.fixpass.shuffle_weight
-# Importing it defines the op.
+# The import defines the op.
 assert weight_ops
 
 
 @dataclass(frozen=True)
 class FoldRegion:
-    """A computed value that leaves the graph.
-
-    sources: the weights it reads, in graph order. moved: bytes read and written to compute it.
-    """
+    """A computed value that leaves the graph."""
 
     node: fx.Node
     val: Tensor
     sources: tuple[fx.Node, ...]
+    """The weights that it reads, in the order of the graph."""
     nodes: tuple[fx.Node, ...]
     moved: int
+    """Bytes read and written to compute it."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the value takes where it is kept."""
+        """The size of the value in bytes."""
         return prod(self.val.shape) * self.val.element_size()
 
     @property
@@ -55,7 +55,7 @@ class FoldRegion:
 
     @property
     def is_returned(self) -> bool:
-        """Whether the graph returns it, itself or a view of it: told by Dynamo's fake tensors."""
+        """Whether the graph returns it or a view of it, that is, a tensor of the same storage."""
         mine = _storage(self.node)
         returned: list[fx.Node] = []
         fx.node.map_arg(self.node.graph.output_node().args, returned.append)
@@ -63,7 +63,7 @@ class FoldRegion:
 
     @property
     def layout(self) -> str:
-        """The layout where the value is a weight in one, else ""."""
+        """The name of the weight layout that the region computes, or ""."""
         if not is_call(self.node, _shuffle, _shuffle.default) or self.node.kwargs:
             return ""
         weight, layout = self.node.args
@@ -71,7 +71,7 @@ class FoldRegion:
 
     @property
     def steps(self) -> str:
-        """What is done to the weights, by the names of the calls that are no views."""
+        """The names of the region's calls, for remarks."""
         names = dict.fromkeys(_name(node) for node in self.nodes if node.op.startswith("call"))
         return ", ".join(names)
 
@@ -90,7 +90,7 @@ def regions_in(values: Mapping[fx.Node, Value]) -> Iterator[FoldRegion]:
 
 
 def build(region: FoldRegion) -> fx.GraphModule:
-    """The subgraph: called with the region's sources in order, it gives the value."""
+    """The subgraph as a module: it takes the region's sources in order and returns the value."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     for index, source in enumerate(region.sources):
@@ -133,7 +133,7 @@ def _name(node: fx.Node) -> str:
 def order_for(
     region: FoldRegion, regions: Sequence[FoldRegion], weights: Mapping[fx.Node, Weight]
 ) -> tuple[int, ...] | Missed:
-    """The order in which the region's weight has to be stored for the region to be a view of it."""
+    """The order of the weight's dimensions in which the region is a view of it, or why none is."""
     source, name = region.sources[0], weights[region.sources[0]].name
     if len(region.sources) > 1:
         return Missed("it has several weights")
@@ -159,9 +159,9 @@ def order_for(
 def orders_of(
     regions: Sequence[FoldRegion], weights: Mapping[fx.Node, Weight], *, wanted: bool
 ) -> list[Order]:
-    """For each region the order in which its weight could be stored instead, or why not.
+    """For each region, the order of dimensions in which its weight could be stored, or why not.
 
-    No order is tried, and nothing is said, where none is `wanted`.
+    wanted: False tries no order and leaves no remark.
     """
     if not wanted:
         return [NO_REMARK] * len(regions)
@@ -174,7 +174,7 @@ def orders_of(
 
 
 def describe(order: Order) -> str:
-    """The end of a remark: whether another order of the weight makes a view of the value."""
+    """The end of a remark: whether the value is a view of the weight in another order."""
     if isinstance(order, Missed):
         return f"; not in place: {order.why}" if order.why else ""
     return f"; a weight stored in the order {order} would make it a view"

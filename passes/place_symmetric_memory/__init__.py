@@ -1,8 +1,9 @@
 """All-reduces behind row-parallel matmuls go through symmetric memory, where the group has it.
 
-On CPU the matmul and its all-reduce become one op, whose product lies where all ranks read it. On
-CUDA and ROCm the all-reduce becomes ours, and Inductor allocates what feeds it symmetric. Other
-collectives are left as they are, and every group that is not used says why.
+On CPU the matmul and its all-reduce become one op, which writes the product where all ranks read
+it. On CUDA and ROCm the pass replaces the all-reduce by `fixpass::all_reduce`, and Inductor
+allocates the input of that op in symmetric memory. Other collectives stay as they are. If a group
+does not use symmetric memory, a remark gives the reason.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from fixpass.runtime.symmetric_memory.policy import Decision, GroupFacts, Policy
 
 
 def nothing_known(name: str, device_type: str) -> GroupFacts:
-    """What is known of a group where nobody can be asked."""
+    """The facts of a group in a process that has no process groups."""
     return GroupFacts(name, 0, obstacle="there is no process group in this process")
 
 
@@ -33,11 +34,11 @@ class PlaceSymmetricMemory(Pass):
     target: Target
     policy: Policy = field(default_factory=Policy)
     topology: str = ""
-    """What of the job's shape is known before ranks are asked: it goes into the cache's key."""
+    """The facts of the job that are known before any rank is asked. They go into the cache key."""
     describe: Callable[[str, str], GroupFacts] = field(
         default=nothing_known, repr=False, compare=False
     )
-    """Facts of a group by its name and the device's type; may ask the other ranks."""
+    """Returns the facts of a group from its name and device type. It may ask the other ranks."""
 
     def run(self, graph: fx.Graph, result: PassResult) -> None:
         for name, why in LEFT_ALONE.items():
@@ -48,7 +49,7 @@ class PlaceSymmetricMemory(Pass):
         apply_rewrite(graph, rewrite, result)
 
     def decide(self, name: str) -> Decision:
-        """Whether the group of that name uses symmetric memory. Asking may make it, if it is on."""
+        """Whether the group uses symmetric memory. If the policy is on, this may set it up."""
         if not self.policy.enabled:
             return decide(GroupFacts(name, 0), self.policy)
         return decide(self.describe(name, self.target.device_type), self.policy)

@@ -1,7 +1,8 @@
-"""An all-reduce and what feeds it become one op over symmetric memory.
+"""An all-reduce and the node that computes its input become one op over symmetric memory.
 
-What feeds it decides the form: a matmul writes where the other ranks read; an opaque op runs where
-its result is allocated there; anything else is copied there. Groups are not judged here.
+The producer of the input decides the form. A matmul writes where the other ranks read. An opaque op
+runs with an allocator whose memory the other ranks read. The result of any other node is copied
+there. `decide` tells whether a group uses symmetric memory.
 """
 
 from collections.abc import Callable
@@ -75,7 +76,7 @@ class RowParallel(Rewrite):
         return self._shape(anchor, result, group)
 
     def _shape(self, anchor: fx.Node, result: fx.Node, group: str) -> Reduction:
-        """The form that fits the producer."""
+        """The op and its arguments for this producer."""
         source = anchor.args[0]
         assert isinstance(source, fx.Node)
         producer, views, bias = _producer(source)
@@ -101,7 +102,7 @@ class RowParallel(Rewrite):
         )
 
     def _wants_context(self, producer: fx.Node) -> bool:
-        # What fits a slot is copied there anyway: where the op's result lies makes no difference.
+        # A result that fits a slot is copied there anyway, so the op may allocate it anywhere.
         small = Settings().slot_bytes
         num_bytes = producer.meta["val"].numel() * producer.meta["val"].dtype.itemsize
         return self.device_type != "cpu" or known(num_bytes <= small) is not True
@@ -134,9 +135,9 @@ def _unsummable(reduce_op: str, value: torch.Tensor) -> str:
 
 
 def _producer(source: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...], fx.Node | None]:
-    """What computed the reduced tensor, the views after it in order, and a bias added to it.
+    """The producer of the reduced tensor, the views behind it in order, and a bias added to it.
 
-    Only nodes that nothing else reads are looked through.
+    A node that something else reads too is the producer.
     """
     node, views = source, []
     while sole_user(node) is not None:
@@ -186,7 +187,7 @@ def _operands(matmul: fx.Node, bias: fx.Node | None) -> tuple[Any, ...]:
 
 
 def _packed_opaque(producer: fx.Node) -> tuple[list[Any], str] | None:
-    """The call of an opaque op that only this reduction reads, as text; None for any other."""
+    """The encoded call of an opaque op that only this reduction reads, or None."""
     overload = producer.target
     if not isinstance(overload, torch._ops.OpOverload) or sole_user(producer) is None:
         return None

@@ -1,6 +1,6 @@
-"""The collectives that graphs hold, PyTorch's and the engines': where their arguments stand.
+"""The collectives of PyTorch and of engines: the positions of their arguments.
 
-An engine's op is known by its name; the engine is not imported.
+Ops of engines are found by name; no engine is imported.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ COLLECTIVES: tuple[Collective, ...] = (
     Collective("sglang::outplace_all_reduce", group=1),
 )
 
-# What sequence parallelism puts beside a matmul, and ops that cannot be taken as they are.
+# Collectives of sequence parallelism, and ops that the pass cannot replace, each with the reason.
 LEFT_ALONE: dict[str, str] = {
     "_c10d_functional::reduce_scatter_tensor": (
         "a reduce-scatter leaves each rank a part: it stays with the process group"

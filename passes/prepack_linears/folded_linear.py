@@ -1,7 +1,7 @@
-"""Linear layers of Dynamo's graph whose weight is a value that was folded out of it.
+"""Finds the linear layers of Dynamo's graph whose weight is a folded value.
 
-Between the folded input and the layer there may be views. All that reads the input, itself or a
-view of it, has to be such a layer: else the value is needed as it is. Nothing is changed here.
+There may be views between the folded input and a layer. All readers of the input and of its views
+must be such layers; otherwise the graph needs the plain value. This module changes nothing.
 """
 
 import operator
@@ -48,7 +48,7 @@ class FoldedLinear:
 
 
 def linears_of(folded: fx.Node) -> list[FoldedLinear] | Missed:
-    """All that reads the folded input, if that is nothing but linear layers."""
+    """The linear layers that read the folded input, or why there are other readers."""
     found = []
     for views, node in _readers(folded, ()):
         linear = _linear(node, (folded, *views)[-1], views)
@@ -60,7 +60,7 @@ def linears_of(folded: fx.Node) -> list[FoldedLinear] | Missed:
 
 
 def weight_of(linear: FoldedLinear) -> fx.GraphModule:
-    """What makes the layer's weight (out_features, in_features) of the folded value."""
+    """The function from the folded value to the layer's weight (out_features, in_features)."""
     graph = fx.Graph()
     last = graph.placeholder("value")
     for node in linear.views:
@@ -73,7 +73,7 @@ def weight_of(linear: FoldedLinear) -> fx.GraphModule:
 def _readers(
     node: fx.Node, views: tuple[fx.Node, ...]
 ) -> Iterator[tuple[tuple[fx.Node, ...], fx.Node]]:
-    """What reads the node and is no view of it, with the views in between."""
+    """The readers of the node through views, each with these views."""
     for user in node.users:
         if view_of(user) is node:
             yield from _readers(user, (*views, user))
@@ -101,7 +101,7 @@ def _linear(node: fx.Node, weight: fx.Node, views: tuple[fx.Node, ...]) -> Folde
 
 
 def _against(linear: FoldedLinear) -> str:
-    """What oneDNN's layer cannot do here, or ""."""
+    """The reason for which oneDNN's layer cannot be used, or ""."""
     nodes = (linear.x, linear.weight, linear.node, *([linear.bias] if linear.bias else []))
     found = [val for node in nodes if _is_plain(val := node.meta.get("example_value"))]
     if len(found) < len(nodes):

@@ -1,8 +1,8 @@
 """Linear layers of few rows on CPU call `skinny_linear`, which reads weights at memory's speed.
 
-The pass reads the contract of the kernel. Of static rows the graph decides. Where the number of
-rows is a symbol, one graph serves decode and prefill: the op decides in each call, without a guard.
-For many rows the op calls what Inductor would have called.
+The pass checks the kernel's contract. If the number of rows is static, the pass decides. If it is a
+symbol, one graph serves decode and prefill: the op decides in each call, without a guard. For many
+rows the op calls PyTorch's matmul, as Inductor would.
 """
 
 from collections.abc import Callable

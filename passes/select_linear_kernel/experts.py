@@ -1,6 +1,7 @@
 """Matmuls of experts, as `grouped_mm` of transformers leaves them: rows sorted by expert.
 
-Which expert has how many rows only the call knows. The op takes the kernel for those with few rows.
+The number of rows of an expert is known only at the call. The op uses the kernel for experts with
+few rows.
 """
 
 from dataclasses import dataclass

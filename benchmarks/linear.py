@@ -1,4 +1,4 @@
-"""Linear layers of few rows on CPU: torch, oneDNN over a packed copy, skinny_linear, a plain read.
+"""Linear layers of few rows on CPU: torch, oneDNN, llama.cpp, skinny_linear, a plain read.
 
 Each call reads another copy of the weight, so that none comes out of a cache. The clock is wall
 time, because threads wait for memory together; all ways run in each round.
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import ggml
 from benchmarks.results import Check, Result, Spread, ratios, spread
 from benchmarks.timing import interleave
 from fixpass.runtime import linear
 
 ABOUT = (
     "x (rows, K) by a weight (N, K), or (K, N) where marked, on {threads} threads. oneDNN reads a "
-    "copy that it packed; the others read the plain weight. Read: one pass over the same bytes."
+    "copy that it packed; the others read the plain weight. Read: one pass over the same bytes. "
+    "llama.cpp: its library ggml, where the package llama-cpp-python is installed."
 )
 MANY_ROWS = " A compiled call of 17 rows takes {more} us more with fixpass than with Inductor."
 MOST_MICROSECONDS = 0.3
@@ -119,6 +121,9 @@ def _ways(x: Tensor, weights: list[Tensor]) -> dict[str, Callable[[], object]]:
         packed = [pack(weight.contiguous()) for weight in weights]
         layer = torch.ops.mkldnn._linear_pointwise.default
         found["oneDNN packed"] = lambda: [layer(x, w, None, "none", [], "") for w in packed]
+    if weights[0].is_contiguous():
+        by_ggml = ggml.linears(x, weights, torch.get_num_threads())
+        found |= {"llama.cpp": by_ggml} if by_ggml is not None else {}
     return found
 
 

@@ -19,9 +19,9 @@ from fixpass.passes.select_norm_kernel import SelectNormKernel
 def entry_passes(
     folds: FoldWeights | None = None, prepack: PrepackLinears | None = None
 ) -> tuple[Pass, ...]:
-    """What runs on Dynamo's graph, on every compile, also when a cache is warm.
+    """The passes on Dynamo's graph. They run at every compile, also when a cache is warm.
 
-    folds, prepack: the passes for weights, with what is known of this process and machine.
+    folds, prepack: the passes for weights, configured for this process and machine.
     """
     return (
         # Before AOTAutograd, which would wrap an op that writes into its arguments.
@@ -38,10 +38,9 @@ def default_passes(
     collectives: PlaceSymmetricMemory | None = None,
     linears: SelectLinearKernel | None = None,
 ) -> tuple[Pass, ...]:
-    """What runs on the functional ATen graph, in order.
+    """The passes on the functional ATen graph, in order.
 
-    collectives: what is known of the process groups; None where there are none. linears: whether
-    this process has a kernel for linear layers; None where nobody asked.
+    collectives, linears: passes that know this process's groups and kernels; None: the defaults.
     """
     return (
         # First: everything after it sees one spelling of each norm.

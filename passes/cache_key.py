@@ -1,8 +1,8 @@
-"""The name of a third party's object in the keys of caches: its source, its options, all of them.
+"""Cache keys of a third party's objects: the hash of their source and of all their options.
 
 A key holds the source of the class, of its bases and of the modules that they import, and the
-value of every attribute. An object without such a name gets none, so that nothing is cached:
-a reason is given instead. Modules that are imported by a computed name are not seen.
+value of every attribute. An object that cannot be described completely has no key: the reason is
+given, and nothing is cached. Modules that are imported by a computed name are not seen.
 """
 
 import ast

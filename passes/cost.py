@@ -1,8 +1,8 @@
-"""What Inductor would fuse with a norm, in bytes: what an opaque kernel in its place would move.
+"""Counts the bytes that a norm moves if Inductor fuses it, and if an opaque kernel computes it.
 
 A pointwise producer that only the norm reads, and pointwise consumers whose other inputs are at
-hand, run in one loop with a norm that Inductor compiles. An opaque kernel reads and writes memory
-at that border instead. This counts; `select-norm-kernel` decides.
+hand, run in one loop with a norm that Inductor compiles. An opaque kernel reads and writes these
+tensors in memory. `select-norm-kernel` decides by the counts.
 """
 
 from collections.abc import Iterator
@@ -53,7 +53,7 @@ def launches_of_inductor(op: str) -> int:
 
 
 def fusion_of(norm: fx.Node) -> Fusion:
-    """What fusing `norm` with its pointwise neighbours saves."""
+    """Count the bytes of `norm`, fused with its pointwise neighbours and alone."""
     names: list[str] = []
     opaque = fused = 0
     # A copy in front of the norm is no producer: whatever kernel is chosen may read its source.

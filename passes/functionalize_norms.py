@@ -2,8 +2,8 @@
 
 Runs on Dynamo's graph, before AOTAutograd wraps such ops in `auto_functionalized_v2`, where
 nothing could look into them. A result that was written into a fresh `torch.empty` is used
-directly. The functional ops are left to `canonicalize-norms` and the passes after it. Norms of
-any spelling learn here which module owns their weight.
+directly. `canonicalize-norms` and the passes after it take the functional ops. This pass also
+records on each norm, in any spelling, the module that owns its weight.
 """
 
 from collections.abc import Sequence

@@ -47,7 +47,7 @@ class InsertRelayout(Pass):
                 cost = f"which reads and writes {moved:,} bytes" if moved else "no copy"
                 result.applied(new, f"{kernel.name}: {plan}, {cost}")
             else:
-                # Out of fuel, the kernel must not meet the layout that it was not made for.
+                # Without the relayout, the kernel must not get a layout that its contract refuses.
                 node.update_kwarg("kernel_name", "inductor")
 
 
@@ -88,7 +88,7 @@ def _relay(edit: Editor, operand: Any, plan: Relayout, *, copied: bool) -> fx.No
 def _copy(edit: Editor, operand: fx.Node) -> fx.Node:
     """A dense copy that Inductor keeps."""
     if Layout.of(operand.meta["val"]).is_dense() is True:
-        # It only moves the start of the tensor, which Inductor takes for no change.
+        # The copy only moves the start of the tensor, and Inductor would drop such a clone.
         return edit.call(torch.ops.fixpass.copy.default, (operand,))
     return edit.clone(operand)
 

@@ -40,7 +40,7 @@ NO_REMARK = Missed("")
 
 @dataclass(frozen=True)
 class Match:
-    """What a rewrite found: the nodes whose values it replaces and a line for the report.
+    """The result of a match: the nodes whose values are replaced, and a line for the report.
 
     effects: nodes with effects that the replacement has itself; they go with what is replaced.
     choice: the kernel that the replacement calls, where the rewrite chose one.
@@ -99,9 +99,9 @@ def find_anchors(graph: fx.Graph, anchors: tuple[Any, ...]) -> Iterator[fx.Node]
 
 
 def erase_dead(graph: fx.Graph, root: fx.Node, effects: tuple[fx.Node, ...] = ()) -> None:
-    """Erase `root` and what only it needed.
+    """Erase `root` and the nodes that only it needed.
 
-    Never an input or an output, nor a node with effects that is not one of `effects`.
+    Inputs, outputs, and nodes with effects that are not in `effects` stay.
     """
     stack = [root]
     while stack:
@@ -119,7 +119,7 @@ def is_impure(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and _has_effects(node.target)
 
 
-# Erasing asks this of every node; an op does not change its nature while the process lives.
+# Cached: erasing asks this of every node, and the answer for an op never changes.
 @cache
 def _has_effects(op: torch._ops.OpOverload) -> bool:
     probe = fx.Graph().call_function(op)
@@ -212,7 +212,7 @@ class Editor:
         return self.clone(node, dense_order(layout))
 
 
-# What a node made for another keeps of it: where it came from, not what it was.
+# The metadata that a new node copies from the node that it replaces: its origin, not its value.
 _LENT = (
     "stack_trace",
     "nn_module_stack",

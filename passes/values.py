@@ -28,7 +28,7 @@ _RUNS, _MARGIN = 2, 16
 
 @dataclass(frozen=True)
 class RoundedValues:
-    """What a computation gave, and how far rounding moves each of its tensors."""
+    """The results of a computation, and how far rounding moves each tensor."""
 
     leaves: list[Any]
     slack: list[float]
@@ -45,7 +45,7 @@ class RoundedValues:
         return RoundedValues(leaves, slack)
 
     def fault_of(self, leaves: list[Any]) -> str:
-        """Which of `leaves` is another number than rounding explains; empty where none is."""
+        """The first of `leaves` that differs by more than rounding explains, or ""."""
         for i, (got, want) in enumerate(zip(leaves, self.leaves, strict=True)):
             if not isinstance(want, Tensor):
                 continue
@@ -82,7 +82,7 @@ class GraphValues:
                 return GraphValues(inputs, RoundedValues.of(lambda mode: _run(graph, inputs, mode)))
         except PassError:
             raise
-        # Whatever an operation raises on random inputs, such as an index out of range.
+        # Random inputs can make an operation raise any error, such as an index out of range.
         except Exception as error:
             raise PassError(f"{type(error).__name__} on random inputs: {error}") from error
 

@@ -1,8 +1,8 @@
-"""What must hold after every pass: a well-formed graph whose recorded values are the true ones.
+"""Checks a graph after a pass: it is well-formed, and each recorded value is the true one.
 
 Each node is run again on fake tensors and must give the dtype, shape, device and strides that
 `meta["val"]` records; the stride of a size-1 dimension does not count. Nothing is computed and no
-guard is added. What the caller of the graph sees, its `Interface`, has to stay. `values.py`
+guard is added. The `Interface` that the caller of the graph sees must not change. `values.py`
 compares numbers.
 """
 
@@ -50,7 +50,7 @@ class Interface:
         return Interface(inputs, values, written, read_late, shared)
 
     def fault_of(self, other: "Interface") -> str:
-        """What a pass changed that made `other` of this interface; empty where nothing."""
+        """The difference between this interface and `other`, or ""."""
         if self.inputs != other.inputs:
             return (
                 f"changed the inputs from ({', '.join(self.inputs)}) to ({', '.join(other.inputs)})"
@@ -70,7 +70,7 @@ class Interface:
 
 
 def find_faults(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
-    """Each node whose recorded value is not what its operation gives, and what is wrong."""
+    """The nodes whose recorded value is not the result of their operation, each with the fault."""
     mode = _fake_mode(graph)
     if mode is None:
         return
@@ -168,7 +168,7 @@ def _shares(a: Any, b: Any) -> bool:
 
 
 def _run(node: fx.Node) -> Any:
-    """What `node` gives on the recorded values of its inputs."""
+    """The result of `node` for the recorded values of its inputs."""
     target: Any = node.target
     args, kwargs = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
     return target(*args, **kwargs)

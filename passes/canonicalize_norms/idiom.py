@@ -3,8 +3,9 @@
     y = h * rsqrt(mean(h * h) + eps),  h = x or x - mean(x), upcast or not
     y = cast(y) * weight + bias, cast
 
-eps, dtypes and the order of casts are read from the graph. A statistic that something else needs
-too, such as the backward pass, stays: computing it twice would cost more than it saves.
+eps, dtypes and the order of casts are read from the graph. A norm whose statistic has another
+reader, such as the backward pass, stays: computing the statistic twice would cost more than the
+rewrite saves.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """`s = x + residual; rms_norm(s)` with both results used becomes `fixpass::add_rms_norm`.
 
 The norm may read the sum through views that keep its rows. A sum that only the norm reads stays
-an ordinary add, which fuses anyway. Nothing is done where an operand is broadcast or rounded
-differently from the sum.
+an ordinary add, which fuses anyway. An add that broadcasts an operand, or rounds it differently
+from the sum, is not joined.
 """
 
 from dataclasses import replace

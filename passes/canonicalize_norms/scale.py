@@ -21,7 +21,7 @@ aten = torch.ops.aten
 CONVERT = torch.ops.prims.convert_element_type.default
 L2_NORM = "l2_norm"
 ADDS = (aten.add.Tensor, aten.add.Scalar)
-# The dtypes that type promotion knows: float8 raises in it.
+# The dtypes that type promotion accepts; it raises for float8.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOMENTS: dict[Any, str] = {aten.mean.dim: "rms_norm", aten.sum.dim_IntList: L2_NORM}
 ROOTS = (aten.rsqrt.default, aten.sqrt.default, aten.pow.Tensor_Scalar)
@@ -29,7 +29,7 @@ ROOTS = (aten.rsqrt.default, aten.sqrt.default, aten.pow.Tensor_Scalar)
 
 @dataclass(frozen=True)
 class Scale:
-    """A normalised value `y`, the x it was made from, and the nodes that only it may need."""
+    """A normalised value `y`, its x, and the nodes between them."""
 
     op: str
     x: fx.Node
@@ -227,7 +227,7 @@ def _is_base(numerator: fx.Node, moment: _Moment) -> bool:
     base, mean = numerator.args
     if peel_upcast(base) is not peel_upcast(moment.base):
         return False
-    # Taken off in a narrower dtype, the mean would be rounded where the op does not round.
+    # In a narrower dtype, the difference from the mean is rounded, and the op does not round it.
     if numerator.meta["val"].dtype != moment.base.meta["val"].dtype:
         return False
     if is_call(mean, getitem):

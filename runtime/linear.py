@@ -2,8 +2,8 @@
 
 A decode step reads each weight once, so memory bounds it. The C++ kernel reads the weight as it is
 stored, at the speed of memory: nothing is packed, no second copy exists, and an update of the
-weight is read by the next call. More rows than MOST_ROWS, and whatever else the kernel does not
-take, PyTorch computes. Gradients are PyTorch's.
+weight is read by the next call. PyTorch computes calls of more than MOST_ROWS rows, all other calls
+that the kernel does not take, and gradients.
 """
 
 import ctypes
@@ -110,7 +110,7 @@ def _define(
     library: torch.library.Library, schema: str, run: Callable[..., Any], fake: Callable[..., Any]
 ) -> None:
     name = schema.partition("(")[0]
-    # Any layout will do: Inductor copies nothing for these ops.
+    # The ops take any layout: Inductor copies nothing for them.
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
     library.impl(name, run, "CompositeExplicitAutograd")
     # PyTorch's own ops record the gradient, here and in the C++.

@@ -20,12 +20,12 @@ _RAISE = object()
 def find_attr(module: object, name: str, default: Any = _RAISE) -> Any:
     """The attribute `name` of a module or of one that it wraps, the outermost that has it.
 
-    A value of None, 0 or an empty one is a value. Raises AttributeError where no module has the
-    attribute, unless there is a default; a wrapper that wraps itself ends the search.
+    Values such as None, 0 and an empty list count as found. Raises AttributeError where no module
+    has the attribute, unless there is a default. A wrapper that wraps itself ends the search.
     """
     modules = list(chain(module))
-    # What a class or an instance holds comes first: a wrapper's own __getattr__ asks the module
-    # inside, for ever where it is a cycle.
+    # The class and the instance come first: a wrapper's own __getattr__ asks the inner module, and
+    # never ends where wrappers form a cycle.
     for found in modules:
         if _holds(found, name):
             return getattr(found, name)
@@ -67,7 +67,7 @@ def inner(module: object) -> Iterator[object]:
         found = children.get(name, held.get(name))
         if found is None:
             continue
-        # Many a model has a child of this name among others, and wraps nothing.
+        # Many models have a child called `module` beside others, and are no wrappers.
         if name != "module" or (len(children) <= 1 and not held.get("_parameters")):
             yield found
 

@@ -20,8 +20,8 @@ _ROUNDING = (
     'ScalarType? weight_dtype=None, ScalarType? out_dtype=None, str kernel_name=""'
 )
 _STEPS = f"int[]? order=None, {_ROUNDING}"
-# Inductor hands the operands over with the strides that the graph records: what `insert-relayout`
-# made is kept, and a kernel that reads any stride gets no hidden copy.
+# Inductor passes the operands with the strides that the graph records. It keeps the copies of
+# `insert-relayout`, and makes no copy for a kernel that reads any stride.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 SCHEMAS = {
     "rms_norm": f"(Tensor x, Tensor? weight, Tensor? bias, float eps, *, {_STEPS}) -> Tensor",
@@ -79,7 +79,7 @@ def qk_norm(
     eps: float,
     **steps: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return (rms_norm(q), rms_norm(k)): q (..., heads, head_size) and k of other heads."""
+    """Return (rms_norm(q), rms_norm(k)) for q and k (..., heads, head_size)."""
     return rms_norm(q, q_weight, None, eps, **steps), rms_norm(k, k_weight, None, eps, **steps)
 
 

@@ -65,7 +65,7 @@ def call(op: str, kernel: str, args: tuple[Any, ...], steps: Steps) -> Any:
 
 
 def check_calls(check: Callable[[str, str, tuple[Any, ...], Steps], None]) -> None:
-    """From now on, let `check` look at each call of a kernel before it runs: option `verify`."""
+    """Call `check` before each call of a kernel from now on (option `verify`)."""
     if check not in _checks:
         _checks.append(check)
 
@@ -88,7 +88,7 @@ def _resolve(op: str, kernel: str) -> Callable[..., Any]:
 
 
 def load(name: str | Callable[..., Any]) -> Callable[..., Any]:
-    """The function that "module:function" names; a function is given back."""
+    """The function that "module:function" names. A function is returned as it is."""
     if not isinstance(name, str):
         return name
     module, _, function = name.partition(":")
@@ -118,7 +118,7 @@ def describe_needs(needs: str) -> str:
 
 @contextmanager
 def asked_once() -> Iterator[None]:
-    """Look every op up at most once inside: libraries are not loaded in the middle of a compile."""
+    """Within this context each op is looked up at most once: no library loads during a compile."""
     if _schemas.get() is not None:
         yield
         return

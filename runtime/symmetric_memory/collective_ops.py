@@ -18,7 +18,7 @@ from fixpass.runtime.symmetric_memory import device, groups
 from fixpass.runtime.symmetric_memory.op_call_codec import decode_call
 from fixpass.runtime.symmetric_memory.process_group import process_group_all_reduce
 
-# What a captured CUDA graph replays would use memory of other ranks behind their backs.
+# A captured CUDA graph would replay accesses to other ranks' memory without their knowledge.
 OURS = (*TAGS, torch.Tag.cudagraph_unsafe)
 SCHEMAS = {
     "all_reduce": "(Tensor input, str reduce_op, str group_name) -> Tensor",

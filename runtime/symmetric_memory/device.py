@@ -1,8 +1,8 @@
 """All-reduce on CUDA and ROCm devices, through `torch.distributed._symmetric_memory`.
 
 Data that already lies in symmetric memory is read where it is; other data is copied into the
-group's workspace first. Which way it is reduced depends on its size and on the device alone, so
-all ranks take the same. Nothing here has a CPU path.
+group's workspace first. The way of the reduction depends only on the message and the device, so
+all ranks choose the same. Nothing here has a CPU path.
 """
 
 from collections.abc import Iterator
@@ -67,7 +67,7 @@ def choose(num_bytes: int, num_ranks: int, dtype: torch.dtype, device: DeviceFac
 def all_reduce(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
     """x reduced over the ranks of the group: a new dense tensor of the same shape and dtype."""
     group = groups.find(group_name)
-    # A captured graph replays with the addresses that it saw; that they stay is not proved.
+    # A captured graph replays with fixed addresses, and nothing proves that they stay valid.
     if group is None or reduce_op != "sum" or torch.cuda.is_current_stream_capturing():
         return process_group_all_reduce(x, reduce_op, group_name)
     way = choose(x.nbytes, group.size(), x.dtype, DeviceFacts.of(x.device))
@@ -78,7 +78,7 @@ def all_reduce(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
     if way == "multimem" and symm_mem.is_symm_mem_tensor(x):
         return ops.multimem_one_shot_all_reduce(x, reduce_op, name)  # type: ignore[no-any-return]
     if way == "multimem":
-        # It works in place, and what the caller gave must not change.
+        # The op works in place, and the caller's tensor must not change.
         return ops.multimem_all_reduce_(_staged(x, name), reduce_op, name).clone()  # type: ignore[no-any-return]
     resident = x if symm_mem.is_symm_mem_tensor(x) else _staged(x, name)
     if way == "one_shot":

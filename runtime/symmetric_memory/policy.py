@@ -1,8 +1,7 @@
 """Which groups use symmetric memory: the rule, and the reason of every no.
 
-Symmetric memory wants every rank to bring as many bytes to each call. Whether they do follows from
-what the group is for, not from the graph, so it is decided here and not looked for in the graph.
-Nothing is measured or set up here.
+In symmetric memory all ranks must bring equally many bytes to a call. The role of the group tells
+whether they do; the graph does not. This module measures nothing and sets up nothing.
 """
 
 from dataclasses import dataclass

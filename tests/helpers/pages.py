@@ -11,6 +11,7 @@ A page is Markdown with these parts:
 * A block ```output holds what was printed since the last one, or since the page began.
 * `<!-- file: PATH: COMMAND -->` in front of a block ```python: the block is the file. The command
   runs in the folder of the file, `python` being this one, and what it prints counts as printed.
+  A file beside a pyproject.toml is a package, which is installed for the command.
 * `<!-- full: REASON -->`: the page is run by `make test-full` only.
 """
 
@@ -18,6 +19,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import sys
 import tempfile
 import types
@@ -36,27 +38,31 @@ PARTS = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 # What differs from run to run or from machine to machine.
-VOLATILE = ((r"\d+(\.\d+)? (ms|us|s)\b", r"… \2"), (r"/tmp/\w+", "/tmp/…"))
+VOLATILE = (
+    (r"\w+\.md:\d+", "model.py:…"),
+    (r"\d+(\.\d+)?( ?)(ms|us|s)\b", r"…\2\3"),
+    (r"/tmp/\w+", "/tmp/…"),
+)
 
 
 @dataclass
 class Page:
-    """A page while it runs. `text` becomes the page with what was printed."""
+    """A page, or a part of it, while it runs."""
 
     path: Path
+    source: str
 
     def __post_init__(self):
         self.module = types.ModuleType(f"page_{self.path.stem}")
         self.printed = io.StringIO()
 
     def updated(self):
-        """The text of the page with the files and the outputs of now."""
-        source = self.path.read_text()
+        """The text with the files and the outputs of now."""
         environ, path = dict(os.environ), list(sys.path)
         sys.modules[self.module.__name__] = self.module
         try:
             with tempfile.TemporaryDirectory() as folder, chdir(folder):
-                return PARTS.sub(self._part, source)
+                return PARTS.sub(self._part, self.source)
         finally:
             os.environ.clear()
             os.environ.update(environ)
@@ -78,7 +84,8 @@ class Page:
 
     def _run(self, found, group):
         """Run the code under the lines that it has on the page, so that errors name them."""
-        line = found.string.count("\n", 0, found.start(group))
+        before, _, _ = self.path.read_text().partition(found.string)
+        line = (before + found.string[: found.start(group)]).count("\n")
         code = compile("\n" * line + found[group], str(self.path), "exec")
         with redirect_stdout(self.printed):
             exec(code, vars(self.module))
@@ -86,9 +93,14 @@ class Page:
     def _run_command(self, file, command):
         program, *words = shlex.split(command)
         modules = {"python": (), "torchrun": ("-m", "torch.distributed.run", "--standalone")}
-        folders = os.pathsep.join([str(file.parent), os.environ.get("PYTHONPATH", str(ROOT))])
+        path = [os.environ.get("PYTHONPATH", str(ROOT))]
+        if (file.parent / "pyproject.toml").is_file():
+            folder = _installed(file.parent)
+            path.insert(0, str(folder))
+        else:
+            folder = file.parent
         words = [*modules[program], *words]
-        self.printed.write(run_python(*words, cwd=file.parent, PYTHONPATH=folders))
+        self.printed.write(run_python(*words, cwd=folder, PYTHONPATH=os.pathsep.join(path)))
 
     def _take_printed(self):
         text, self.printed = self.printed.getvalue(), io.StringIO()
@@ -101,11 +113,26 @@ class Page:
         return found[0][:start] + code + found[0][stop:]
 
 
+def _installed(package):
+    """A folder with the package, as pip installs it."""
+    shutil.copytree(package, "source", ignore=shutil.ignore_patterns("__pycache__"))
+    words = ["-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation"]
+    run_python(*words, "--target", "installed", "./source")
+    shutil.rmtree("source")
+    return Path("installed").resolve()
+
+
+def parts(path):
+    """The parts of a page that share nothing: its sections where it shows files, else the page."""
+    text = path.read_text()
+    return re.split(r"^(?=## )", text, flags=re.MULTILINE) if "<!-- file: " in text else [text]
+
+
 def main():
     chosen = [Path(name).resolve() for name in sys.argv[1:]] or PAGES
     for path in chosen:
         print(path.relative_to(ROOT), flush=True)
-        path.write_text(Page(path).updated())
+        path.write_text("".join(Page(path, part).updated() for part in parts(path)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""A Qwen3 with packed QKV: explained, compiled in four ways, checked, timed on this CPU.
-
-python examples/demo.py [NUMBER OF LAYERS]
-"""
+"""A Qwen3 with packed QKV: explained, compiled in four ways, checked, timed on this CPU."""
 
 import copy
 import sys
@@ -26,11 +23,11 @@ def main(num_layers: int = 4) -> int:
     model, (tokens,) = build(num_layers, WIDTH)
     print(fixpass.explain(model, tokens, target="rocm:gfx942"))  # traced here, run nowhere
     models, prompt = compiled(model.float()), tokens[:, :PROMPT]
-    eager, *_, ours = [generate(models[name], prompt) for name in WAYS]  # compiles
+    eager, *_, ours = [generate(models[name], prompt) for name in WAYS]
     error = float((torch.stack(ours.logits) - torch.stack(eager.logits)).abs().max())
     print(f"largest difference between the logits and eager's: {error:.1e} (allowed {TOLERANCE})")
-    words = "are" if (same := torch.equal(ours.sequences, eager.sequences)) else "ARE NOT"
-    print(NEW_TOKENS, "greedy tokens", words, "those of eager")
+    same = torch.equal(ours.sequences, eager.sequences)
+    print(NEW_TOKENS, "greedy tokens", "are" if same else "ARE NOT", "those of eager")
     times: dict[str, list[float]] = {name: [] for name in WAYS}
     for name in WAYS * REPEATS:  # in turn, so that noise falls on all of them
         times[name].append(timeit(partial(generate, models[name], prompt), number=1))
@@ -50,8 +47,8 @@ def compiled(model: nn.Module) -> dict[str, Any]:
 
 
 def generate(model: Any, prompt: Tensor) -> Any:
-    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "pad_token_id": 0}
-    options |= {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    options = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "do_sample": False}
+    options |= {"pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True}
     options |= {"attention_mask": torch.ones_like(prompt), "cache_implementation": "static"}
     return model.generate(prompt, **options)
 

@@ -182,24 +182,23 @@ def _compile(
             run_passes(graph, stage)
             return
         copied = copy_graph(graph)
-        try:
-            _claim_device(copied, target.device_type)
-        # An op that has no fake implementation for the device ends the tracing of this graph.
-        except (RuntimeError, NotImplementedError) as error:
-            why = f"not traced for {target.name}: {type(error).__name__}: {error}"
-            reports.append(Report((Remark("explain", "failed", "graph", why),)))
-        else:
-            run_passes(copied, stage)
+        guessed = _claim_device(copied, target.device_type)
+        for name in dict.fromkeys(str(node.target) for node in guessed):
+            why = f"{name} has no fake implementation for {target.name}: it keeps its strides"
+            reports.append(Report((Remark("explain", "missed", "graph", why),)))
+        run_passes(copied, stage)
 
     return compile_graphs(gm, example_inputs, on_graph)
 
 
-def _claim_device(graph: fx.Graph, device_type: str) -> None:
+def _claim_device(graph: fx.Graph, device_type: str) -> list[fx.Node]:
     """Record every value of `graph` as if it were on `device_type`; the graph cannot be run then.
 
     Inputs become fake tensors that claim the device, with the sizes and strides that they had.
-    Each operation runs again on them.
+    Each operation runs again on them. Returned are the nodes whose operation has no fake
+    implementation for the device: their values keep the strides that they had.
     """
+    guessed = []
     device = torch.device("cpu") if device_type == "cpu" else torch.device(device_type, 0)
 
     def moved(argument: Any) -> Any:
@@ -211,7 +210,12 @@ def _claim_device(graph: fx.Graph, device_type: str) -> None:
         elif node.op == "call_function":
             node.args = fx.node.map_aggregate(node.args, moved)
             node.kwargs = fx.node.map_aggregate(node.kwargs, moved)
-            _record(node)
+            try:
+                _record(node)
+            except (RuntimeError, NotImplementedError):
+                guessed.append(node)
+                node.meta["val"] = pytree.tree_map(lambda v: _on(v, device), node.meta.get("val"))
+    return guessed
 
 
 def _record(node: fx.Node) -> None:

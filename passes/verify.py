@@ -78,7 +78,11 @@ def find_faults(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
         for node in graph.nodes:
             if not _can_run(node):
                 continue
-            got = _run(node)
+            try:
+                got = _run(node)
+            except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
+                yield node, f"raises {type(error).__name__}: {error}"
+                continue
             if not _same(got, node.meta["val"]):
                 recorded = format_value(node.meta["val"])
                 yield node, f"records {recorded} but gives {format_value(got)}"

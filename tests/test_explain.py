@@ -83,6 +83,32 @@ bytes saved: 1,280
     )
 
 
+@torch.no_grad()
+def test_an_operation_without_a_fake_implementation_for_the_device_keeps_its_strides():
+    class Convolved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv1d(4, 4, 3), nn.RMSNorm(16, eps=1e-6)
+
+        def forward(self, x):
+            return self.norm(self.conv(x.transpose(1, 2)))
+
+    report = fixpass.explain(Convolved(), f32(2, 18, 4), target="cuda:sm_90")
+    assert_expected_inline(
+        str(report),
+        """\
+target cuda:sm_90
+On cuda:sm_90: 1 norm over dense tensors; the norm takes 1 launch.
+explain
+    missed  graph: aten.convolution.default has no fake implementation for cuda:sm_90: it keeps its strides
+canonicalize-norms
+    applied rms_norm (norm): became rms_norm of f32[2, 4, 16]
+select-norm-kernel
+    applied rms_norm (norm): inductor reads f32[2, 4, 16]; no copy; reads and writes 1,024 bytes in 1 launch (strided_rms_norm: 1,024 bytes in 1 launch)
+""",
+    )
+
+
 def test_an_unknown_target_is_an_error_that_lists_the_known():
     with pytest.raises(ConfigError, match="known targets: cpu, cuda:sm_80"):
         fixpass.explain(Attention(), bf16(5, 32), target="tpu")

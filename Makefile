@@ -6,6 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -qq --disable-pip-version-check
 STAMP := $(VENV)/.installed
+DOCS := $(VENV)/.installed-docs
 
 # `make test TESTS=tests/passes` runs a part.
 TESTS ?=
@@ -15,8 +16,8 @@ PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 FIXPASS_VERIFY=1 $(P
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-full engines accept lint format type check bench gpu models-page \
-	sharding-page versions wheel wheel-test doctor clean
+.PHONY: help demo test test-full engines accept lint format type site check bench gpu pages \
+	models-page sharding-page versions wheel wheel-test doctor clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +33,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) -c constraints.txt torch
 	@echo "[3/3] Installing fixpass, triton and the development tools"
 	@$(PIP) -c constraints.txt --build-constraint constraints.txt -e . --group dev
+	@touch $@
+
+$(DOCS): $(STAMP)
+	@echo "Installing mkdocs"
+	@$(PIP) -c constraints.txt --group docs
 	@touch $@
 
 demo: $(STAMP) ## Compile a small Qwen3 with fixpass; report, checks, times
@@ -64,10 +70,21 @@ format: $(STAMP) ## Format, and fix what ruff can fix by itself
 type: $(STAMP) ## Check types
 	$(PY) -m mypy
 
-check: lint type test ## What CI runs: lint, type, test
+# Strict: a link that leads nowhere is an error. The site names no script of another host, so that
+# it works without a network. The variable silences a notice about the successor of the theme.
+site: $(DOCS) ## Build the documentation: build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q --strict
+	@! grep -rl 'src="https\?://' --include=*.html build/site
+
+check: lint type site test ## What CI runs: lint, type, site, test
 
 bench: $(STAMP) ## Measure: tables, and JSON in benchmarks/results
 	@$(PY) -m benchmarks
+
+# PAGES=docs/passes.md runs one.
+pages: $(STAMP) ## Run the examples of the documentation and write their output into the pages
+	PYTHONPATH=.:tests $(PY) -P -W ignore -m helpers.pages $(PAGES)
+	PYTHONPATH=.:tests $(PY) -P -m helpers.layout_pictures
 
 models-page: $(STAMP) ## Compile the models with Inductor (half an hour); write docs/models.md
 	PYTHONPATH=.:tests $(PY) -m helpers.models_page

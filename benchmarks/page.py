@@ -27,6 +27,8 @@ def table() -> str:
         head = f"### [{data['name']}](../benchmarks/results/{path.stem}.md)"
         parts.append(f"{head}\n\n{_first_sentence(data['about'])} torch {where['torch']}.\n")
         parts.append("\n".join(["| what | measured | bound |", "|---|---|---|", *rows]) + "\n")
+        if path.with_suffix(".svg").is_file():
+            parts.append(f"![{data['name']}](../benchmarks/results/{path.stem}.svg)\n")
     return "\n".join(parts)
 
 

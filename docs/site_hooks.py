@@ -1,4 +1,4 @@
-"""Make the links of the documentation to files of the checkout work on the site too.
+"""Make links to files of the checkout work on the site, and the search work without a network.
 
 Pages link to files outside docs/ by their relative path, as readers of the checkout need it. On the
 site such a file is a page under source/. A Markdown file is shown as it is, any other file as code.
@@ -12,6 +12,31 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+SHIM = '<script src="https://unpkg.com/iframe-worker/shim"></script>'
+# The search of the theme runs in a worker, and a browser starts none for a page from file://. There
+# the worker's program runs in a frame that has the same two functions.
+WORKER = """<script>
+if (location.protocol === "file:") window.Worker = class extends EventTarget {
+  constructor(url) {
+    super();
+    const frame = document.createElement("iframe");
+    frame.hidden = true;
+    document.body.append(frame);
+    this.scope = frame.contentWindow;
+    this.scope.postMessage = data => this.dispatchEvent(new MessageEvent("message", { data }));
+    this.ready = new Promise(resolve => {
+      const script = frame.contentDocument.createElement("script");
+      script.src = url;
+      script.onload = resolve;
+      frame.contentDocument.body.append(script);
+    });
+  }
+  postMessage(data) {
+    this.ready.then(() => this.scope.dispatchEvent(new MessageEvent("message", { data })));
+  }
+  terminate() {}
+};
+</script>"""
 LINK = re.compile(r"(?<=\]\()(?P<path>[\w./-]+)(?=[)#])")
 IMAGES = (".svg", ".png")
 
@@ -69,3 +94,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"{up}{_shown(path, docs)}" if path.is_file() else match["path"]
 
     return LINK.sub(moved, markdown)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Take out the only script of another host, which the search needs for pages from file://."""
+    return output.replace(SHIM, WORKER)
+
+
+def on_post_template(output_content: str, template_name: str, config: MkDocsConfig) -> str:
+    """The same for the page of a wrong address."""
+    return output_content.replace(SHIM, WORKER)

@@ -29,7 +29,7 @@ def texts():
     """Every string of the sources, and the C++ files."""
     trees = [ast.parse(path.read_text()) for path in sources()]
     found = {rendered(node) for tree in trees for node in ast.walk(tree)} - {None, ""}
-    native = [path for path in (ROOT / "runtime/csrc").rglob("*.*")]
+    native = sorted((ROOT / "runtime/csrc").rglob("*.*"))
     return [*sorted(found), *(BROKEN.sub("", path.read_text()) for path in native)]
 
 

@@ -24,7 +24,7 @@ LAYOUTS = {
     "gate_up_interleaved": ((6, 4), 1),
 }
 COLOURS = ("#9ecae9", "#ffd37f", "#a7d8a0", "#f4a6a0", "#cdb5e6", "#d9c3a5", "#f7b6d2", "#c7d36f")
-SIDE, GAP, TOP = 24, 40, 44
+SIDE, GAP, TOP = 24, 20, 44
 
 
 def weight_of(shape):
@@ -105,7 +105,7 @@ def pack_picture():
     ]
     panels.append(lambda left: panel(left, "qkv_pack", whole, 4, "qkv".__getitem__))
     notes = [*(facts(part) for part in parts), facts(packed)]
-    return picture(panels, notes, [190] * 4, TOP + 6 * SIDE + 10)
+    return picture(panels, notes, [150] * 4, TOP + 6 * SIDE + 10)
 
 
 def pictures():

@@ -27,6 +27,10 @@ from contextlib import chdir, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
+from fixpass import backend
 from helpers.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,11 +63,16 @@ class Page:
     def updated(self):
         """The text with the files and the outputs of now."""
         environ, path = dict(os.environ), list(sys.path)
+        # As in a new process, which each page costs seconds.
+        backend._reports.clear()
+        torch._dynamo.reset()
         sys.modules[self.module.__name__] = self.module
         try:
             with tempfile.TemporaryDirectory() as folder, chdir(folder):
                 return PARTS.sub(self._part, self.source)
         finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
             os.environ.clear()
             os.environ.update(environ)
             sys.path[:] = path

@@ -69,8 +69,11 @@ def test_the_second_start_hits_the_caches_and_a_changed_option_does_not(engines,
     second = engines.run("qwen3", again="second", **kind)
     changed = engines.run("qwen3", environ=(("FIXPASS_DISABLE", "join-qk-norms"),), **kind)
     assert misses(first) > 0
-    assert (misses(second), applied(second, "canonicalize-norms")) == (0, [[]])
+    assert misses(second) == 0
     assert hits(second) > 0
+    # vLLM's own mode takes the code from its own cache, which has no place for a report.
+    kept = [[]] if how else applied(first, "canonicalize-norms")
+    assert applied(second, "canonicalize-norms") == kept
     assert misses(changed) > 0
     assert applied(changed, "canonicalize-norms") == applied(first, "canonicalize-norms") != [[]]
     without = engines.run("qwen3", tp=1, fixpass=False)["tokens"]

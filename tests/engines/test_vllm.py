@@ -37,6 +37,14 @@ def test_every_norm_is_on_the_report(engines, name, tp):
     assert "canonicalize-norms" in ours["reports"][0]
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_vllms_linear_kernels_stay_and_the_report_says_why(engines, tp):
+    ours = engines.run("qwen3", tp=tp, fixpass=True)
+    layers = 4 * tiny.SHAPE["num_hidden_layers"]
+    text = f"vLLM's own _C::onednn_mm computes {layers} linear layers: it has packed their weights"
+    assert [text in report for report in ours["reports"]] == [True] * tp
+
+
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_every_all_reduce_of_two_ranks_goes_through_symmetric_memory(engines, name):
     ours = engines.run(name, tp=2, fixpass=True)

@@ -4,7 +4,11 @@ Norm weights lie between 0.5 and 1.5, so that a norm with the wrong weight shows
 downloaded, and there is no tokenizer: engines are given token numbers.
 """
 
+import json
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 VOCABULARY = 512
@@ -46,10 +50,43 @@ def build(name, seed=0, **changes):
 
 
 def write(name, folder, dtype="float32", seed=0, **changes):
-    """Write a checkpoint of that model into `folder`; return the folder as text."""
-    model = build(name, seed, **changes).to(getattr(torch, dtype))
+    """Write a checkpoint of that model into `folder`; return the folder as text.
+
+    With a name such as `qwen3-fp8-token` the linear layers are in FP8, as compressed-tensors stores
+    them: a scale for each token, or one for all (`static`).
+    """
+    family, _, scales = name.partition("-fp8-")
+    model = build(family, seed, **changes).to(getattr(torch, dtype))
     model.save_pretrained(folder)
+    if scales:
+        _quantise(Path(folder), is_static=scales == "static")
     return str(folder)
+
+
+def _quantise(folder, is_static):
+    file, config = folder / "model.safetensors", folder / "config.json"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        values = tensors[name].float()
+        largest = values.abs().amax() if is_static else values.abs().amax(1, keepdim=True)
+        tensors[name] = (values / (largest / 448)).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale"] = (largest / 448).reshape(-1 if is_static else largest.shape)
+        if is_static:
+            tensors[f"{name.removesuffix('weight')}input_scale"] = torch.tensor([0.02])
+    save_file(tensors, file, {"format": "pt"})
+    weights = {"strategy": "tensor" if is_static else "channel", "dynamic": False}
+    inputs = {"strategy": "tensor" if is_static else "token", "dynamic": not is_static}
+    kind = {"num_bits": 8, "type": "float", "symmetric": True}
+    group = {"targets": ["Linear"], "weights": kind | weights, "input_activations": kind | inputs}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+    facts = json.loads(config.read_text()) | {"quantization_config": quantization}
+    config.write_text(json.dumps(facts))
 
 
 def prompts(count, longest, seed=0):

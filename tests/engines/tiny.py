@@ -52,30 +52,28 @@ def build(name, seed=0, **changes):
 def write(name, folder, dtype="float32", seed=0, **changes):
     """Write a checkpoint of that model into `folder`; return the folder as text.
 
-    With a name such as `qwen3-fp8-token` the linear layers are in FP8, as compressed-tensors stores
-    them: a scale for each token, or one for all (`static`).
+    With a name such as `qwen3-fp8` the linear layers are in FP8, as compressed-tensors stores them:
+    with a scale for each row of a weight, and for each token.
     """
-    family, _, scales = name.partition("-fp8-")
+    family = name.removesuffix("-fp8")
     model = build(family, seed, **changes).to(getattr(torch, dtype))
     model.save_pretrained(folder)
-    if scales:
-        _quantise(Path(folder), is_static=scales == "static")
+    if family != name:
+        _quantise(Path(folder))
     return str(folder)
 
 
-def _quantise(folder, is_static):
+def _quantise(folder):
     file, config = folder / "model.safetensors", folder / "config.json"
     tensors = load_file(file)
     for name in [name for name in tensors if name.endswith("proj.weight")]:
         values = tensors[name].float()
-        largest = values.abs().amax() if is_static else values.abs().amax(1, keepdim=True)
-        tensors[name] = (values / (largest / 448)).to(torch.float8_e4m3fn)
-        tensors[f"{name}_scale"] = (largest / 448).reshape(-1 if is_static else largest.shape)
-        if is_static:
-            tensors[f"{name.removesuffix('weight')}input_scale"] = torch.tensor([0.02])
+        scale = values.abs().amax(1, keepdim=True) / 448
+        tensors[name] = (values / scale).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale"] = scale
     save_file(tensors, file, {"format": "pt"})
-    weights = {"strategy": "tensor" if is_static else "channel", "dynamic": False}
-    inputs = {"strategy": "tensor" if is_static else "token", "dynamic": not is_static}
+    weights = {"strategy": "channel", "dynamic": False}
+    inputs = {"strategy": "token", "dynamic": True}
     kind = {"num_bits": 8, "type": "float", "symmetric": True}
     group = {"targets": ["Linear"], "weights": kind | weights, "input_activations": kind | inputs}
     quantization = {

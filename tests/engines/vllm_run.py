@@ -29,7 +29,7 @@ def main(job_path, result_path):
         result["seconds"].append(time.perf_counter() - started)
     result |= outputs
     result["reports"] = llm.collective_rpc("fixpass_reports")
-    for asked in ("counters", "remarks", "choices", "norms"):
+    for asked in ("counters", "remarks", "norms"):
         result[asked] = llm.collective_rpc(f"test_{asked}")
     if folds := job.get("folds"):
         llm.collective_rpc("fixpass_fold", args=(folds,))

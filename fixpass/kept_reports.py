@@ -80,7 +80,10 @@ def _facts(gm: fx.GraphModule, options: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _describe(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
+    if isinstance(value, (int, float, str, torch.SymInt, torch.SymFloat, torch.SymBool)):
         return str(value)
+    if not isinstance(value, torch.Tensor):
+        # Other objects may print their address, which is another one in each process.
+        return type(value).__qualname__
     stride = str(value.stride()) if value.layout == torch.strided else ""
     return str(value.shape), stride, value.dtype, value.device, value.requires_grad

@@ -71,6 +71,15 @@ def test_every_fact_of_a_compile_has_a_file_of_its_own():
     assert len({kept.path for kept in found}) == len(found)
 
 
+def test_an_input_that_prints_its_address_has_the_same_file_in_each_process():
+    gm, paths = traced(torch.sin, torch.ones(4)), []
+    (node,) = gm.graph.find_nodes(op="placeholder")
+    for value in (object(), object()):
+        node.meta["example_value"] = value
+        paths.append(KeptReports.of(gm, "key", {}).path)
+    assert paths[0] == paths[1]
+
+
 def test_nothing_is_kept_where_nothing_is_cached(cache):
     gm = traced(torch.sin, torch.ones(4))
     kept = [KeptReports.of(gm, None, {})]

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fixpass.integrations.sglang import hooks as sglang_hooks
 from fixpass.integrations.sglang import serving as serving
 from fixpass.runtime import strided
 from helpers import sglang_standin
+from helpers.calls import Calls
 
 HEAD = 16
 COPIES = ("aten::clone", "aten::copy_", "aten::_to_copy")
@@ -51,18 +51,6 @@ def wanted(x, norm):
     h = x.unflatten(-1, (-1, HEAD)).double()
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6) * norm.weight.double()
     return h.flatten(-2).to(x.dtype)
-
-
-class Calls(TorchDispatchMode):
-    """The ops that a call reaches, and the addresses of their first operands."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.found.append((func._schema.name, args))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("tokens", [2, 5, 64])

@@ -182,9 +182,10 @@ def _of_object(value: Any) -> Iterator[Item]:
         own = vars(value) if isinstance(value, Tensor) else {}
         yield from ((f".{key}", item) for key, item in own.items())
         return
-    # Many objects have no dict.
-    with suppress(TypeError):
-        yield from ((f".{key}", item) for key, item in vars(value).items())
+    # Many objects have no dict. `vars` would run an object's own `__getattr__`, which may raise.
+    with suppress(AttributeError):
+        own = object.__getattribute__(value, "__dict__")
+        yield from ((f".{key}", item) for key, item in own.items())
     for base in type(value).__mro__:
         for key, descriptor in vars(base).items():
             if isinstance(descriptor, MemberDescriptorType) and key != "__dict__":

@@ -43,7 +43,7 @@ def engines(tmp_path_factory):
 @pytest.fixture
 def fixpass_on(monkeypatch):
     """What SGLang's `load_plugins` does with our entry point, undone afterwards."""
-    from sglang.srt.plugins.hook_registry import HookRegistry
+    from sglang.srt.plugins.hook_registry import HookRegistry, _propagate_patch
 
     from fixpass.integrations.sglang import serving as integration
     from fixpass.integrations.sglang.hooks import resolved
@@ -65,4 +65,32 @@ def fixpass_on(monkeypatch):
     yield switch
     HookRegistry.reset()
     for owner, name, raw in held:
+        hooked = getattr(owner, name)
         setattr(owner, name, raw)
+        # The registry has put the hook into modules that had imported the function, too.
+        _propagate_patch(hooked, getattr(owner, name), owner)
+
+
+@pytest.fixture
+def on_rocm(monkeypatch):
+    """SGLang's layers as they are on ROCm with aiter, its kernels being stand-ins.
+
+    Functions of their own, since SGLang puts a hook wherever the hooked object is imported.
+    """
+    import torch
+    from sglang.srt.layers import layernorm
+    from sglang.srt.models import utils
+
+    from helpers.standins import aiter_add, aiter_layer_norm, aiter_rms_norm
+
+    kernels = {
+        "rms_norm": lambda *args: aiter_rms_norm(*args),
+        "fused_add_rms_norm": lambda *args: aiter_add(*args),
+        "layer_norm": lambda *args: aiter_layer_norm(*args),
+    }
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(layernorm, name, kernel, raising=False)
+    for flag in ("_use_aiter", "_has_vllm_rms_norm", "_has_aiter_layer_norm"):
+        monkeypatch.setattr(layernorm, flag, True)
+    monkeypatch.setattr(utils, "_is_cpu", False)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)

@@ -35,16 +35,29 @@ def tokens(engine):
 
 
 def scheduler(*args, **kwargs):
-    """SGLang's scheduler, which says at each load which hooks its process has."""
+    """SGLang's scheduler: each load says which hooks its process has, and what it leaves stale.
+
+    A copy of a norm's weight, which nothing refreshes, shows that the census sees the model.
+    """
     from sglang.srt.managers.scheduler import run_scheduler_process
     from sglang.srt.model_loader.loader import DefaultModelLoader
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    load = DefaultModelLoader.load_weights_and_postprocess
+    from fixpass.weights import census
 
-    def telling(*args, **kwargs):
-        print("HOOKED " + json.dumps(sorted(HookRegistry._patched)), file=sys.stderr, flush=True)
-        return load(*args, **kwargs)
+    load, found = DefaultModelLoader.load_weights_and_postprocess, []
+
+    def say(what, facts):
+        print(f"{what} {json.dumps(facts)}", file=sys.stderr, flush=True)
+
+    def telling(model, *args, **kwargs):
+        say("HOOKED", sorted(HookRegistry._patched))
+        result = load(model, *args, **kwargs)
+        if not found:
+            model.kept = model.model.norm.weight.detach().clone()
+        found.append(census(model))
+        say("STALE", [entry.names for entry in found[-1].stale_since(found[0])])
+        return result
 
     DefaultModelLoader.load_weights_and_postprocess = staticmethod(telling)
     return run_scheduler_process(*args, **kwargs)

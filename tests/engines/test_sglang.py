@@ -11,32 +11,13 @@ from sglang.srt.layers import layernorm
 
 from fixpass.integrations.sglang import serving as integration
 from fixpass.integrations.sglang.hooks import is_in_place
-from helpers.standins import LayoutFault, aiter_add, aiter_layer_norm, aiter_rms_norm
+from helpers.standins import LayoutFault, aiter_rms_norm
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("default")]
 
 
 def bf16(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
-
-
-@pytest.fixture
-def on_rocm(monkeypatch):
-    """SGLang's layers as they are on ROCm with aiter, its kernels being stand-ins.
-
-    Functions of their own, since SGLang puts a hook wherever the hooked object is imported.
-    """
-    monkeypatch.setattr(layernorm, "_use_aiter", True)
-    monkeypatch.setattr(layernorm, "_has_vllm_rms_norm", True)
-    monkeypatch.setattr(layernorm, "_has_aiter_layer_norm", True)
-    monkeypatch.setattr(layernorm, "rms_norm", lambda *args: aiter_rms_norm(*args), raising=False)
-    monkeypatch.setattr(
-        layernorm, "fused_add_rms_norm", lambda *args: aiter_add(*args), raising=False
-    )
-    monkeypatch.setattr(
-        layernorm, "layer_norm", lambda *args: aiter_layer_norm(*args), raising=False
-    )
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
 
 
 def norm(hidden=128):
@@ -49,7 +30,7 @@ def test_every_hook_is_in_place(on_rocm, fixpass_on):
     registry = fixpass_on()
     targets = {hook.target for hook in integration.serving_hooks()}
     assert targets <= registry._patched
-    assert len(targets) == 6
+    assert len(targets) == 7
     for target, hooks in registry._hooks.items():
         for _, run, _ in hooks:
             assert is_in_place(integration.Hook(target, "AROUND", run))

@@ -118,7 +118,7 @@ def test_a_second_load_is_what_a_fresh_layer_computes(fixpass_on):
 
 
 @pytest.mark.parametrize("strategy", ["channel", "tensor"])
-def test_a_census_finds_nothing_stale_after_a_second_load(fixpass_on, strategy):
+def test_a_census_finds_nothing_stale_after_a_second_load_but_a_copy_of_ours(fixpass_on, strategy):
     fixpass_on()
     cpu, model, found = torch.device("cpu"), torch.nn.Module(), []
     model.layer = linear(strategy)
@@ -126,8 +126,10 @@ def test_a_census_finds_nothing_stale_after_a_second_load(fixpass_on, strategy):
         loader.DefaultModelLoader.restore_weights_before_loading(model, cpu)
         load(model, checkpoint(strategy, seed))
         loader.DefaultModelLoader.postprocess_weights(model, cpu)
+        if seed == 0:
+            model.kept = model.layer.weight_scale.detach().clone()
         found.append(census(model))
-    assert found[1].stale_since(found[0]) == ()
+    assert [entry.names for entry in found[1].stale_since(found[0])] == [("kept",)]
 
 
 def test_an_empty_update_changes_nothing(fixpass_on):
@@ -190,20 +192,23 @@ def serve(folders, **environment):
 def test_a_tiny_llama_is_served_and_updated_with_the_plugin_on(tmp_path):
     folders = [tiny.write("llama", tmp_path / str(seed), seed=seed) for seed in range(2)]
     (want, other), log = serve(folders)
-    assert hooked(log) == [[]] * 2
+    assert said(log, "HOOKED") == [[]] * 2
     found, log = serve(folders, FIXPASS="1")
     assert found == [want, other]
     assert want != other
     # On CPU there is no aiter to guard; the weights are kept at the first load and at the update.
-    assert hooked(log) == [sorted(hook.target for hook in integration.serving_hooks()[-2:])] * 2
+    hooks = sorted(hook.target for hook in integration.serving_hooks()[-2:])
+    assert said(log, "HOOKED") == [hooks] * 2
+    # The test's own copy of a weight, and nothing of SGLang's.
+    assert said(log, "STALE") == [[], [["kept"]]]
     for folder, tokens in zip(folders, found, strict=True):
         assert tokens == greedy(folder)
 
 
-def hooked(log):
-    """The hooks that the worker had at each load."""
-    lines = [line for line in log.splitlines() if line.startswith("HOOKED ")]
-    return [json.loads(line.removeprefix("HOOKED ")) for line in lines]
+def said(log, what):
+    """What the worker said about each load: its hooks, or what the load left stale."""
+    lines = [line for line in log.splitlines() if line.startswith(f"{what} ")]
+    return [json.loads(line.removeprefix(f"{what} ")) for line in lines]
 
 
 def greedy(folder):

@@ -4,7 +4,11 @@ Norm weights lie between 0.5 and 1.5, so that a norm with the wrong weight shows
 downloaded, and there is no tokenizer: engines are given token numbers.
 """
 
+import json
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 VOCABULARY = 512
@@ -46,10 +50,41 @@ def build(name, seed=0, **changes):
 
 
 def write(name, folder, dtype="float32", seed=0, **changes):
-    """Write a checkpoint of that model into `folder`; return the folder as text."""
-    model = build(name, seed, **changes).to(getattr(torch, dtype))
+    """Write a checkpoint of that model into `folder`; return the folder as text.
+
+    With a name such as `qwen3-fp8` the linear layers are in FP8, as compressed-tensors stores them:
+    with a scale for each row of a weight, and for each token.
+    """
+    family = name.removesuffix("-fp8")
+    model = build(family, seed, **changes).to(getattr(torch, dtype))
     model.save_pretrained(folder)
+    if family != name:
+        _quantise(Path(folder))
     return str(folder)
+
+
+def _quantise(folder):
+    file, config = folder / "model.safetensors", folder / "config.json"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        values = tensors[name].float()
+        scale = values.abs().amax(1, keepdim=True) / 448
+        tensors[name] = (values / scale).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale"] = scale
+    save_file(tensors, file, {"format": "pt"})
+    weights = {"strategy": "channel", "dynamic": False}
+    inputs = {"strategy": "token", "dynamic": True}
+    kind = {"num_bits": 8, "type": "float", "symmetric": True}
+    group = {"targets": ["Linear"], "weights": kind | weights, "input_activations": kind | inputs}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+    facts = json.loads(config.read_text()) | {"quantization_config": quantization}
+    config.write_text(json.dumps(facts))
 
 
 def prompts(count, longest, seed=0):

@@ -22,13 +22,12 @@ class Engines:
     def run(self, name, *, dtype="float32", seed=0, again="", caches=None, **how):
         """The result of an engine; `again` names another run of the same kind.
 
-        caches: the folder whose caches it shares. By default one with fixpass has some of its own,
-        since it reports what it compiled, and all those without share theirs.
+        caches: the folder whose caches it shares. By default all engines with fixpass share theirs,
+        and all those without.
         """
         key = repr((name, dtype, seed, again, sorted(how.items())))
         if key not in self.results:
-            own = f"run-{len(self.results)}" if how.get("fixpass") else "without"
-            folder = self.root / (caches or own)
+            folder = self.root / (caches or ("with" if how.get("fixpass") else "without"))
             checkpoint = self.checkpoint(name, dtype, seed)
             self.results[key] = vllm_jobs.run(
                 folder, checkpoint, dtype=dtype, **{"prompts": PROMPTS, **how}

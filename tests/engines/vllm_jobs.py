@@ -48,6 +48,7 @@ def _environ(folder, fixpass, tp):
         "HF_HUB_OFFLINE": "1",
         "VLLM_CACHE_ROOT": str(folder / "vllm"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
         "PYTHONPATH": str(HERE),
         "PYTHONWARNINGS": "ignore",
         # One rank a core; with one rank everything is in one process.

@@ -18,7 +18,7 @@ from vllm.platforms import current_platform
 
 from fixpass.backend import HOOK, hooks_of, joint_keys, run_on
 from fixpass.config import Config, set_default
-from fixpass.integrations.vllm import ir, shm_all_reduce
+from fixpass.integrations.vllm import ir, own_linears, shm_all_reduce
 from fixpass.integrations.vllm.shm_all_reduce import FunctionalizeShmAllReduce
 from fixpass.lowering.target import Target
 from fixpass.passes.base import Pass
@@ -34,7 +34,7 @@ from fixpass.pipelines import (
     target_here,
 )
 
-FILES = (__file__, ir.__file__, shm_all_reduce.__file__)
+FILES = (__file__, ir.__file__, own_linears.__file__, shm_all_reduce.__file__)
 ENTRY_HOOK = "pre_grad_custom_pass"
 VLLM_LINEARS = SelectLinearKernel(reason="vLLM has kernels of its own for them on CPU")
 log = logging.getLogger("vllm.fixpass")
@@ -114,9 +114,10 @@ class GraphStage(_Stage):
     def pipeline(self) -> Pipeline:
         target = target_here(torch.device(current_platform.device_type), self.config)
         pipeline = graph_pipeline(self.config, target, VLLM_LINEARS)
-        if not self.lowers_ir:
-            return pipeline
-        return replace(pipeline, passes=(*pipeline.passes, ir.LowerVllmIr()))
+        steps: tuple[Pass, ...] = (*pipeline.passes, own_linears.KeepVllmLinears())
+        if self.lowers_ir:
+            steps = (*steps, ir.LowerVllmIr())
+        return replace(pipeline, passes=steps)
 
 
 class EntryStage(_Stage):

@@ -41,7 +41,12 @@ class Pair(NamedTuple):
 
 
 class Slotted:
+    """Slots, no dict, and as pydantic has it: a look-up of anything else raises."""
+
     __slots__ = ("empty", "held")
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
 
 
 @dataclass

@@ -4,14 +4,13 @@ import os
 import signal
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from fixpass.runtime.errors import UpdateError
 from fixpass.runtime.weights import commit_guards
 from fixpass.runtime.weights.lock import version
 from fixpass.runtime.weights.update import update
-from fixpass.runtime.weights.update_group import UpdateGroup, group_version
+from fixpass.runtime.weights.update_group import UpdateGroup
 from helpers import group_workers as workers
 from helpers.ranks import Ranks
 
@@ -230,21 +229,6 @@ def test_a_mode_that_can_fail_while_it_writes_is_refused():
         pass
 
 
-def test_a_rank_that_loses_the_store_before_its_vote_keeps_its_weights():
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    client = dist.TCPStore("127.0.0.1", server.port, is_master=False)
-    model = workers.model_of()
-    before = [param.clone() for param in model.parameters()]
-    lost = pytest.raises(
-        UpdateError, match=r"the store of the group is lost .* nothing was changed"
-    )
-    with lost as caught, update(model, group=UpdateGroup(client, 0, 2)) as tx:
-        tx.load_state_dict(workers.weights(3))
-        del server
-    assert all(map(torch.equal, model.parameters(), before))
-    assert "the other ranks were not told" in caught.value.__notes__[0]
-
-
 def test_an_interrupt_in_the_vote_is_raised_after_the_write():
     """The other rank is not kept waiting for a confirmation."""
     model, store, ranks = workers.model_of(), dist.HashStore(), []
@@ -263,20 +247,6 @@ def test_an_interrupt_in_the_vote_is_raised_after_the_write():
     assert version(model) == 1
     (progress,) = group.progress()
     assert progress.reached(1, "done")
-
-
-def test_a_new_process_finds_the_last_of_many_attempts():
-    store, model = dist.HashStore(), workers.model_of()
-    group = UpdateGroup(store, 0, 1)
-    for number in range(1, 12):
-        assert group_version(UpdateGroup(store, 0, 1)) == number - 1
-        with update(model, group=group) as tx:
-            tx.load_state_dict(workers.weights(number))
-    with pytest.raises(ValueError, match="as planned"), update(model, group=group):
-        raise ValueError("as planned")
-    late = UpdateGroup(store, 0, 1)
-    assert group_version(late) == 11
-    assert late.attempt == 12
 
 
 def test_a_group_of_one_updates_alone():

@@ -59,11 +59,9 @@ def taking_part(
         attempt.join()
         yield replace(options, attempt=attempt, timeout=timeout)
     except BaseException as error:
-        attempt.refuse(error)
-        # An interrupt is raised when the update is finished.
-        if attempt.agreed_on == lock.version:
-            with suppress(RuntimeError):
-                attempt.done()
+        found = attempt.refuse(error)
+        if found is not None and found.commit:
+            attempt.missed(found.version, lock.version, error)
         raise
     try:
         attempt.confirm()
@@ -86,9 +84,6 @@ class Attempt:
     """One update of a group, as this rank takes part in it."""
 
     ranks: UpdateGroup
-    has_voted: bool = False
-    agreed_on: int | None = None
-    """The version that all ranks commit; None before they agree."""
 
     def join(self) -> None:
         with _store_lost("nothing was changed"):
@@ -108,20 +103,27 @@ class Attempt:
     def agree(self, base: int, to: int) -> None:
         """Vote to commit; UpdateError where the ranks do not."""
         with _store_lost("this rank has its old weights, and the others may have the new ones"):
-            self.has_voted = True
             steps = self.ranks.arrive("voted", base, to)
             found = self._counted(steps, to) if steps >= self._number("voted") else None
             self._check(found or self._waited())
-            self.agreed_on = to
 
-    def refuse(self, error: BaseException) -> None:
-        """Abort for all ranks, unless this one has voted: then the decision holds."""
-        if self.has_voted:
-            return
+    def refuse(self, error: BaseException) -> GroupDecision | None:
+        """Abort for all ranks; the decision that came first, or None where the store is lost."""
+        why = f"rank {self.ranks.rank} raised {error!r}"
         try:
-            self.ranks.decide(GroupDecision(False, 0, f"rank {self.ranks.rank} raised {error!r}"))
+            return self.ranks.decide(GroupDecision(False, 0, why))
         except RuntimeError as lost:
             error.add_note(f"the other ranks were not told: {lost}")
+            return None
+
+    def missed(self, agreed: int, version: int, error: BaseException) -> None:
+        """Say that this rank has written its weights, or what it lacks: all ranks agreed before."""
+        if version != agreed:
+            error.add_note(f"the other ranks have version {agreed}: load it with version={agreed}")
+            return
+        # An interrupt is raised when the update is finished.
+        with suppress(RuntimeError):
+            self.done()
 
     def done(self) -> int:
         """Say that this rank has written its weights; the steps of all ranks."""

@@ -19,7 +19,7 @@ from fixpass.runtime.weights.lock import read_lock, version
 from fixpass.runtime.weights.mapping import Mapping
 from fixpass.runtime.weights.mapping_rules import TensorParallel
 from fixpass.runtime.weights.processes import state_of
-from fixpass.runtime.weights.update import update
+from fixpass.runtime.weights.update import Update, update
 from fixpass.runtime.weights.update_group import UpdateGroup, group_version
 
 PHASES = (
@@ -82,15 +82,14 @@ def fault(kind):
     signal.pthread_kill(threading.get_ident(), number)
 
 
-def planted(*names, before=None, after=None):
+def planted(*names, before=None, after=None, owner=group_commit.Attempt):
     """Do something once, before or after the first of these steps in the next update."""
-    attempt = group_commit.Attempt
-    originals = {name: getattr(attempt, name) for name in names}
+    originals = {name: getattr(owner, name) for name in names}
 
     def wrapped(name):
         def method(self, *args):
             for each, original in originals.items():
-                setattr(attempt, each, original)
+                setattr(owner, each, original)
             if before is not None:
                 before()
             result = originals[name](self, *args)
@@ -101,11 +100,14 @@ def planted(*names, before=None, after=None):
         return method
 
     for name in names:
-        setattr(attempt, name, wrapped(name))
+        setattr(owner, name, wrapped(name))
 
 
 def failing(phase, kind):
     """Fail once, in a phase of the next update."""
+    if (phase, kind) == ("after the write", "raise"):
+        planted("_finish", before=lambda: fault(kind), owner=Update)
+        return
     step = {"staged": "staged", "after the write": "confirm"}.get(phase, "agree")
     names = ("_waited", "_counted") if phase == "after the vote" else (step,)
     when = "after" if phase == "after the decision" else "before"
@@ -113,11 +115,11 @@ def failing(phase, kind):
 
 
 def until_failed(who):
-    """Wait until a rank has voted and does not run any more."""
+    """Wait until a rank has voted, and raised or does not run any more."""
     group = here["group"]
     while not (victim := group.progress()[who]).reached(group.attempt, "voted"):
         time.sleep(0.01)
-    while state_of(victim.process) == "runs":
+    while state_of(victim.process) == "runs" and group.decision(group.attempt) is None:
         time.sleep(0.01)
 
 

@@ -46,7 +46,7 @@ def assert_raised_by(raising, results):
         assert said == ["as planned" if rank == raising else named]
 
 
-@pytest.mark.parametrize("phase", BEFORE[:3])
+@pytest.mark.parametrize("phase", BEFORE)
 def test_a_rank_that_raises_leaves_all_ranks_alone(ranks, phase):
     before = ranks.run(workers.state)
     results = ranks.run(workers.step, 7, 2, phase, "raise")
@@ -155,6 +155,28 @@ def check_killed(ranks, phase, store, place):
     assert [said for said, _ in again] == [[]] * ranks.size
 
 
+def check_raised(ranks, phase):
+    before = ranks.run(workers.state)
+    results = ranks.run(workers.step, 8, 1, phase, "raise")
+    if phase in BEFORE:
+        assert [state for _, state in results] == before
+        assert_raised_by(1, results)
+        return
+    new = (before[0][0] + 1, 8.0)
+    (said, other), (own, state) = results
+    assert other == new
+    assert own == ["as planned"]
+    if phase == "after the write":
+        assert (said, state) == ([], new)
+        return
+    assert said[0].startswith("this rank has the new weights, and rank 1, process ")
+    assert state == before[1]
+    for (text,), _ in ranks.run(workers.step, 9):
+        assert "the ranks update different versions" in text
+    ranks.send(1, workers.come_back, 8)
+    assert ranks.collect([1]) == [new[0]]
+
+
 @pytest.fixture(params=["tcp", "file"])
 def place(request, tmp_path):
     """Where processes that share no group meet: a store that outlives each of them."""
@@ -180,6 +202,13 @@ def test_engines_without_a_group_fail_and_come_back(engines, place):
     assert states(engines.run(workers.step, 5)) == {(1, 5.0)}
     check_stopped(engines, engines.pids, "after the vote")
     check_killed(engines, "after the vote", *place)
+
+
+@pytest.mark.full
+def test_engines_survive_a_rank_that_raises_in_any_phase(engines):
+    for phase in PHASES:
+        check_raised(engines, phase)
+        assert len(states(engines.run(workers.step, 5))) == 1, phase
 
 
 @pytest.mark.full

@@ -14,23 +14,31 @@ a rank that waits too long. The first decision is the only one. `docs/ranks.md` 
 what is not promised.
 """
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from fixpass.runtime.errors import UpdateError
 from fixpass.runtime.weights.lock import WeightsLock
 from fixpass.runtime.weights.options import Options
-from fixpass.runtime.weights.processes import has_ended, is_stopped
-from fixpass.runtime.weights.update_group import GroupDecision, Progress, Step, UpdateGroup
+from fixpass.runtime.weights.processes import state_of
+from fixpass.runtime.weights.update_group import COUNTED, GroupDecision, Progress, Step, UpdateGroup
 
 _STAGED = ("buffered", "double_buffer")
-_LOOK = 0.25
+_CHECK = 0.25
 """Seconds between two looks at the processes of this host."""
+_SPIN = 2e-3
+"""Seconds for which a rank waits without sleep. The kernel adds about 50 us to any sleep."""
+
+_REPLACED = GroupDecision(False, 0, "a rank was replaced by another process while it took part")
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -51,11 +59,9 @@ def taking_part(
         attempt.join()
         yield replace(options, attempt=attempt, timeout=timeout)
     except BaseException as error:
-        attempt.refuse(error)
-        # An interrupt is raised when the update is finished.
-        if attempt.agreed_on == lock.version:
-            with suppress(RuntimeError):
-                attempt.done()
+        found = attempt.refuse(error)
+        if found is not None and found.commit:
+            attempt.missed(found.version, lock.version, error)
         raise
     try:
         attempt.confirm()
@@ -78,9 +84,6 @@ class Attempt:
     """One update of a group, as this rank takes part in it."""
 
     ranks: UpdateGroup
-    has_voted: bool = False
-    agreed_on: int | None = None
-    """The version that all ranks commit; None before they agree."""
 
     def join(self) -> None:
         with _store_lost("nothing was changed"):
@@ -89,46 +92,46 @@ class Attempt:
 
     def staged(self) -> None:
         """Wait until all ranks have staged. The lock is open, so calls go on meanwhile."""
-        is_ready = False
-
-        def is_over() -> bool:
-            nonlocal is_ready
-            is_ready = self._have_all("staged")
-            return is_ready or self._found() is not None
-
         with _store_lost("nothing was changed"):
-            self.ranks.tell("staged")
-            self._wait(is_over)
-            if not is_ready:
+            steps = self._all_at("staged", self.ranks.arrive("staged"))
+            if steps is None:
                 self._check(self._outcome("staged", "is not ready"))
+            # An abort counts as all steps. Without one, the vote of this rank is missing.
+            elif steps >= self._number("voted"):
+                self._check(self._found() or self.ranks.decide(_REPLACED))
 
     def agree(self, base: int, to: int) -> None:
         """Vote to commit; UpdateError where the ranks do not."""
         with _store_lost("this rank has its old weights, and the others may have the new ones"):
-            self.has_voted = True
-            self.ranks.tell("voted", base, to)
-            votes = self.ranks.progress()
-            late = self._behind("voted", votes)
-            self._check(self._waited() if late else self._counted(votes, to))
-            self.agreed_on = to
+            steps = self.ranks.arrive("voted", base, to)
+            found = self._counted(steps, to) if steps >= self._number("voted") else None
+            self._check(found or self._waited())
 
-    def refuse(self, error: BaseException) -> None:
-        """Abort for all ranks, unless this one has voted: then the decision holds."""
-        if self.has_voted:
-            return
+    def refuse(self, error: BaseException) -> GroupDecision | None:
+        """Abort for all ranks; the decision that came first, or None where the store is lost."""
+        why = f"rank {self.ranks.rank} raised {error!r}"
         try:
-            self.ranks.decide(GroupDecision(False, 0, f"rank {self.ranks.rank} raised {error!r}"))
+            return self.ranks.decide(GroupDecision(False, 0, why))
         except RuntimeError as lost:
             error.add_note(f"the other ranks were not told: {lost}")
+            return None
 
-    def done(self) -> None:
-        """Say that this rank has written its weights."""
-        self.ranks.tell("done")
+    def missed(self, agreed: int, version: int, error: BaseException) -> None:
+        """Say that this rank has written its weights, or what it lacks: all ranks agreed before."""
+        if version != agreed:
+            error.add_note(f"the other ranks have version {agreed}: load it with version={agreed}")
+            return
+        # An interrupt is raised when the update is finished.
+        with suppress(RuntimeError):
+            self.done()
+
+    def done(self) -> int:
+        """Say that this rank has written its weights; the steps of all ranks."""
+        return self.ranks.arrive("done")
 
     def confirm(self) -> None:
         """Wait until each rank has written its weights; warn of those that have not."""
-        self.done()
-        if not self._wait(lambda: self._have_all("done"), "done"):
+        if self._all_at("done", self.done()) is None:
             texts = self._absent("done", "has not confirmed the update")
             text = f"this rank has the new weights, and {'; '.join(texts)}"
             warnings.warn(text, stacklevel=6)
@@ -140,16 +143,32 @@ class Attempt:
     def _found(self) -> GroupDecision | None:
         return self.ranks.decision(self.ranks.attempt)
 
-    def _have_all(self, step: Step) -> bool:
-        return not self._behind(step, self.ranks.progress())
+    def _number(self, step: Step) -> int:
+        """The steps that ranks have made when all of them have come to a step."""
+        return (COUNTED.index(step) + 1) * self.ranks.size
+
+    def _all_at(self, step: Step, steps: int) -> int | None:
+        """Wait until all ranks have come to a step; how many steps they made then, or None."""
+        enough = self._number(step)
+
+        def look() -> int | None:
+            found = self.ranks.steps()
+            return found if found >= enough else None
+
+        return steps if steps >= enough else self._wait(look)
 
     def _behind(self, step: Step, progress: Sequence[Progress]) -> set[int]:
         """The ranks that have not come to a step of this attempt."""
         there = {each.rank for each in progress if each.reached(self.ranks.attempt, step)}
         return {*range(self.ranks.size)} - there
 
-    def _counted(self, votes: Sequence[Progress], to: int) -> GroupDecision:
-        """The decision of a rank that sees the votes of all."""
+    def _counted(self, steps: int, to: int) -> GroupDecision | None:
+        """The decision of a rank that sees the votes of all; None if it does not."""
+        votes = self.ranks.progress()
+        if self._behind("voted", votes):
+            return None
+        if steps > self._number("voted"):
+            return self.ranks.decide(_REPLACED)
         if len({(vote.base, vote.to) for vote in votes}) > 1:
             texts = ", ".join(f"rank {vote.rank}: {vote.base} to {vote.to}" for vote in votes)
             why = (
@@ -162,8 +181,7 @@ class Attempt:
 
     def _waited(self) -> GroupDecision:
         """The decision of another rank, or an abort where none comes in time."""
-        self._wait(lambda: self._found() is not None)
-        return self._outcome("voted", "did not vote")
+        return self._wait(self._found) or self._outcome("voted", "did not vote")
 
     def _outcome(self, step: Step, what: str) -> GroupDecision:
         """The decision, or else an abort for want of ranks that have come to a step."""
@@ -173,29 +191,32 @@ class Attempt:
         why = "; ".join(texts) or f"no rank decided within {self.ranks.timeout:g} s"
         return self.ranks.decide(GroupDecision(False, 0, why))
 
-    def _wait(self, is_there: Callable[[], bool], step: Step | None = None) -> bool:
-        """Wait for the others.
+    def _wait(self, look: Callable[[], T | None]) -> T | None:
+        """Look until there is something, which is returned.
 
-        False where the time is up, or where a rank has ended that has not come to `step`.
+        None where the time is up, or where a rank has ended that has not written its weights yet.
         """
-        ranks = self.ranks
-        # The kernel adds about 50 us to any sleep. The store serves one rank after another.
-        pause, most = 2e-5, 5e-4 * max(1.0, ranks.size / 8)
-        now = time.monotonic()
-        end, look = now + ranks.timeout, now + _LOOK
-        while not is_there():
+        began = time.monotonic()
+        next_check = began + _CHECK
+        while (found := look()) is None:
             now = time.monotonic()
-            if now > end:
-                return False
-            if now > look:
-                progress = ranks.progress()
-                late = {*range(ranks.size)} if step is None else self._behind(step, progress)
-                if not late.isdisjoint(_lost(progress)):
-                    return is_there()
-                look = now + _LOOK
-            time.sleep(pause)
-            pause = min(1.5 * pause, most)
-        return True
+            if now - began > self.ranks.timeout:
+                return None
+            if now > next_check:
+                progress = self.ranks.progress()
+                if not self._behind("done", progress).isdisjoint(_lost(progress)):
+                    return look()
+                next_check = now + _CHECK
+            self._pause(now - began)
+        return found
+
+    def _pause(self, waited: float) -> None:
+        """Let other processes run, and sleep where the wait is long already."""
+        if waited < _SPIN:
+            os.sched_yield()
+        else:
+            # The store serves one rank after another.
+            time.sleep(min(waited / 8, 5e-4 * max(1.0, self.ranks.size / 8)))
 
     def _absent(self, step: Step, what: str) -> list[str]:
         """The ranks that have not come to a step, and what is known of them."""
@@ -215,10 +236,10 @@ class Attempt:
 
 def _lost(progress: Sequence[Progress], *, can_stop: bool = True) -> dict[int, str]:
     """The ranks whose processes, on this host, do not run, in words."""
-    found = {}
-    for each in progress:
-        if has_ended(each.process):
-            found[each.rank] = f"rank {each.rank}, {each.process['text']}, has ended"
-        elif not can_stop and is_stopped(each.process):
-            found[each.rank] = f"rank {each.rank}, {each.process['text']}, is stopped"
-    return found
+    states = {each.rank: (each.process["text"], state_of(each.process)) for each in progress}
+    fine = ("runs", "is stopped") if can_stop else ("runs",)
+    return {
+        rank: f"rank {rank}, {text}, {state}"
+        for rank, (text, state) in states.items()
+        if state not in fine
+    }

@@ -7,8 +7,9 @@ count as running.
 import os
 import socket
 from functools import cache
-from pathlib import Path
-from typing import TypedDict
+from typing import Literal, TypedDict
+
+State = Literal["runs", "is stopped", "has ended"]
 
 
 class Process(TypedDict):
@@ -31,20 +32,14 @@ def this_process() -> Process:
     return Process(text=text, pid=pid, place=_place(), started=state[1] if state else "")
 
 
-def has_ended(process: Process) -> bool:
-    """Whether a process of this host has ended; a zombie has."""
+def state_of(process: Process) -> State:
+    """Whether a process of this host runs; a zombie has ended."""
     if not process["started"] or process["place"] != _place():
-        return False
+        return "runs"
     state = _state(process["pid"])
-    return state is None or state[0] in "ZX" or state[1] != process["started"]
-
-
-def is_stopped(process: Process) -> bool:
-    """Whether a signal has stopped a process of this host."""
-    if not process["started"] or process["place"] != _place():
-        return False
-    state = _state(process["pid"])
-    return state is not None and state[0] in "Tt"
+    if state is None or state[0] in "ZX" or state[1] != process["started"]:
+        return "has ended"
+    return "is stopped" if state[0] in "Tt" else "runs"
 
 
 @cache
@@ -58,8 +53,13 @@ def _place() -> str:
 def _state(pid: int) -> tuple[str, str] | None:
     """The letter of a process's state and its start time; None where there is no such process."""
     try:
-        # The name of the program, in brackets, may have spaces.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        file = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
+        try:
+            text = os.read(file, 1000)
+        finally:
+            os.close(file)
     except OSError:
         return None
+    # The name of the program, in brackets, may have spaces.
+    fields = text.decode(errors="replace").rpartition(")")[2].split()
     return fields[0], fields[19]

@@ -1,7 +1,8 @@
 """The ranks that update their models together, and what they tell one another in a Store.
 
-Each rank has one key, which says how far it is. Each attempt to update has one key more, for its
-decision.
+Each rank has one key, which says how far it is. Each attempt to update has two keys more: the
+number of steps that its ranks made, and its decision. A rank that waits reads one of these two, in
+one round trip.
 """
 
 import json
@@ -16,6 +17,10 @@ from fixpass.runtime.weights.processes import Process, this_process
 
 Step = Literal["joined", "staged", "voted", "done"]
 _STEPS: tuple[Step, ...] = ("joined", "staged", "voted", "done")
+COUNTED = _STEPS[1:]
+"""The steps that ranks wait for."""
+_NONE = "-"
+"""No key has this value."""
 
 
 class Progress(NamedTuple):
@@ -112,17 +117,36 @@ class UpdateGroup:
             keys = [key for key in keys if self._store.check([key])]
         return [Progress(*json.loads(text)) for text in self._store.multi_get(keys)]
 
+    def arrive(self, step: Step, base: int = 0, to: int = 0) -> int:
+        """Say that this rank has come to a counted step; the steps of all ranks in this attempt."""
+        self.tell(step, base, to)
+        return self._store.add(self._count, 1)
+
+    def steps(self) -> int:
+        """The steps of all ranks in this attempt; after an abort, at least all that there are."""
+        return int(self._read(self._count) or 0)
+
     def decision(self, attempt: int) -> GroupDecision | None:
         """The decision of an attempt; None before there is one."""
-        key = f"decision/{attempt}"
-        return (
-            GroupDecision(*json.loads(self._store.get(key))) if self._store.check([key]) else None
-        )
+        found = self._read(f"decision/{attempt}")
+        return GroupDecision(*json.loads(found)) if found else None
 
     def decide(self, wanted: GroupDecision) -> GroupDecision:
         """Propose the decision of the present attempt; the one that came first."""
         key = f"decision/{self.attempt}"
-        return GroupDecision(*json.loads(self._store.compare_set(key, "", json.dumps(wanted))))
+        found = GroupDecision(*json.loads(self._store.compare_set(key, "", json.dumps(wanted))))
+        if not found.commit:
+            self._store.add(self._count, len(COUNTED) * self.size)
+        return found
+
+    @property
+    def _count(self) -> str:
+        return f"steps/{self.attempt}"
+
+    def _read(self, key: str) -> bytes:
+        """The value of a key, in one round trip; empty where there is no such key."""
+        found: bytes = self._store.compare_set(key, _NONE, _NONE)
+        return b"" if found == _NONE.encode() else found
 
     def catch_up(self) -> None:
         """Take the last attempt that is decided for seen."""

@@ -18,8 +18,8 @@ from fixpass.runtime.weights.load import reload
 from fixpass.runtime.weights.lock import read_lock, version
 from fixpass.runtime.weights.mapping import Mapping
 from fixpass.runtime.weights.mapping_rules import TensorParallel
-from fixpass.runtime.weights.processes import has_ended, is_stopped
-from fixpass.runtime.weights.update import update
+from fixpass.runtime.weights.processes import state_of
+from fixpass.runtime.weights.update import Update, update
 from fixpass.runtime.weights.update_group import UpdateGroup, group_version
 
 PHASES = (
@@ -59,8 +59,13 @@ def begin(make_store=None, place=None, rank=None, size=None, timeout=60.0):
         here["group"] = UpdateGroup.of(dist.group.WORLD)
         here["group"].timeout = timeout
     else:
-        here["group"] = UpdateGroup(make_store(place), rank, size, timeout=timeout)
+        meet(make_store, place, rank, size, timeout)
     return os.getpid()
+
+
+def meet(make_store, place, rank, size, timeout):
+    """Make the group that updates the model, in a store."""
+    here["group"] = UpdateGroup(make_store(place), rank, size, timeout=timeout)
 
 
 def state():
@@ -77,43 +82,45 @@ def fault(kind):
     signal.pthread_kill(threading.get_ident(), number)
 
 
-def failing(phase, kind):
-    """Fail once, in a phase of the next update."""
-    attempt = group_commit.Attempt
-    name = {"after the write": "confirm", "staged": "staged"}.get(phase, "agree")
-    names = ("_waited", "_counted") if phase == "after the vote" else (name,)
-    originals = {each: getattr(attempt, each) for each in names}
+def planted(*names, before=None, after=None, owner=group_commit.Attempt):
+    """Do something once, before or after the first of these steps in the next update."""
+    originals = {name: getattr(owner, name) for name in names}
 
-    def planted(each):
+    def wrapped(name):
         def method(self, *args):
-            for one, original in originals.items():
-                setattr(attempt, one, original)
-            if phase != "after the decision":
-                fault(kind)
-            result = originals[each](self, *args)
-            if phase == "after the decision":
-                fault(kind)
+            for each, original in originals.items():
+                setattr(owner, each, original)
+            if before is not None:
+                before()
+            result = originals[name](self, *args)
+            if after is not None:
+                after()
             return result
 
         return method
 
-    for each in names:
-        setattr(attempt, each, planted(each))
+    for name in names:
+        setattr(owner, name, wrapped(name))
 
 
-def vote_late(who):
-    """In the next update, vote when a rank has voted and does not run any more."""
-    attempt, original = group_commit.Attempt, group_commit.Attempt.agree
+def failing(phase, kind):
+    """Fail once, in a phase of the next update."""
+    if (phase, kind) == ("after the write", "raise"):
+        planted("_finish", before=lambda: fault(kind), owner=Update)
+        return
+    step = {"staged": "staged", "after the write": "confirm"}.get(phase, "agree")
+    names = ("_waited", "_counted") if phase == "after the vote" else (step,)
+    when = "after" if phase == "after the decision" else "before"
+    planted(*names, **{when: lambda: fault(kind)})
 
-    def agree(self, base, to):
-        attempt.agree = original
-        while not (victim := self.ranks.progress()[who]).reached(self.ranks.attempt, "voted"):
-            time.sleep(0.01)
-        while not (has_ended(victim.process) or is_stopped(victim.process)):
-            time.sleep(0.01)
-        return original(self, base, to)
 
-    attempt.agree = agree
+def until_failed(who):
+    """Wait until a rank has voted, and raised or does not run any more."""
+    group = here["group"]
+    while not (victim := group.progress()[who]).reached(group.attempt, "voted"):
+        time.sleep(0.01)
+    while state_of(victim.process) == "runs" and group.decision(group.attempt) is None:
+        time.sleep(0.01)
 
 
 def step(value, who=None, phase=None, kind=None, mode="buffered", timeout=None):
@@ -126,7 +133,7 @@ def step(value, who=None, phase=None, kind=None, mode="buffered", timeout=None):
             if is_victim and phase not in (None, "staging"):
                 failing(phase, kind)
             elif phase == "after the vote":
-                vote_late(who)
+                planted("agree", before=lambda: until_failed(who))
             with update(here["model"], mode, timeout=timeout, group=here["group"]) as tx:
                 tx.load_state_dict(weights(value))
                 if is_victim and phase == "staging":

@@ -74,6 +74,20 @@ def test_the_parameter_stays_the_object_that_it_was_at_the_address_that_it_had()
     assert weight.stride() == (1, 512)
 
 
+@torch.no_grad()
+def test_a_view_that_needs_row_major_strides_names_reshape_and_works_after_data_is_set():
+    module, x = Reads(turned), f32(3, 64)
+    flat, run = module.weight.flatten().clone(), compiled(module)
+    same(run, module, x)
+    with pytest.raises(RuntimeError, match=r"view size is not compatible.*Use \.reshape"):
+        module.weight.view(-1)
+    torch.testing.assert_close(module.weight.reshape(-1), flat, rtol=0, atol=0)
+    module.weight.data = module.weight.contiguous()
+    module.weight.view(-1).mul_(2)
+    torch.testing.assert_close(module.weight.view(-1), 2 * flat, rtol=0, atol=0)
+    same(run, module, x)
+
+
 def test_a_stack_of_experts_is_turned_within_each_expert():
     module = Reads(lambda weight: weight.transpose(1, 2).contiguous(), 8, 128, 64)
     assert_expected_inline(

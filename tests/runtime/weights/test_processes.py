@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from fixpass.runtime.weights.processes import Process, has_ended, is_stopped, this_process
+from fixpass.runtime.weights.processes import Process, state_of, this_process
 
 SLEEPS = "import time; time.sleep(100)"
 
@@ -27,39 +27,36 @@ def process_of(child):
     return Process(this_process(), pid=child.pid, started=started)
 
 
-def wait_for(condition, *args):
+def wait_for(state, process):
     for _ in range(1000):
-        if condition(*args):
+        if state_of(process) == state:
             return True
         time.sleep(0.01)
     return False
 
 
 def test_this_process_runs():
-    assert not has_ended(this_process())
-    assert not is_stopped(this_process())
+    assert state_of(this_process()) == "runs"
     assert str(os.getpid()) in this_process()["text"]
 
 
 def test_a_stopped_process_has_not_ended(child):
     process = process_of(child)
-    assert not is_stopped(process)
+    assert state_of(process) == "runs"
     os.kill(child.pid, signal.SIGSTOP)
-    assert wait_for(is_stopped, process)
-    assert not has_ended(process)
+    assert wait_for("is stopped", process)
 
 
 def test_a_killed_process_has_ended_before_its_parent_looks(child):
     process = process_of(child)
     child.kill()
-    assert wait_for(has_ended, process)
+    assert wait_for("has ended", process)
     child.wait()
-    assert has_ended(process)
-    assert not is_stopped(process)
+    assert state_of(process) == "has ended"
 
 
 def test_another_process_with_the_same_pid_is_told_apart(child):
-    assert has_ended(Process(process_of(child), started="1"))
+    assert state_of(Process(process_of(child), started="1")) == "has ended"
 
 
 @pytest.mark.parametrize("unknown", [{"place": "elsewhere"}, {"started": ""}])
@@ -67,5 +64,4 @@ def test_a_process_that_cannot_be_looked_up_counts_as_running(child, unknown):
     process = Process(process_of(child), **unknown)
     child.kill()
     child.wait()
-    assert not has_ended(process)
-    assert not is_stopped(process)
+    assert state_of(process) == "runs"

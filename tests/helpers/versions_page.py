@@ -151,10 +151,12 @@ def run(version, workers, keep):
 
 def main(words):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("versions", nargs="*", default=versions(), choices=[*versions(), []])
+    parser.add_argument("versions", nargs="*", default=versions())
     parser.add_argument("--workers", type=int, default=2, help="of pytest")
     parser.add_argument("--keep", action="store_true", help="keep the environment")
     given = parser.parse_args(words)
+    if unknown := set(given.versions) - set(versions()):
+        parser.error(f"there are no constraints of {sorted(unknown)}; known: {versions()}")
     return int(any(run(each, given.workers, given.keep).failed for each in given.versions))
 
 

@@ -30,6 +30,7 @@ from fixpass.lowering.constraints import (
 )
 from fixpass.lowering.contract import Contract, Kernel
 from fixpass.lowering.dtype_constraints import (
+    Alike,
     ComputesIn,
     DtypeIn,
     GroupDivides,
@@ -60,6 +61,7 @@ PLAIN: tuple[Constraint, ...] = (
 )
 _PLAIN_LAYER_NORM = (
     AlignedVector("bias"),
+    SameDtype("bias"),
     *(Present("bias") if c == Absent("bias") else c for c in PLAIN),
 )
 _RESIDUAL: tuple[Constraint, ...] = (SameShape("residual", "x"), SameDtype("residual"))
@@ -77,6 +79,8 @@ _ROWS_OF_ANY_STRIDE: tuple[Constraint, ...] = (
     Rank("x", 1, MAX_RANK),
     HiddenAtMost(MAX_HIDDEN),
     LeadingDims(4),
+    DtypeIn("weight", FLOAT),
+    DtypeIn("bias", FLOAT),
 )
 _STRIDED = (DtypeIn("out", FLOAT), *_ROWS_OF_ANY_STRIDE)
 _STRIDED_RESIDUAL = (SameShape("residual", "x"), DtypeIn("residual", FLOAT))
@@ -240,11 +244,14 @@ KERNELS: tuple[Kernel, ...] = (
         (
             DtypeIn("q", FLOAT),
             SameDtype("k"),
+            DtypeIn("out", FLOAT),
             ComputesIn(torch.float32),
             Rank("q", 1, MAX_RANK),
             Rank("k", 1, MAX_RANK),
             HiddenAtMost(MAX_HIDDEN),
             SameHidden("k", "q"),
+            DtypeIn("q_weight", FLOAT),
+            Alike("k_weight", "q_weight"),
         ),
     ),
 )

@@ -74,13 +74,11 @@ _PITCHED: tuple[Constraint, ...] = (Rank("x", 2, 2), UnitLastStride("x"), Dense2
 # An odd hidden size corrupts the borders of rows: ROCm/aiter#5044.
 _AITER: tuple[Constraint, ...] = (HiddenEven(), *PLAIN, _EITHER)
 _ROWS_OF_ANY_STRIDE: tuple[Constraint, ...] = (
-    DtypeIn("x", FLOAT),
+    *(DtypeIn(name, FLOAT) for name in ("x", "weight", "bias")),
     ComputesIn(torch.float32),
     Rank("x", 1, MAX_RANK),
     HiddenAtMost(MAX_HIDDEN),
     LeadingDims(4),
-    DtypeIn("weight", FLOAT),
-    DtypeIn("bias", FLOAT),
 )
 _STRIDED = (DtypeIn("out", FLOAT), *_ROWS_OF_ANY_STRIDE)
 _STRIDED_RESIDUAL = (SameShape("residual", "x"), DtypeIn("residual", FLOAT))
@@ -242,15 +240,13 @@ KERNELS: tuple[Kernel, ...] = (
     _ours(
         "qk_norm",
         (
-            DtypeIn("q", FLOAT),
+            *(DtypeIn(name, FLOAT) for name in ("q", "out", "q_weight")),
             SameDtype("k"),
-            DtypeIn("out", FLOAT),
             ComputesIn(torch.float32),
             Rank("q", 1, MAX_RANK),
             Rank("k", 1, MAX_RANK),
             HiddenAtMost(MAX_HIDDEN),
             SameHidden("k", "q"),
-            DtypeIn("q_weight", FLOAT),
             Alike("k_weight", "q_weight"),
         ),
     ),

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE, PLACE = ROOT / "docs/versions.md", ROOT / ".versions"
 PYTHON, PINS, JUNIT = PLACE / "bin/python", PLACE / "constraints.txt", PLACE / "junit.xml"
 START, END = "<!-- versions -->", "<!-- end of versions -->"
-HEAD = """| torch | triton | transformers | Python | commit | passed | failed | skipped | time |
+HEAD = """| torch | triton | transformers | Python | commit of | passed | failed | skipped | time |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 MOVING = ("torch", "triton", "transformers")
 # As `make test` sets them: threads of torch and of Inductor would fight with pytest's workers.
@@ -76,16 +76,16 @@ def python_of(version):
     return re.search(r"Python (3\.\d+)", text).group(1)
 
 
-def commit():
-    """The commit of this checkout; a "+" says that files differ from it."""
-    words = ["git", "-C", ROOT, "describe", "--always", "--dirty=+", "--exclude=*"]
+def commit_date():
+    """The day of the commit that this checkout holds: 2026-11-28."""
+    words = ["git", "-C", ROOT, "log", "-1", "--format=%cs"]
     return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def row(version, outcome, at):
-    """The line of the table, for a run of the commit `at`."""
+def row(version, outcome, day):
+    """The line of the table, for a run of a commit of `day`."""
     pins = constraints(version)
-    cells = [*(pins[name] for name in MOVING), python_of(version), at, f"{outcome.passed:,}"]
+    cells = [*(pins[name] for name in MOVING), python_of(version), day, f"{outcome.passed:,}"]
     cells += [str(len(outcome.failed)), str(outcome.skipped), f"{outcome.minutes:.0f} min"]
     return f"| {' | '.join(cells)} |"
 
@@ -140,7 +140,7 @@ def run(version, workers, keep):
             make_environment(version)
         say(version, began, f"running the tests with {workers} workers: up to an hour")
         outcome = run_tests(workers)
-        line = row(version, outcome, commit())
+        line = row(version, outcome, commit_date())
         PAGE.write_text(page(PAGE.read_text(), version, line, outcome.failed))
         say(version, began, f"{outcome}; docs/versions.md has the row")
         return outcome

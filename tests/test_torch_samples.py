@@ -1,12 +1,8 @@
 """torch's own samples of norms, linear layers, views and reductions give what eager gives.
 
 `op_db` and `module_db` are the lists with which torch tests its operators and modules. The rewritten
-graphs run op by op, and verify="values" compares them with the graphs before each pass. Through
-Inductor, fixpass gives what plain Inductor gives; `INDUCTOR_FAILS` lists where that differs from
-eager mode.
+graphs run op by op, and verify="values" compares them with the graphs before each pass.
 """
-
-from itertools import islice
 
 import pytest
 import torch
@@ -83,35 +79,3 @@ def test_a_module_of_rewritten_graphs(name):
         assert_same(compiled_anew(module, verify="values"), module, *args, **kwargs)
         count += 1
     assert count
-
-
-# Plain Inductor of torch 2.13 on CPU, by name: what differs from eager mode.
-INDUCTOR_FAILS: dict[str, str] = {}
-
-
-def difference(backend, fn, samples):
-    """How the compiled function differs from `fn`: the first line, or nothing."""
-    torch._dynamo.reset()
-    options = {"verify": True, "strict": True} if backend == "fixpass" else {}
-    try:
-        assert_same(torch.compile(fn, backend=backend, options=options), fn, samples)
-    except Exception as error:
-        return str(error).strip().partition("\n")[0]
-    return ""
-
-
-@pytest.mark.inductor
-@pytest.mark.parametrize("name", sorted(OPS | MODULES))
-def test_through_inductor_as_with_plain_inductor(name):
-    source = op_samples if name in OPS else module_samples
-    calls, samples = [], []
-    for call, args, kwargs in islice(source(name), 3):
-        calls.append(function(call) if name in OPS else call)
-        samples.append((args, kwargs))
-
-    def every(samples):
-        return [call(*args, **kwargs) for call, (args, kwargs) in zip(calls, samples, strict=True)]
-
-    plain = difference("inductor", every, samples)
-    assert plain == INDUCTOR_FAILS.get(name, "")
-    assert difference("fixpass", every, samples) == plain

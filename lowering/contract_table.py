@@ -59,11 +59,8 @@ PLAIN: tuple[Constraint, ...] = (
     SameDtype("weight"),
     SameDtype("out"),
 )
-_PLAIN_LAYER_NORM = (
-    AlignedVector("bias"),
-    SameDtype("bias"),
-    *(Present("bias") if c == Absent("bias") else c for c in PLAIN),
-)
+_BIAS = (AlignedVector("bias"), SameDtype("bias"))
+_PLAIN_LAYER_NORM = (*_BIAS, *(Present("bias") if c == Absent("bias") else c for c in PLAIN))
 _RESIDUAL: tuple[Constraint, ...] = (SameShape("residual", "x"), SameDtype("residual"))
 _EITHER = WeightRule((False, True))
 _AFTER = WeightRule((False,))

@@ -141,7 +141,7 @@ class RowPitch(OperandConstraint):
     def holds(self, site: Site) -> Known:
         layout = site.layouts.get(self.operand)
         if layout is None or layout.rank < 2:
-            return True
+            return layout is None
         num_rows = math.prod(layout.shape[:-1])
         is_pitch = known_equal(layout.stride[-2], layout.shape[-1])
         return is_pitch if is_pitch is True else either(is_pitch, known(num_rows <= 1))

@@ -30,6 +30,7 @@ from fixpass.lowering.constraints import (
 )
 from fixpass.lowering.contract import Contract, Kernel
 from fixpass.lowering.dtype_constraints import (
+    Alike,
     ComputesIn,
     DtypeIn,
     GroupDivides,
@@ -58,10 +59,8 @@ PLAIN: tuple[Constraint, ...] = (
     SameDtype("weight"),
     SameDtype("out"),
 )
-_PLAIN_LAYER_NORM = (
-    AlignedVector("bias"),
-    *(Present("bias") if c == Absent("bias") else c for c in PLAIN),
-)
+_BIAS = (AlignedVector("bias"), SameDtype("bias"))
+_PLAIN_LAYER_NORM = (*_BIAS, *(Present("bias") if c == Absent("bias") else c for c in PLAIN))
 _RESIDUAL: tuple[Constraint, ...] = (SameShape("residual", "x"), SameDtype("residual"))
 _EITHER = WeightRule((False, True))
 _AFTER = WeightRule((False,))
@@ -72,7 +71,7 @@ _PITCHED: tuple[Constraint, ...] = (Rank("x", 2, 2), UnitLastStride("x"), Dense2
 # An odd hidden size corrupts the borders of rows: ROCm/aiter#5044.
 _AITER: tuple[Constraint, ...] = (HiddenEven(), *PLAIN, _EITHER)
 _ROWS_OF_ANY_STRIDE: tuple[Constraint, ...] = (
-    DtypeIn("x", FLOAT),
+    *(DtypeIn(name, FLOAT) for name in ("x", "weight", "bias")),
     ComputesIn(torch.float32),
     Rank("x", 1, MAX_RANK),
     HiddenAtMost(MAX_HIDDEN),
@@ -238,13 +237,14 @@ KERNELS: tuple[Kernel, ...] = (
     _ours(
         "qk_norm",
         (
-            DtypeIn("q", FLOAT),
+            *(DtypeIn(name, FLOAT) for name in ("q", "out", "q_weight")),
             SameDtype("k"),
             ComputesIn(torch.float32),
             Rank("q", 1, MAX_RANK),
             Rank("k", 1, MAX_RANK),
             HiddenAtMost(MAX_HIDDEN),
             SameHidden("k", "q"),
+            Alike("k_weight", "q_weight"),
         ),
     ),
 )

@@ -36,6 +36,20 @@ class SameDtype(OperandConstraint):
 
 
 @dataclass(frozen=True)
+class Alike(OperandConstraint):
+    """Two operands are both there, in one dtype, or neither is."""
+
+    other: str
+
+    def holds(self, site: Site) -> Known:
+        first, second = site.layouts.get(self.operand), site.layouts.get(self.other)
+        return (first and first.dtype) == (second and second.dtype)
+
+    def __str__(self) -> str:
+        return f"{self.operand} and {self.other} have one dtype, or neither is there"
+
+
+@dataclass(frozen=True)
 class ComputesIn(Constraint):
     """The dtype in which squares are summed and rows are scaled."""
 
@@ -113,14 +127,14 @@ class QuantizedAs(Constraint):
 
     def holds(self, site: Site) -> Known:
         steps, code = site.steps, site.layouts["out"].dtype
-        high = 127.0 if code == torch.int8 else _LARGEST.get(code, 0.0)
+        high = 127.0 if code == torch.int8 else _LARGEST.get(code)
+        if high is None:
+            return False
         wanted = {"low": -128.0 if code == torch.int8 else -high, "high": high}
         if self.group_sizes:
             least = 2.0**-23 if code == torch.int8 else 1 / (512 * high)
             wanted |= {"limit": high, "scale_min": least}
-        if not high or any(
-            abs(steps.get(name, 0.0) / value - 1) > 1e-7 for name, value in wanted.items()
-        ):
+        if any(abs(steps.get(name, 0.0) / value - 1) > 1e-7 for name, value in wanted.items()):
             return False
         # The kernel rounds to x's dtype before it quantises; without this step the codes differ.
         if steps.get("weight_dtype") not in (None, site.x.dtype) or steps.get("amax_min"):

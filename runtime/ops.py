@@ -134,7 +134,8 @@ def _define(library: torch.library.Library, name: str) -> None:
         return providers.call(name, kernel_name, args, steps)
 
     def run_on_gpu(*args: Any, kernel_name: str = "", **steps: Any) -> Any:
-        if kernel_name == "" and strided.can_compute(args[0], steps):
+        operands = (each for each in args if isinstance(each, Tensor))
+        if kernel_name == "" and strided.can_compute(next(operands), steps, *operands):
             kernel_name = f"strided_{name}"
         return run(*args, kernel_name=kernel_name, **steps)
 

@@ -24,10 +24,10 @@ def is_available() -> bool:
     return find_spec("triton") is not None and torch.cuda.is_available()
 
 
-def can_compute(x: Tensor, steps: Mapping[str, Any]) -> bool:
-    """Whether the kernels take rows of x with these rounding steps."""
+def can_compute(x: Tensor, steps: Mapping[str, Any], *others: Tensor) -> bool:
+    """Whether the kernels take rows of x, and the other operands, with these rounding steps."""
     return (
-        x.dtype in FLOATS
+        all(each.dtype in FLOATS for each in (x, *others))
         and steps.get("compute_dtype") in (None, torch.float32)
         and steps.get("out_dtype") in (None, *FLOATS)
         and 1 <= x.dim() <= MAX_RANK

@@ -6,7 +6,7 @@ from fixpass.runtime.errors import UnsupportedTorchError
 
 OLDEST, NEWEST = (2, 11), (2, 14)
 GUARDS_WEIGHT_SHAPES = (2, 12)
-"""From this version on Dynamo compiles again where a weight's `.data` got another shape."""
+"""From here on Dynamo compiles again where a weight's `.data` has another shape or stride."""
 
 
 def torch_version(version: str = torch.__version__) -> tuple[int, ...]:

@@ -42,7 +42,8 @@ def test_our_kernels_do_not_work_without_a_gpu(here):
 def test_every_kernel_belongs_to_a_library_that_is_listed(here):
     texts = " ".join(finding["detail"] + finding["way_out"] for finding in here.values())
     missing = {kernel.name for kernel in known_kernels() if kernel.name not in texts}
-    assert missing <= {"own_rms_norm"}
+    # Kernels that tests of extensions made known to this process.
+    assert missing <= {"own_rms_norm", "absent_rms_norm"}
     assert FALLBACK in here["cpu"]["detail"]
 
 

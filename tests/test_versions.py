@@ -8,7 +8,17 @@ import pytest
 from packaging.requirements import Requirement
 
 from fixpass.runtime.versions import NEWEST, OLDEST, torch_version
-from helpers.versions_page import END, ROOT, START, Outcome, constraints, page, row, versions
+from helpers.versions_page import (
+    END,
+    HEAD,
+    ROOT,
+    START,
+    Outcome,
+    constraints,
+    page,
+    row,
+    versions,
+)
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NEEDS = {r.name: r for r in map(Requirement, PROJECT["dependencies"])}
@@ -45,9 +55,19 @@ def test_a_run_becomes_a_row(tmp_path):
     (tmp_path / "junit.xml").write_text(JUNIT)
     outcome = Outcome.of(Path(tmp_path / "junit.xml"))
     assert outcome.failed == ("tests.test_a::test_two", "tests.test_a::test_four")
-    assert row("2.11", outcome) == "| 2.11.0 | 3.6.0 | 5.17.0 | 3.12 | 1 | 2 | 1 | 30 min |"
+    assert row("2.11", outcome, "abc") == (
+        "| 2.11.0 | 3.6.0 | 5.17.0 | 3.11 | abc | 1 | 2 | 1 | 30 min |"
+    )
+    assert str(outcome) == "1 passed, 2 failed, 1 skipped in 30 min"
 
 
-def test_the_page_gets_other_lines_between_its_marks():
-    text = f"above\n{START}\nold\n{END}\nbelow\n"
-    assert page(text, "new") == f"above\n{START}\nnew\n{END}\nbelow\n"
+def test_the_page_gets_one_version_anew_and_keeps_the_others():
+    text = f"above\n{START}\nempty\n{END}\nbelow\n"
+    for version, line, failed in (
+        ("2.14", "| 2.14.1 | old |", ["a::b", "c::d"]),
+        ("2.11", "| 2.11.0 | new |", []),
+        ("2.14", "| 2.14.1 | new |", ["c::d"]),
+    ):
+        text = page(text, version, line, failed)
+    rows = "| 2.11.0 | new |\n| 2.14.1 | new |"
+    assert text == (f"above\n{START}\n\n{HEAD}\n{rows}\n\n- torch 2.14: `c::d`\n{END}\nbelow\n")

@@ -68,6 +68,9 @@ class Ranks:
         results, failures = [], []
         for rank in range(self.size) if ranks is None else ranks:
             if not self.pipes[rank].poll(self.seconds):
+                # The next worker would be given the late answer of this one.
+                for process in self.processes:
+                    process.kill()
                 raise RankFailed(f"rank {rank} did not answer within {self.seconds} s")
             kind, value = self.pipes[rank].recv()
             (results if kind == "result" else failures).append(value)

@@ -2,11 +2,16 @@
 
     make versions
     make versions VERSIONS="2.11 2.14"
+    make versions VERSIONS="2.11 --workers 1 --keep"
 
 There is one environment at a time, in `.versions`. `constraints-2.11.txt` holds the packages that
 move with torch 2.11; its lines win over those of `constraints.txt`. Its comment names the Python.
+A version that does not run keeps its row. `--keep` leaves the environment, and the next run takes
+it as it is.
 """
 
+import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -18,8 +23,13 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, PLACE = ROOT / "docs/versions.md", ROOT / ".versions"
+PYTHON, PINS, JUNIT = PLACE / "bin/python", PLACE / "constraints.txt", PLACE / "junit.xml"
 START, END = "<!-- versions -->", "<!-- end of versions -->"
+HEAD = """| torch | triton | transformers | Python | commit of | passed | failed | skipped | time |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 MOVING = ("torch", "triton", "transformers")
+# As `make test` sets them: threads of torch and of Inductor would fight with pytest's workers.
+THREADS = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "FIXPASS_VERIFY": "1"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,10 @@ class Outcome:
         minutes = float(suite.get("time")) / 60
         return Outcome(len(cases) - len(failed) - skipped, names, skipped, minutes)
 
+    def __str__(self):
+        counts = f"{self.passed:,} passed, {len(self.failed)} failed, {self.skipped} skipped"
+        return f"{counts} in {self.minutes:.0f} min"
+
 
 def versions():
     """The versions that have constraints of their own, such as 2.11."""
@@ -57,59 +71,93 @@ def constraints(version):
 
 
 def python_of(version):
-    """The Python that the constraints of a version name: 3.12."""
+    """The Python that the constraints of a version name: 3.11."""
     text = (ROOT / f"constraints-{version}.txt").read_text()
     return re.search(r"Python (3\.\d+)", text).group(1)
 
 
-def row(version, outcome):
-    """The line of the table."""
+def commit_date():
+    """The day of the commit that this checkout holds: 2026-11-28."""
+    words = ["git", "-C", ROOT, "log", "-1", "--format=%cs"]
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def row(version, outcome, day):
+    """The line of the table, for a run of a commit of `day`."""
     pins = constraints(version)
-    cells = [*(pins[name] for name in MOVING), python_of(version), f"{outcome.passed:,}"]
+    cells = [*(pins[name] for name in MOVING), python_of(version), day, f"{outcome.passed:,}"]
     cells += [str(len(outcome.failed)), str(outcome.skipped), f"{outcome.minutes:.0f} min"]
     return f"| {' | '.join(cells)} |"
 
 
-def run(version):
-    """Make the environment, run the tests in it, and delete it."""
+def page(text, version, line, failed):
+    """The page with another row and other failures for one version."""
+    head, rest = text.split(START)
+    old, end = rest.split(END)
+    lines = old.splitlines()
+    ours = (f"| {version}.", f"- torch {version}: ")
+    kept = [each for each in lines if each.startswith(("| 2.", "- ")) and not each.startswith(ours)]
+    rows = sorted([line, *(each for each in kept if each.startswith("|"))])
+    names = sorted([*(f"- torch {version}: `{name}`" for name in failed),
+                    *(each for each in kept if each.startswith("-"))])  # fmt: skip
+    lists = ["", *names] if names else []
+    return "\n".join([f"{head}{START}", "", HEAD, *rows, *lists, f"{END}{end}"])
+
+
+def say(version, began, text):
+    """Print one line with the minutes since the start."""
+    print(f"[torch {version}, {(time.monotonic() - began) / 60:.1f} min] {text}", flush=True)
+
+
+def make_environment(version):
+    """Install the packages of one version, and this checkout, in `.versions`."""
     python = shutil.which(f"python{python_of(version)}")
     if python is None:
         raise SystemExit(f"torch {version} is tested with Python {python_of(version)}: install it")
     shutil.rmtree(PLACE, ignore_errors=True)
+    subprocess.run([python, "-m", "venv", PLACE], check=True)
+    PINS.write_text("".join(f"{name}=={pin}\n" for name, pin in constraints(version).items()))
+    pip = [PYTHON, "-m", "pip", "install", "-qq", "-c", PINS]
+    subprocess.run([*pip, "pip"], check=True)
+    subprocess.run([*pip, "-e", ".", "--group", "dev"], cwd=ROOT, check=True)
+
+
+def run_tests(workers):
+    """Run the default tests in the environment."""
+    words = f"-P -m pytest -q -n {workers} --durations=15 -o faulthandler_timeout=300".split()
+    words += ["-m", "not full", f"--junit-xml={JUNIT}"]
+    environ = {**os.environ, **THREADS}
+    subprocess.run([PYTHON, *words], cwd=ROOT, env=environ, check=False)
+    return Outcome.of(JUNIT)
+
+
+def run(version, workers, keep):
+    """Make the environment, run the tests in it, write the page, and delete the environment."""
+    began, moving = time.monotonic(), {name: constraints(version)[name] for name in MOVING}
     try:
-        print(f"[{version}] making an environment: some minutes, up to 3 GB of packages")
-        subprocess.run([python, "-m", "venv", PLACE], check=True)
-        pins, junit = PLACE / "constraints.txt", PLACE / "junit.xml"
-        pins.write_text("".join(f"{name}=={pin}\n" for name, pin in constraints(version).items()))
-        pip = [PLACE / "bin/python", "-m", "pip", "install", "-qq", "-c", pins]
-        subprocess.run([*pip, "pip"], check=True)
-        subprocess.run([*pip, "-e", ".", "--group", "dev"], cwd=ROOT, check=True)
-        print(f"[{version}] running the tests")
-        words = ["-P", "-m", "pytest", "-q", "-n", "2", "-m", "not full", f"--junit-xml={junit}"]
-        subprocess.run([PLACE / "bin/python", *words], cwd=ROOT, check=False)
-        return Outcome.of(junit)
+        if not keep or not JUNIT.parent.exists():
+            say(version, began, f"making an environment of {moving}: some minutes, up to 5 GB")
+            make_environment(version)
+        say(version, began, f"running the tests with {workers} workers: up to an hour")
+        outcome = run_tests(workers)
+        line = row(version, outcome, commit_date())
+        PAGE.write_text(page(PAGE.read_text(), version, line, outcome.failed))
+        say(version, began, f"{outcome}; docs/versions.md has the row")
+        return outcome
     finally:
-        shutil.rmtree(PLACE, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(PLACE, ignore_errors=True)
 
 
-def page(text, lines):
-    """The page with other lines between its marks."""
-    head, rest = text.split(START)
-    return f"{head}{START}\n{lines}\n{END}{rest.partition(END)[2]}"
-
-
-def main(names):
-    lines = ["| torch | triton | transformers | Python | passed | failed | skipped | time |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    failed = []
-    for version in names or versions():
-        began = time.monotonic()
-        outcome = run(version)
-        print(f"[{version}] {(time.monotonic() - began) / 60:.0f} min with the environment")
-        lines.append(row(version, outcome))
-        failed += [f"- torch {version}: `{name}`" for name in outcome.failed]
-    PAGE.write_text(page(PAGE.read_text(), "\n".join(["", *lines, "", *failed])))
-    return int(bool(failed))
+def main(words):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("versions", nargs="*", default=versions())
+    parser.add_argument("--workers", type=int, default=2, help="of pytest")
+    parser.add_argument("--keep", action="store_true", help="keep the environment")
+    given = parser.parse_args(words)
+    if unknown := set(given.versions) - set(versions()):
+        parser.error(f"there are no constraints of {sorted(unknown)}; known: {versions()}")
+    return int(any(run(each, given.workers, given.keep).failed for each in given.versions))
 
 
 if __name__ == "__main__":

@@ -100,8 +100,14 @@ OTHERS = [
 ]
 
 
+# nvdisasm of triton 3.6 can't read code of sm_103, and its LLVM can't link code of gfx1250.
+NEWER = {"cuda:sm_103", "rocm:gfx1250"} if triton.__version__ < "3.7" else set()
+
+
 @pytest.mark.parametrize("target", OTHERS)
 def test_the_other_targets_load_wide_too(target):
+    if target in NEWER:
+        pytest.skip(f"triton {triton.__version__} does not know {target}")
     assert_wide(target, Specimen("qk_norm", 128))
 
 

@@ -10,6 +10,7 @@ from torch.nn.functional import embedding, linear
 import fixpass
 from fixpass import Config, Report
 from fixpass.dynamo_stage import run_entry_passes
+from fixpass.runtime.versions import GUARDS_WEIGHT_SHAPES, torch_version
 from fixpass.testing import f32
 from helpers.compiling import compiled_anew
 from helpers.weight_updates import COUNTED, EAGER, UNCOUNTED, Folds, Reads, same
@@ -185,7 +186,9 @@ def test_weights_that_are_replaced_again_and_again_by_row_major_ones_compile_onc
     for _ in range(12):
         module.weight.data = torch.randn(512, 64)
         same(run, module, x)
-    assert counters["stats"]["unique_graphs"] == compiles + 1
+    # Without the guard the code of a row-major weight is taken again, and the copy is made anew.
+    once_more = torch_version() >= GUARDS_WEIGHT_SHAPES
+    assert counters["stats"]["unique_graphs"] == compiles + once_more
 
 
 def test_modules_that_share_a_graph_compile_once_more_at_most():

@@ -39,7 +39,7 @@ def test_every_foreign_op_becomes_ours():
 
     def in_place(op, *more):
         def run(x, r, w):
-            x, r = x + 0, r + 0
+            x, r = x + 1, r + 1  # torch 2.14 leaves a sum with 0 out.
             op(x, r, w, 1e-6, *more)
             return x, r
 

@@ -33,7 +33,9 @@ class _Recorder:
         for name, value in arguments.items():
             for label, tensor in _tensors(name, value):
                 if self._admit(tensor):  # allocated by the launcher: it may use all of it
-                    self.views[f"{kernel}.{label}"] = tensor
+                    found = f"{kernel}.{label}"
+                    again = f" of launch {len(self.launches)}" if found in self.views else ""
+                    self.views[found + again] = tensor.new_empty(0).set_(tensor.untyped_storage())
 
     def start_program(self, program: int) -> None:
         self.program = program

@@ -17,11 +17,11 @@ from torch import nn
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.formats.open import StoredSource, checkpoint_of
 from fixpass.runtime.weights.mapping import SAME_NAMES, Mapping
-from fixpass.runtime.weights.options import printable, some
 from fixpass.runtime.weights.own_loaders import own_loader
 from fixpass.runtime.weights.parameter_layout import record_of
 from fixpass.runtime.weights.placement import check_dtype, missing_parts, place, taken
 from fixpass.runtime.weights.renames import pattern, suggest
+from fixpass.runtime.weights.reports import printable, some
 from fixpass.runtime.weights.route import NO_PARAMETER, Routed, Routes, check_twins, route
 from fixpass.runtime.weights.stored import Checkpoint, Shape, Stored
 from fixpass.runtime.weights.targets import WeightTarget, is_quantised, targets

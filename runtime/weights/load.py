@@ -12,16 +12,15 @@ from tqdm import tqdm
 from fixpass.runtime.weights.formats.open import Source, opened
 from fixpass.runtime.weights.mapping import SAME_NAMES, Mapping
 from fixpass.runtime.weights.options import (
-    LoadReport,
     Missed,
     Mode,
     OnStale,
     Options,
     Scope,
     Strict,
-    UpdateReport,
     mode_named,
 )
+from fixpass.runtime.weights.reports import LoadReport, UpdateReport
 from fixpass.runtime.weights.update import open_update
 from fixpass.runtime.weights.update_group import UpdateGroup
 

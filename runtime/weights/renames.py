@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fixpass.runtime.weights.mapping_rules import Rename
-from fixpass.runtime.weights.options import printable
+from fixpass.runtime.weights.reports import printable
 from fixpass.runtime.weights.stored import Shape
 
 _MOST_PATTERNS = 1000

@@ -13,8 +13,8 @@ import torch
 
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.mapping import Candidate, Dropped, Mapping
-from fixpass.runtime.weights.options import LoadReport, Skipped
 from fixpass.runtime.weights.read import STAGING, read
+from fixpass.runtime.weights.reports import LoadReport, Skipped
 from fixpass.runtime.weights.stored import Box, Checkpoint, Stored
 from fixpass.runtime.weights.targets import WeightTarget, is_quantised
 

@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor
 from fixpass.runtime.errors import UpdateError
 from fixpass.runtime.weights.census import followers
 from fixpass.runtime.weights.derived import SEARCHED
-from fixpass.runtime.weights.options import OnStale, some
+from fixpass.runtime.weights.options import OnStale
 from fixpass.runtime.weights.reachable import place_of, reachable
+from fixpass.runtime.weights.reports import some
 
 
 class StaleWarning(UserWarning):

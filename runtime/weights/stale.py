@@ -60,6 +60,12 @@ def stale_after(
     return stale
 
 
+def keep_search(model: nn.Module, signature: object) -> None:
+    """Keep the last search of a model for an update of this signature; drop that of another one."""
+    if _SIGNATURES.get(model) != signature:
+        SEARCHED.pop(model, None)
+
+
 def _way_out(stale: Sequence[str]) -> str:
     return (
         f"{some(tuple(stale), 5)}. Declare them with fixpass.weights.derive, or say "

@@ -50,7 +50,7 @@ from fixpass.runtime.weights.read import Work
 from fixpass.runtime.weights.rebind import bring_back_packed
 from fixpass.runtime.weights.reports import LoadReport, UpdateReport, some
 from fixpass.runtime.weights.route import check_twins, scales_without_taker
-from fixpass.runtime.weights.stale import stale_after, views_of, warning_of
+from fixpass.runtime.weights.stale import keep_search, stale_after, views_of, warning_of
 from fixpass.runtime.weights.state_file import digest, resume
 from fixpass.runtime.weights.stored import Stored
 from fixpass.runtime.weights.targets import gc_paused, reshard, walk
@@ -204,8 +204,8 @@ class Update:
             plan.note_covered(covered, options)
             copies = [*copies, *own]
         work = Work.of(copies, plan.tensors, sources, batched=not options.finite)
-        if options.on_stale == "ignore":
-            SEARCHED.pop(self._model, None)
+        if options.on_stale == "ignore" and self._model in SEARCHED:
+            keep_search(self._model, signature)
         report = plan.report()
         # A source that the signature does not know is none that the next update can have.
         source = source if len(work.given) == len(sources) else None

@@ -1,4 +1,4 @@
-"""Check a checkpoint against a model from headers alone: all faults at once, and the ways out.
+"""Check a checkpoint against a model from headers alone, and list all faults with a way out.
 
 The model may be on the meta device. Values are read of tied tensors that are stored twice, and of
 nothing else. Parameters with loaders of their own are checked by name and dtype: shapes are the

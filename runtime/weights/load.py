@@ -1,4 +1,4 @@
-"""Load a checkpoint into a model, or load a live model again: updates from a single source."""
+"""`load` and `reload`: give a model all tensors of one source, as one update."""
 
 import warnings
 from collections.abc import Mapping as Named

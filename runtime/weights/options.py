@@ -1,4 +1,4 @@
-"""The options of a load, an update and a reload, and which values they may have."""
+"""The options of a load, an update and a reload, and the values that each may have."""
 
 import time
 import warnings

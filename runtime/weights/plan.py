@@ -1,4 +1,4 @@
-"""The planner: what it takes to bring stored tensors into a model, before a byte of it changes.
+"""The planner: turns stored tensors and a model into copies, before a byte of it changes.
 
 `make_plan` checks all of a checkpoint against all of a model. It knows mappings, tensor
 parallelism, shards, ties, layouts, packs and parameters with loaders of their own. All faults of

@@ -1,4 +1,4 @@
-"""A cache of plans: a load that is like the last one of its model moves the same batches of bytes.
+"""Keep the plan of a model's last load, for the next load that differs in values alone.
 
 A plan holds no tensor: signatures of source, options and model tell whether it can be used again.
 It is kept only where all bytes go as they are into parameters. The facts of the model's tensors

@@ -1,4 +1,4 @@
-"""Packed weights of linear layers on CPU, and the op `fixpass::prepacked_linear` that reads them.
+"""Pack weights of linear layers for oneDNN, and run them: the op `fixpass::prepacked_linear`.
 
 oneDNN packs a plain weight of 16 bits per element again in each call of a linear layer. A packed
 weight is an opaque tensor, which no graph takes as an input: so the graph takes a number, under

@@ -1,4 +1,4 @@
-"""Move bytes of a checkpoint to where they belong: straight from the file where that is possible.
+"""Run the copies of a plan: bytes go from files or memory straight to where they belong.
 
 A copy whose source and target are dense, on the CPU and of one dtype becomes a part of a `Batch`:
 one call of `preadv`, or one memmove for each part. Any other copy (strides, a column slice, another

@@ -1,4 +1,4 @@
-"""Renames that would bring stored tensors to parameters that nothing is stored for.
+"""Suggest renames that bring stored tensors to parameters that nothing is stored for.
 
 Names that differ in numbers only are one pattern, so a hundred thousand names are a few hundred
 patterns. Nothing is read but names and shapes.

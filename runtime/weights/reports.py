@@ -1,4 +1,4 @@
-"""What a load and an update report: tensors that were loaded, skipped, missing or unexpected."""
+"""The reports of loads and updates: tensors loaded, skipped, missing and unexpected."""
 
 from collections import Counter
 from collections.abc import Mapping as Named

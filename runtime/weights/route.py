@@ -1,4 +1,4 @@
-"""Bring each stored tensor to the parameter that takes it, and name those that nothing takes.
+"""Find the parameter that takes each stored tensor, and list tensors that no parameter takes.
 
 Every branch of a mapping asks whether its parameter exists. Then come checks by name: tensors that
 were renamed, scales that are left out, and tied parameters that were given twice.

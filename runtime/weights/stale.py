@@ -1,4 +1,4 @@
-"""What an update of weights leaves stale, and the views that have to follow weights elsewhere.
+"""Find the tensors that an update leaves stale, and the views that must follow moved weights.
 
 A model is searched for tensors that follow from its weights before its first update, and again when
 its signature changes (names, shapes, strides, dtypes, classes) or a tensor is declared. Until then

@@ -1,4 +1,4 @@
-"""An update of a model's weights that happens as a whole or not at all.
+"""`update`: change the weights of a live model as a whole or not at all.
 
     with update(model) as tx:
         tx.load("layers.0.weight", tensor)

@@ -1,4 +1,4 @@
-"""Safetensors checkpoints: one file, an index with its shards, files of a glob, or a folder.
+"""Read safetensors checkpoints: one file, an index with its shards, a glob, or a folder.
 
 A file is eight bytes with the length of its header, the header as JSON, and the tensors' bytes with
 no gap between them. The header is read as if an enemy had written it: everything is checked against

@@ -30,7 +30,7 @@ from fixpass.passes.select_linear_kernel import SelectLinearKernel
 from fixpass.runtime.errors import ConfigError
 from fixpass.runtime.providers import check_calls, describe_needs
 from fixpass.runtime.symmetric_memory.policy import Policy
-from fixpass.runtime.weights.weight_ops import packable_dtypes
+from fixpass.runtime.weights.prepack import packable_dtypes
 
 log = logging.getLogger("fixpass")
 

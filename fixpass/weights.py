@@ -40,7 +40,6 @@ from fixpass.runtime.weights.mapping_rules import (
     TensorParallel,
 )
 from fixpass.runtime.weights.module_hooks import protect, reset_layouts, set_layouts
-from fixpass.runtime.weights.options import LoadReport, UpdateReport
 from fixpass.runtime.weights.parameter_layout import (
     forget,
     layout_of,
@@ -49,11 +48,12 @@ from fixpass.runtime.weights.parameter_layout import (
     set_layout,
 )
 from fixpass.runtime.weights.rebind import Rebound, copy_or_rebind, pack, unpack
+from fixpass.runtime.weights.reports import LoadReport, UpdateReport
+from fixpass.runtime.weights.shuffle_op import shuffle_weight
 from fixpass.runtime.weights.stale import StaleWarning
 from fixpass.runtime.weights.state_file import SavedState, digest, resume
 from fixpass.runtime.weights.update import Update, update
 from fixpass.runtime.weights.update_group import UpdateGroup, group_version
-from fixpass.runtime.weights.weight_ops import shuffle_weight
 from fixpass.runtime.weights.weight_version import (
     UnseenWriteWarning,
     Writes,

@@ -10,9 +10,9 @@ from torch.autograd import forward_ad
 
 import fixpass
 from fixpass.runtime.errors import WeightError
+from fixpass.runtime.weights import prepack
 from fixpass.runtime.weights import weight_cache as derived
-from fixpass.runtime.weights import weight_ops
-from fixpass.runtime.weights.weight_ops import packable_dtypes
+from fixpass.runtime.weights.prepack import packable_dtypes
 from fixpass.testing import f32
 from helpers.compiling import compiled_anew as compiled
 from helpers.prepacking import Joined, same
@@ -73,13 +73,13 @@ def test_weights_that_change_under_another_default_device_are_seen():
 @torch.no_grad()
 def test_one_packed_weight_is_held_whatever_happens_and_none_when_the_model_is_gone():
     gc.collect()
-    before = len(weight_ops._PACKED)
+    before = len(prepack._PACKED)
     plain = plain_bytes()
     module, x = Joined(), f32(3, 128)
     run = compiled(module)
     for step in range(5):
         run(x)
-        assert len(weight_ops._PACKED) == before + 1, step
+        assert len(prepack._PACKED) == before + 1, step
         gc.collect()
         assert plain_bytes() == plain, "it is kept packed, and not as it is"
         module.gate.mul_(0.5)
@@ -88,7 +88,7 @@ def test_one_packed_weight_is_held_whatever_happens_and_none_when_the_model_is_g
     del run, module
     torch._dynamo.reset()
     gc.collect()
-    assert len(weight_ops._PACKED) == before
+    assert len(prepack._PACKED) == before
 
 
 SIZE = 192  # square, so that all steps fit together, and large enough to be worth keeping

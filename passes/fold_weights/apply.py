@@ -19,8 +19,8 @@ from fixpass.passes.fold_weights.regions import FoldRegion, Order
 from fixpass.passes.rewrite import Missed
 from fixpass.runtime.errors import WeightError
 from fixpass.runtime.weights.parameter_layout import restride
+from fixpass.runtime.weights.shuffle_op import has_layout
 from fixpass.runtime.weights.weight_cache import CachedWeight, WeightFunction
-from fixpass.runtime.weights.weight_ops import has_layout
 
 DERIVED, VALUE = "fixpass_derived", "fixpass_value"
 """The keys of an input's metadata for the `CachedWeight` that computes it, and its first value."""

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from fixpass.passes.fold_weights.constant_values import Value, is_computed
 from fixpass.passes.fold_weights.graph_weights import Weight
 from fixpass.passes.rewrite import NO_REMARK, Missed, guards_suppressed, is_call
-from fixpass.runtime.weights import weight_ops
+from fixpass.runtime.weights import shuffle_op
 from fixpass.runtime.weights.parameter_layout import obstacle_to_restride
 
 Order = tuple[int, ...] | Missed
@@ -28,7 +28,7 @@ _RANK = 4
 """The most dimensions of a weight whose orders are tried."""
 _shuffle = torch.ops.fixpass.shuffle_weight
 # The import defines the op.
-assert weight_ops
+assert shuffle_op
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from fixpass.passes.fold_weights.apply import DERIVED, VALUE, introduce
 from fixpass.passes.fold_weights.graph_weights import examples_of, weights_of
 from fixpass.passes.prepack_linears.folded_linear import FoldedLinear, linears_of, weight_of
 from fixpass.passes.rewrite import Missed
+from fixpass.runtime.weights.prepack import Prepacked
 from fixpass.runtime.weights.weight_cache import CachedWeight
-from fixpass.runtime.weights.weight_ops import Prepacked
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,1 +1,1 @@
-"""Weights: their layouts, folds in place, updates that are whole or not at all."""
+"""Weights of a model: layouts, loading, and updates that happen as a whole or not at all."""

@@ -1,4 +1,4 @@
-"""An audit of post-processing: what it does to weights that have to be loaded again.
+"""Check that post-processing may run after each load: run it twice, and compare all tensors.
 
 The post-processing of an engine runs twice on one model, then an update writes the values that are
 there. Each run is compared with the state before it. The model is changed: give it one that is not

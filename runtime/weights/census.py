@@ -1,4 +1,4 @@
-"""A census of the tensors that a model reaches: who shares memory, and what follows from weights.
+"""List the tensors that a model reaches, which share memory, and which follow from weights.
 
 A weight here is a parameter or a persistent buffer: a checkpoint can give it. Every other tensor
 that has a relation to a weight, and memory of its own, is stale after that weight was written,

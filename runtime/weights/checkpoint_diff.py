@@ -16,11 +16,11 @@ from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.checkpoint_view import Destination
 from fixpass.runtime.weights.formats.open import StoredSource, checkpoint_of
 from fixpass.runtime.weights.mapping import SAME_NAMES, Dropped, Mapping
-from fixpass.runtime.weights.options import printable, some
 from fixpass.runtime.weights.parameter_layout import logical
 from fixpass.runtime.weights.placement import Placed, place, taken
 from fixpass.runtime.weights.plan import placed_copies
 from fixpass.runtime.weights.read import Work
+from fixpass.runtime.weights.reports import printable, some
 from fixpass.runtime.weights.route import Routed, route
 from fixpass.runtime.weights.stored import Box, Checkpoint, Shape, describe
 from fixpass.runtime.weights.targets import targets

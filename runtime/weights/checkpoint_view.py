@@ -1,4 +1,4 @@
-"""Parameters as a checkpoint sees them: the memory to write, and `checkpoint_layout`.
+"""Show parameters in the checkpoint's layout: memory to load into, and `checkpoint_layout`.
 
 `destination` gives a view of the checkpoint's shape over a parameter's memory; of a DTensor, over
 the local part. In the context `checkpoint_layout` the parameters themselves show that shape. Where

@@ -1,4 +1,4 @@
-"""Follows weights through a call: which tensors it computes, and from which weights.
+"""Record which tensors a call computes from which weights, operation by operation.
 
 Each operation passes on what its inputs were computed from. Followed is the memory that results lie
 in, so that `.data`, views and new Parameter objects make no difference. Numbers that were read from

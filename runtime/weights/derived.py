@@ -1,4 +1,4 @@
-"""Tensors that are functions of weights: declared once, refreshed by each update of those weights.
+"""`derive`: declare a tensor as a function of weights, which each update then computes again.
 
     derive(attention, "W_UV", split_values, of=["kv_b_proj.weight"])
 

@@ -1,4 +1,4 @@
-"""Check a checkpoint against a model from headers alone: all faults at once, and the ways out.
+"""Check a checkpoint against a model from headers alone, and list all faults with a way out.
 
 The model may be on the meta device. Values are read of tied tensors that are stored twice, and of
 nothing else. Parameters with loaders of their own are checked by name and dtype: shapes are the
@@ -17,11 +17,11 @@ from torch import nn
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.formats.open import StoredSource, checkpoint_of
 from fixpass.runtime.weights.mapping import SAME_NAMES, Mapping
-from fixpass.runtime.weights.options import printable, some
 from fixpass.runtime.weights.own_loaders import own_loader
 from fixpass.runtime.weights.parameter_layout import record_of
 from fixpass.runtime.weights.placement import check_dtype, missing_parts, place, taken
 from fixpass.runtime.weights.renames import pattern, suggest
+from fixpass.runtime.weights.reports import printable, some
 from fixpass.runtime.weights.route import NO_PARAMETER, Routed, Routes, check_twins, route
 from fixpass.runtime.weights.stored import Checkpoint, Shape, Stored
 from fixpass.runtime.weights.targets import WeightTarget, is_quantised, targets

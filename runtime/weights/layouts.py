@@ -1,4 +1,4 @@
-"""What a weight layout is: a name and reversible steps, from checkpoint order to kernel order.
+"""Define weight layouts: a name and reversible steps from checkpoint order to kernel order.
 
 `layout_plan` resolves all steps but Alias for a shape. Alias ties several parameters to one pack:
 see `pack`. Nothing here moves bytes.

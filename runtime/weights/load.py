@@ -1,4 +1,4 @@
-"""Load a checkpoint into a model, or load a live model again: updates from a single source."""
+"""`load` and `reload`: give a model all tensors of one source, as one update."""
 
 import warnings
 from collections.abc import Mapping as Named
@@ -12,16 +12,15 @@ from tqdm import tqdm
 from fixpass.runtime.weights.formats.open import Source, opened
 from fixpass.runtime.weights.mapping import SAME_NAMES, Mapping
 from fixpass.runtime.weights.options import (
-    LoadReport,
     Missed,
     Mode,
     OnStale,
     Options,
     Scope,
     Strict,
-    UpdateReport,
     mode_named,
 )
+from fixpass.runtime.weights.reports import LoadReport, UpdateReport
 from fixpass.runtime.weights.update import open_update
 from fixpass.runtime.weights.update_group import UpdateGroup
 

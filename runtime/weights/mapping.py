@@ -1,4 +1,4 @@
-"""Which parameter takes a stored tensor: a Mapping, which is data.
+"""`Mapping`: finds the parameter that takes a stored tensor, and the part of it, by names.
 
 A checkpoint stores q, k and v, or each expert, by itself; a model holds them in one parameter.
 `candidates` turns a stored name into the parameters that may take it, the most specific first.

@@ -1,4 +1,4 @@
-"""The rules of a mapping, which are data, and rules that many models share.
+"""The rules of a `Mapping`: renames, stacks, experts, pipeline stages and tensor parallelism.
 
 `mapping` applies them to the names of a checkpoint.
 """

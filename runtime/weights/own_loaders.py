@@ -1,4 +1,4 @@
-"""Parameters that bring a `weight_loader`: an engine's own way to take a stored tensor.
+"""Call the `weight_loader` that a parameter brings, on a stand-in for the parameter.
 
 The loader is called as engines call it: with a parameter and a tensor, for a part of a stack with
 the shard's name, for an expert with the mapped name, shard_id and expert_id. The parameter is a

@@ -1,4 +1,4 @@
-"""Set and reset the memory layout of a parameter in place; the record of parameters that have one.
+"""Set and reset the layout of one parameter in place, and record which parameters have one.
 
 The parameter stays the same object, with its class, attributes, requires_grad and, unless the
 layout pads, its memory. `set_layout` needs a staging buffer of at most 4 MiB. It does not wait for

@@ -10,8 +10,8 @@ from fixpass.runtime.errors import CheckpointError, UpdateError
 from fixpass.runtime.weights.files import TEMPORARY, OpenFile, Source
 from fixpass.runtime.weights.formats.open import check_values, from_iterator, in_memory
 from fixpass.runtime.weights.formats.safetensors import Files
-from fixpass.runtime.weights.options import some
 from fixpass.runtime.weights.plan_cache import SourceSignature
+from fixpass.runtime.weights.reports import some
 from fixpass.runtime.weights.stored import Checkpoint, FilePiece, Stored
 from fixpass.runtime.weights.targets import MemoryRanges, tensors_of
 

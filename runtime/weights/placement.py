@@ -1,4 +1,4 @@
-"""The box of a parameter that each of its stored tensors fills, and whether dtype and shape fit.
+"""Find the box of a parameter that each stored tensor fills; check that dtype and shape fit.
 
 Experts go by their index and parts by their name, never by the order in which they come. Nothing is
 written.

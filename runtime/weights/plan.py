@@ -1,4 +1,4 @@
-"""The planner: what it takes to bring stored tensors into a model, before a byte of it changes.
+"""The planner: turns stored tensors and a model into copies, before a byte of it changes.
 
 `make_plan` checks all of a checkpoint against all of a model. It knows mappings, tensor
 parallelism, shards, ties, layouts, packs and parameters with loaders of their own. All faults of
@@ -16,7 +16,7 @@ from torch import Tensor
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.checkpoint_view import Destination, destination
 from fixpass.runtime.weights.mapping import Candidate, Mapping
-from fixpass.runtime.weights.options import Initialised, LoadReport, Missing, Options, Skipped, some
+from fixpass.runtime.weights.options import RAISES, Options
 from fixpass.runtime.weights.own_loaders import OwnLoads, own_loader
 from fixpass.runtime.weights.parameter_layout import record_of
 from fixpass.runtime.weights.placement import (
@@ -29,6 +29,7 @@ from fixpass.runtime.weights.placement import (
 )
 from fixpass.runtime.weights.read import Copy, copies
 from fixpass.runtime.weights.renames import suggest
+from fixpass.runtime.weights.reports import Initialised, LoadReport, Missing, Skipped, some
 from fixpass.runtime.weights.route import Routed, route, scales_left_out
 from fixpass.runtime.weights.stored import Box, Checkpoint, MemoryPiece, Shape, Stored, describe
 from fixpass.runtime.weights.targets import PLAIN, WeightTarget
@@ -64,7 +65,9 @@ class Plan:
 
     def report(self) -> LoadReport:
         """The plan as the report of the load that does it."""
-        moved = sum(copy.source.numel * copy.stored.dtype.itemsize for copy in self.copies)
+        moved = sum(
+            math.prod(copy.source.shape) * copy.stored.dtype.itemsize for copy in self.copies
+        )
         moved += sum(item.stored.num_bytes for own in self.own for item in own.routed)
         return LoadReport(
             tuple(self.loaded),
@@ -275,26 +278,20 @@ def _add_parts(
 
 def check_faults(plan: Plan, options: Options) -> None:
     """Raise for what is missing or left over, at the level of `strict`, or else of `scope`."""
-    if options.strict is not None:
-        if faults := plan.report().faults(options.strict):
-            raise CheckpointError(
-                "\n".join([*faults, *plan.hints, f"strict={options.strict!r} raises for these"])
-            )
-        return
-    scope = options.scope
-    partial = [missing for missing in plan.missing if missing.why != NOTHING_STORED]
-    faults = plan.report().faults("complete" if scope == "model" else "none")
-    if scope != "model":
-        # A parameter that this update does not touch is not missing.
-        plan.missing = partial
-        if plan.unexpected:
-            faults.append(f"unexpected: {some(plan.unexpected)}")
-    if scope == "parameters" and partial:
-        faults.append(f"missing: {some(tuple(partial))}")
-    if scope != "parts" and plan.covered:
-        texts = [f"{name} ({a:,} of {b:,} bytes)" for name, (a, b) in plan.covered.items()]
-        faults.append(f"not covered: {some(texts)}")
+    scope, said = options.scope, f"strict={options.strict!r}"
+    level = options.strict or ("complete" if scope == "model" else "none")
+    faults = [f"{what}: {some(found)}" for what in RAISES[level] if (found := vars(plan)[what])]
+    if options.strict is None:
+        said = f"scope={scope!r}"
+        partial = [missing for missing in plan.missing if missing.why != NOTHING_STORED]
+        if scope != "model":
+            # A parameter that this update does not touch is not missing.
+            plan.missing = partial
+            faults += [f"unexpected: {some(plan.unexpected)}"] if plan.unexpected else []
+        if scope == "parameters" and partial:
+            faults.append(f"missing: {some(tuple(partial))}")
+        if scope != "parts" and plan.covered:
+            texts = [f"{name} ({a:,} of {b:,} bytes)" for name, (a, b) in plan.covered.items()]
+            faults.append(f"not covered: {some(texts)}")
     if faults:
-        raise CheckpointError(
-            "\n".join([*faults, *plan.hints, f"scope={scope!r} raises for these"])
-        )
+        raise CheckpointError("\n".join([*faults, *plan.hints, f"{said} raises for these"]))

@@ -1,4 +1,4 @@
-"""A cache of plans: a load that is like the last one of its model moves the same batches of bytes.
+"""Keep the plan of a model's last load, for the next load that differs in values alone.
 
 A plan holds no tensor: signatures of source, options and model tell whether it can be used again.
 It is kept only where all bytes go as they are into parameters. The facts of the model's tensors
@@ -20,10 +20,11 @@ from fixpass.runtime.errors import UpdateError
 from fixpass.runtime.modules import unwrapped
 from fixpass.runtime.weights.files import Batch, Source
 from fixpass.runtime.weights.formats.safetensors import Files
-from fixpass.runtime.weights.options import LoadReport, Options
+from fixpass.runtime.weights.options import Options
 from fixpass.runtime.weights.parameter_layout import any_layout_set, layout_generation, record_of
 from fixpass.runtime.weights.plan import Plan
 from fixpass.runtime.weights.read import Work
+from fixpass.runtime.weights.reports import LoadReport
 from fixpass.runtime.weights.stored import Stored
 from fixpass.runtime.weights.targets import (
     PLAIN,
@@ -280,6 +281,7 @@ def keep_plan(
     options: Options,
     plan: Plan,
     work: Work,
+    report: LoadReport,
 ) -> None:
     """Keep a plan for the next load, where it is made of batches alone."""
     _CACHE.pop(unwrapped(model), None)
@@ -291,7 +293,7 @@ def keep_plan(
         return
     asked, twins = _asked(options), [(one.name, other.name) for one, other in plan.twins]
     _CACHE[unwrapped(model)] = CachedPlan(
-        source, signature, asked, plan.written, work.batches, plan.report(), plan.scales, twins
+        source, signature, asked, plan.written, work.batches, report, plan.scales, twins
     )
 
 

@@ -1,4 +1,4 @@
-"""Every tensor that a model can reach: registered, in attributes, containers, objects, closures.
+"""Find every tensor that a model reaches: registered, in attributes, containers or closures.
 
 Names are paths from the model: `layers.0.attn.W_UV`, `config.scales['k']`, `act<table>` for the
 variable `table` of a closure, `cached<0>` for a result that `functools.lru_cache` keeps. `resolve`

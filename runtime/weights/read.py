@@ -1,4 +1,4 @@
-"""Move bytes of a checkpoint to where they belong: straight from the file where that is possible.
+"""Run the copies of a plan: bytes go from files or memory straight to where they belong.
 
 A copy whose source and target are dense, on the CPU and of one dtype becomes a part of a `Batch`:
 one call of `preadv`, or one memmove for each part. Any other copy (strides, a column slice, another
@@ -6,6 +6,7 @@ dtype, device or layout) goes through a staging buffer of STAGING bytes in each 
 checked against a model here.
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -193,10 +194,10 @@ def _run_of(copy: Copy, base: Tensor) -> tuple[Source, int, int, int] | None:
         return None
     if not target.is_contiguous() or type(target) not in PLAIN or not (at := target.data_ptr()):
         return None
-    first, length = 0, source.numel
+    first, length = 0, math.prod(source.shape)
     if source.shape != piece.box.shape:
         first, length = span(source, piece.box.shape)
-        if length != source.numel:
+        if length != math.prod(source.shape):
             return None
     inner, size = at - base.data_ptr(), length * itemsize
     if isinstance(piece, FilePiece):

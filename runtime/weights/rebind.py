@@ -1,4 +1,4 @@
-"""Parameters in other memory: views of one packed tensor, or a new value of any shape.
+"""Give parameters other memory: `pack` several into one tensor, or `copy_or_rebind` a value.
 
 `pack` moves the memory of parameters into one tensor once. Each stays the same Parameter object, so
 that a load of any of them writes the pack. `copy_or_rebind` keeps the memory where the new bytes

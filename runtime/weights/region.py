@@ -1,4 +1,4 @@
-"""Read and write weights that have a layout.
+"""Read or write part of a weight that has a layout, with values in the checkpoint's order.
 
 A strided part that follows the axes of the plan is a permuted view of the memory: one copy. Any
 other part is gathered or scattered by computed positions, 32,768 elements at a time, which is

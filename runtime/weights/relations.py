@@ -1,4 +1,4 @@
-"""How the values of a tensor follow from weights: found by comparing values.
+"""Find how a tensor follows from weights, by comparing values.
 
 Known are copies, casts, permutations and slices (all of them elements of the weight at regular
 steps), multiples, products and quotients with another weight, reciprocals, the order that sorts a

@@ -1,4 +1,4 @@
-"""Renames that would bring stored tensors to parameters that nothing is stored for.
+"""Suggest renames that bring stored tensors to parameters that nothing is stored for.
 
 Names that differ in numbers only are one pattern, so a hundred thousand names are a few hundred
 patterns. Nothing is read but names and shapes.
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fixpass.runtime.weights.mapping_rules import Rename
-from fixpass.runtime.weights.options import printable
+from fixpass.runtime.weights.reports import printable
 from fixpass.runtime.weights.stored import Shape
 
 _MOST_PATTERNS = 1000

@@ -1,4 +1,4 @@
-"""Bring each stored tensor to the parameter that takes it, and name those that nothing takes.
+"""Find the parameter that takes each stored tensor, and list tensors that no parameter takes.
 
 Every branch of a mapping asks whether its parameter exists. Then come checks by name: tensors that
 were renamed, scales that are left out, and tied parameters that were given twice.
@@ -13,8 +13,8 @@ import torch
 
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.mapping import Candidate, Dropped, Mapping
-from fixpass.runtime.weights.options import LoadReport, Skipped
 from fixpass.runtime.weights.read import STAGING, read
+from fixpass.runtime.weights.reports import LoadReport, Skipped
 from fixpass.runtime.weights.stored import Box, Checkpoint, Stored
 from fixpass.runtime.weights.targets import WeightTarget, is_quantised
 

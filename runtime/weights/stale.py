@@ -1,4 +1,4 @@
-"""What an update of weights leaves stale, and the views that have to follow weights elsewhere.
+"""Find the tensors that an update leaves stale, and the views that must follow moved weights.
 
 A model is searched for tensors that follow from its weights before its first update, and again when
 its signature changes (names, shapes, strides, dtypes, classes) or a tensor is declared. Until then
@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor
 from fixpass.runtime.errors import UpdateError
 from fixpass.runtime.weights.census import followers
 from fixpass.runtime.weights.derived import SEARCHED
-from fixpass.runtime.weights.options import OnStale, some
+from fixpass.runtime.weights.options import OnStale
 from fixpass.runtime.weights.reachable import place_of, reachable
+from fixpass.runtime.weights.reports import some
 
 
 class StaleWarning(UserWarning):
@@ -57,6 +58,12 @@ def stale_after(
     if stale and on_stale == "raise":
         raise UpdateError(f"the update would leave tensors stale: {_way_out(stale)}")
     return stale
+
+
+def keep_search(model: nn.Module, signature: object) -> None:
+    """Keep the last search of a model for an update of this signature; drop that of another one."""
+    if _SIGNATURES.get(model) != signature:
+        SEARCHED.pop(model, None)
 
 
 def _way_out(stale: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Stored tensors, and boxes: rectangular parts of a tensor, as a start and a shape in elements.
+"""Describe stored tensors, and boxes: rectangular parts of a tensor, in elements.
 
 A stored tensor, the part of a parameter that it fills and the shard that a rank holds are boxes;
 their intersection is copied. Nothing here touches data.

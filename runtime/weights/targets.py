@@ -1,4 +1,4 @@
-"""The tensors of a model that a checkpoint can fill, and the part of each that this rank holds.
+"""Walk a model: the tensors that a checkpoint can fill, and the part of each on this rank.
 
 Names are those of the model without its wrappers: torch.compile, activation checkpoints and data
 parallelism add words of their own.

@@ -1,4 +1,4 @@
-"""Copy between two orders of the same elements, bit for bit, in the widest cells that both allow.
+"""Copy elements from one order to another, bit for bit, in the widest cells that both allow.
 
 A cell of 16 bytes is copied as one complex128. torch copies such cells one by one, at half the
 speed of memory, so C++ does it on CPU from 1 MiB on. Without a C++ compiler torch copies.

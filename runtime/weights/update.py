@@ -1,4 +1,4 @@
-"""An update of a model's weights that happens as a whole or not at all.
+"""`update`: change the weights of a live model as a whole or not at all.
 
     with update(model) as tx:
         tx.load("layers.0.weight", tensor)
@@ -34,25 +34,23 @@ from fixpass.runtime.weights.group_commit import taking_part
 from fixpass.runtime.weights.lock import WeightsLock, lock_of
 from fixpass.runtime.weights.mapping import SAME_NAMES, Mapping
 from fixpass.runtime.weights.module_hooks import protect
-from fixpass.runtime.weights.options import (
-    LoadReport,
-    Mode,
-    OnStale,
-    Options,
-    Scope,
-    UpdateReport,
-    mode_named,
-    some,
-)
+from fixpass.runtime.weights.options import Mode, OnStale, Options, Scope, mode_named
 from fixpass.runtime.weights.own_loaders import run_own_loaders
 from fixpass.runtime.weights.parameter_layout import any_layout_set
 from fixpass.runtime.weights.pending_update import PendingUpdate
 from fixpass.runtime.weights.plan import make_plan
-from fixpass.runtime.weights.plan_cache import Manifest, ModelSignature, cached_plan, keep_plan
+from fixpass.runtime.weights.plan_cache import (
+    Manifest,
+    ModelSignature,
+    SourceSignature,
+    cached_plan,
+    keep_plan,
+)
 from fixpass.runtime.weights.read import Work
 from fixpass.runtime.weights.rebind import bring_back_packed
+from fixpass.runtime.weights.reports import LoadReport, UpdateReport, some
 from fixpass.runtime.weights.route import check_twins, scales_without_taker
-from fixpass.runtime.weights.stale import stale_after, views_of, warning_of
+from fixpass.runtime.weights.stale import keep_search, stale_after, views_of, warning_of
 from fixpass.runtime.weights.state_file import digest, resume
 from fixpass.runtime.weights.stored import Stored
 from fixpass.runtime.weights.targets import gc_paused, reshard, walk
@@ -132,15 +130,15 @@ class Update:
         """Write the update. Called once, when the context ends without an exception."""
         options, given = self._options, self._given
         with gc_paused():
-            cached = self._cached()
-            found = cached or self._planned()
+            source, signature = given.signature, ModelSignature.of(self._manifest)
+            cached = self._cached(source, signature)
+            found = cached or self._planned(source, signature)
         self.num_bytes = found.report.num_bytes
         written = [self._live[index] for index in found.written]
         stale: tuple[str, ...] = ()
         # A search that found nothing is good for all updates with the plan that is kept.
         if options.on_stale != "ignore" and (cached is None or SEARCHED.get(self._model, True)):
-            signature, names = ModelSignature.of(self._manifest), [t.name for t in written]
-            stale = stale_after(self._model, signature, names, options.on_stale)
+            stale = stale_after(self._model, signature, [t.name for t in written], options.on_stale)
         staged = Staged([target.tensor for target in written], found.work) if DECLARED else None
         covers_all = options.strict is not None or options.scope == "model"
         commit = Commit(
@@ -180,10 +178,11 @@ class Update:
         if stale:
             warnings.warn(warning_of(stale), stacklevel=level_of_caller())
 
-    def _cached(self) -> _Prepared | None:
+    def _cached(
+        self, source: SourceSignature | None, signature: ModelSignature | None
+    ) -> _Prepared | None:
         """The update by the plan of the last one, where it is like that."""
-        source, model = self._given.signature, ModelSignature.of(self._manifest)
-        found = cached_plan(self._model, source, model, self._options)
+        found = cached_plan(self._model, source, signature, self._options)
         if found is None:
             return None
         if found.twins:
@@ -192,7 +191,9 @@ class Update:
         work = found.work(self._given.sources, self._live)
         return _Prepared(work, found.written, found.report, {}, found.scales, is_whole=True)
 
-    def _planned(self) -> _Prepared:
+    def _planned(
+        self, source: SourceSignature | None, signature: ModelSignature | None
+    ) -> _Prepared:
         options, given = self._options, self._given
         plan = make_plan(given.checkpoint(), given.parts, self._live, options)
         in_file = options.mode in ("direct", "undo_log")
@@ -203,14 +204,13 @@ class Update:
             plan.note_covered(covered, options)
             copies = [*copies, *own]
         work = Work.of(copies, plan.tensors, sources, batched=not options.finite)
-        if options.on_stale == "ignore":
-            SEARCHED.pop(self._model, None)
-        # A source that the signature does not know is none that the next update can have.
-        source = given.signature if len(work.given) == len(sources) else None
-        keep_plan(self._model, source, ModelSignature.of(self._manifest), options, plan, work)
-        is_whole = not (plan.own or plan.covered or plan.missing)
-        is_whole = is_whole and all(copy.view is None for copy in work.copies)
+        if options.on_stale == "ignore" and self._model in SEARCHED:
+            keep_search(self._model, signature)
         report = plan.report()
+        # A source that the signature does not know is none that the next update can have.
+        source = source if len(work.given) == len(sources) else None
+        keep_plan(self._model, source, signature, options, plan, work, report)
+        is_whole = not (plan.own or plan.covered or plan.missing or any(c.view for c in copies))
         return _Prepared(work, plan.written, report, plan.covered, plan.scales, is_whole)
 
 

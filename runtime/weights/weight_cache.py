@@ -1,4 +1,4 @@
-"""Cached functions of weights: computed once, and again when one of those weights has changed.
+"""Cache values that are computed from weights, and compute them again when a weight changes.
 
 One compiled graph may serve many modules, each with weights of its own, and one weight many graphs:
 there is one value per function and set of weights. When a weight is written, its value is computed

@@ -11,7 +11,7 @@ from fixpass import Config, Report
 from fixpass.dynamo_stage import run_entry_passes
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.prepack_linears import PrepackLinears
-from fixpass.runtime.weights.weight_ops import packable_dtypes
+from fixpass.runtime.weights.prepack import packable_dtypes
 from fixpass.testing import bf16, f32
 from helpers.compiling import compiled_anew as compiled
 from helpers.prepacking import Joined, same

@@ -1,1 +1,1 @@
-"""One module a format: where the stored tensors of a checkpoint lie, without reading them."""
+"""One module for each format: it finds where a checkpoint's tensors lie, from headers."""

@@ -1,4 +1,4 @@
-"""Folders of torch.distributed.checkpoint, read without running what they hold.
+"""Read folders of torch.distributed.checkpoint, without running code that they hold.
 
 Their metadata is a pickle. It is opened with an unpickler that knows the few classes such a file
 needs and nothing else, unless the caller trusts the folder. The tensors' bytes are then read from

@@ -1,4 +1,4 @@
-"""Safetensors checkpoints: one file, an index with its shards, files of a glob, or a folder.
+"""Read safetensors checkpoints: one file, an index with its shards, a glob, or a folder.
 
 A file is eight bytes with the length of its header, the header as JSON, and the tensors' bytes with
 no gap between them. The header is read as if an enemy had written it: everything is checked against
@@ -20,7 +20,7 @@ import torch
 
 from fixpass.runtime.errors import CheckpointError
 from fixpass.runtime.weights.files import OpenFile
-from fixpass.runtime.weights.options import some
+from fixpass.runtime.weights.reports import some
 from fixpass.runtime.weights.stored import Box, FilePiece, Shape, Stored
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -95,7 +95,7 @@ def tensors_in(header: RawHeader) -> list[Stored]:
         expected = math.prod(shape) * dtype.itemsize
         if stop - start != expected:
             raise _broken(path, f"{name!r} has {stop - start:,} bytes for a shape of {expected:,}")
-        piece = FilePiece(header.file, begin + start, Box.whole(shape))
+        piece = FilePiece(header.file, begin + start, Box((0,) * len(shape), shape))
         found.append((start, stop, Stored(name, dtype, shape, (piece,), header.origin)))
     found.sort(key=_START_AND_STOP)
     end = 0

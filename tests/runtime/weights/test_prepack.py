@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import linear
 
 from fixpass.runtime.errors import WeightError
-from fixpass.runtime.weights import weight_ops
-from fixpass.runtime.weights.weight_ops import Prepacked, packable_dtypes
+from fixpass.runtime.weights import prepack
+from fixpass.runtime.weights.prepack import Prepacked, packable_dtypes
 
 pytestmark = pytest.mark.skipif(
     not packable_dtypes(), reason="no oneDNN here, which packs the weights, or no x86"
@@ -45,13 +45,13 @@ def test_what_torch_is_told_of_it_is_so():
 
 def test_the_packed_weight_goes_with_its_handle():
     gc.collect()
-    before = len(weight_ops._PACKED)
+    before = len(prepack._PACKED)
     form = Prepacked(itself)
     handle = form(torch.randn(32, 48))
     assert form.nbytes(handle) >= 32 * 48 * 4
-    assert len(weight_ops._PACKED) == before + 1
+    assert len(prepack._PACKED) == before + 1
     copied = handle.clone()
     del handle
-    assert len(weight_ops._PACKED) == before
+    assert len(prepack._PACKED) == before
     with pytest.raises(WeightError, match="no packed weight has the handle"):
         run(torch.randn(1, 48), copied, None, 32)

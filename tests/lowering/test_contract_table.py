@@ -24,7 +24,7 @@ from helpers.processes import run_python
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 FP8 = torch.float8_e4m3fn
-ROWS = ("x", "residual", "out", "q", "k")
+ROWS = ("x", "residual", "gate", "out", "q", "k")
 identified = {
     "argvalues": KERNELS,
     "ids": [f"{k.name}-{k.op}-{k.needs}" for k in KERNELS],
@@ -91,7 +91,8 @@ def broken_sites(site: Site):
         yield site.with_layouts(**{**dict.fromkeys(site.rows, once), "out": everywhere})
     for name in ("weight", "bias"):
         if name in site.layouts:
-            yield site.with_layouts(**{name: Layout.contiguous((128,), F32)})
+            for other in (F32, F64):
+                yield site.with_layouts(**{name: Layout.contiguous((128,), other)})
             yield site.with_layouts(**{name: Layout((128,), (2,), dtype)})
             rest = {n: v for n, v in site.layouts.items() if n != name}
             yield Site(site.op, rest, "cuda", site.steps)

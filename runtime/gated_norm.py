@@ -86,7 +86,8 @@ def _activate(gate: Tensor, gating: Gating) -> Tensor:
 
 def _norm(x: Tensor, weight: Tensor | None, eps: float, group_size: int, **rules: Any) -> Tensor:
     if not group_size:
-        return norms.rms_norm(x, eps, norms.Affine(weight, **rules))
+        return norms.rms_norm_values(x, eps, norms.Affine(weight, **rules))
     groups = (-1, group_size)
     weight = None if weight is None else weight.unflatten(0, groups)
-    return norms.rms_norm(x.unflatten(-1, groups), eps, norms.Affine(weight, **rules)).flatten(-2)
+    affine = norms.Affine(weight, **rules)
+    return norms.rms_norm_values(x.unflatten(-1, groups), eps, affine).flatten(-2)

@@ -75,7 +75,8 @@ def _in_front(anchor: fx.Node, rows: NormedRows, gate: Gate) -> Norm | Missed:
     steps = {**rows.steps, "gate_first": True}
     x = peel_upcast(gate.other)
     shared = _shared((product, *rows.owned, *gate.owned), {anchor, rows.x, *rows.owned, product})
-    return shared or _joined(anchor, (x, gate.gate, rows.weight), gate, x, rows.last, steps)
+    inputs = (x, gate.gate, rows.weight)
+    return Missed(shared) if shared else _joined(anchor, inputs, gate, x, rows.last, steps)
 
 
 def _behind(anchor: fx.Node, rows: NormedRows, gate: Gate) -> Norm | Missed:
@@ -89,7 +90,7 @@ def _behind(anchor: fx.Node, rows: NormedRows, gate: Gate) -> Norm | Missed:
         last = product if peel_upcast(cast) is product else cast
     shared = _shared((rows.last, gate.other, *gate.owned), {gate.other, product})
     inputs = (rows.x, gate.gate, rows.weight)
-    return shared or _joined(anchor, inputs, gate, rows.last, last, steps)
+    return Missed(shared) if shared else _joined(anchor, inputs, gate, rows.last, last, steps)
 
 
 def _joined(
@@ -143,14 +144,14 @@ def _wrong(anchor: fx.Node, inputs: tuple[Any, ...], gate: Gate, factor: fx.Node
     return ""
 
 
-def _shared(nodes: tuple[fx.Node, ...], inside: set[fx.Node]) -> Missed | None:
+def _shared(nodes: tuple[fx.Node, ...], inside: set[fx.Node]) -> str:
     """Why one of `nodes` stays: something outside of the norm and its gate reads it."""
     inside = {*inside, *nodes}
     for node in nodes:
         others = [user.name for user in node.users if user not in inside]
         if others:
-            return Missed(f"{node.name} is also read by {', '.join(others)}, so its gate stays")
-    return None
+            return f"{node.name} is also read by {', '.join(others)}, so its gate stays"
+    return ""
 
 
 def _dtype(node: fx.Node) -> torch.dtype:

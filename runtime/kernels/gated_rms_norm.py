@@ -17,8 +17,8 @@ from torch import Tensor
 from fixpass.runtime.gated_norm import Gating
 from fixpass.runtime.kernels.checks import check_gated_norm, check_gated_norm_overlap
 from fixpass.runtime.kernels.launch import (
+    TRITON_DTYPES,
     Launch,
-    gating_constants,
     lanes_of,
     parts,
     placement_names,
@@ -185,6 +185,19 @@ def plan_gated_norm(
     for name in ("weight_ptr", "bias_ptr", "SUM"):
         del arguments[name]
     return launch
+
+
+def gating_constants(gating: Gating, x_dtype: torch.dtype) -> dict[str, Any]:
+    """The constants of the kernel: the activation, its place, and what each step rounds to."""
+    normed = gating.normed_dtype or x_dtype
+    gated = x_dtype if gating.gate_first else normed
+    return {
+        "IS_SILU": gating.activation == "silu",
+        "GATE_FIRST": gating.gate_first,
+        "GATE": TRITON_DTYPES[gating.rounded_gate],
+        "GATED": TRITON_DTYPES[torch.promote_types(gated, gating.rounded_gate)],
+        "NORMED": TRITON_DTYPES[normed],
+    }
 
 
 OPERANDS = ("x", "gate", "gain", "out")

@@ -12,7 +12,6 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fixpass.runtime.gated_norm import Gating
 from fixpass.runtime.kernels.row_geometry import (
     MAX_LEADING,
     UNIT_ROW,
@@ -289,17 +288,4 @@ def quantization_constants(
         "HIGH": steps.high,
         "CODE": CODES[steps.quant_dtype],
         "IS_NATIVE": steps.quant_dtype in native,
-    }
-
-
-def gating_constants(gating: Gating, x_dtype: torch.dtype) -> dict[str, Any]:
-    """The constants of gated_norm.py: the activation, its place, and what each step rounds to."""
-    normed = gating.normed_dtype or x_dtype
-    gated = x_dtype if gating.gate_first else normed
-    return {
-        "IS_SILU": gating.activation == "silu",
-        "GATE_FIRST": gating.gate_first,
-        "GATE": TRITON_DTYPES[gating.rounded_gate],
-        "GATED": TRITON_DTYPES[torch.promote_types(gated, gating.rounded_gate)],
-        "NORMED": TRITON_DTYPES[normed],
     }

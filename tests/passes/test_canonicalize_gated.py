@@ -121,20 +121,16 @@ def assert_one_op_and_every_bit(fn, args, is_dynamic):
         assert_same(ours, decomposed, *args, rtol=0, atol=0)
 
 
-@dynamic
 @pytest.mark.parametrize("fn", SPELLINGS, ids=lambda fn: fn.__name__)
-def test_each_spelling_becomes_the_op_and_keeps_every_bit(fn, dynamic):
-    assert_one_op_and_every_bit(fn, operands(fn), dynamic)
+def test_each_spelling_becomes_the_op_and_keeps_every_bit(fn):
+    assert_one_op_and_every_bit(fn, operands(fn), True)
 
 
+# Qwen3.5, Olmo Hybrid, Bamba and Granite have copies of the classes of Qwen3-Next and Mamba-2.
 CLASSES = {
     "Qwen3NextRMSNormGated": ("qwen3_next", (64,), {}),
-    "Qwen3_5RMSNormGated": ("qwen3_5", (64,), {}),
-    "OlmoHybridRMSNormGated": ("olmo_hybrid", (64,), {}),
     "KimiLinearRMSNormGated": ("kimi_linear", (64,), {}),
     "MambaRMSNormGated": ("mamba2", (64,), {}),
-    "BambaRMSNormGated": ("bamba", (64,), {}),
-    "GraniteMoeHybridRMSNormGated": ("granitemoehybrid", (64,), {}),
     "Zamba2RMSNormGated": ("zamba2", (64, 16), {}),  # NemotronH has the same class
     "FalconH1RMSNormGated": ("falcon_h1", (64,), {"n_groups": 4}),
     "FalconH1RMSNormGated, gate first": ("falcon_h1", (64,), {"n_groups": 4, "norm_before_gate": False}),
@@ -146,11 +142,10 @@ def test_the_classes_of_transformers_become_the_op_and_keep_every_bit(name):
     pytest.importorskip("transformers")
     package, args, options = CLASSES[name]
     module = import_module(f"transformers.models.{package}.modeling_{package}")
-    norm = (
-        getattr(module, name.partition(",")[0])(*args, **options).bfloat16().requires_grad_(False)
-    )
+    norm = getattr(module, name.partition(",")[0])(*args, **options)
+    norm = norm.bfloat16().requires_grad_(False)
     norm.weight.uniform_(0.5, 1.5)
-    assert_one_op_and_every_bit(norm, (rows(2, 3, 64), rows(2, 3, 128)[..., 64:]), True)
+    assert_one_op_and_every_bit(norm, (rows(2, 3, 64), rows(2, 3, 128)[..., 64:]), False)
 
 
 @pytest.mark.inductor
@@ -245,7 +240,7 @@ def test_a_norm_without_a_gate_gets_no_remark():
 
 def test_in_training_the_norm_stays_and_has_its_gradients():
     args = [f32(5, 64).requires_grad_() for _ in range(2)] + [f32(64).requires_grad_()]
-    assert_same(compiled_anew(sigmoid_gate), sigmoid_gate, *args)
+    assert_same(compiled_anew(sigmoid_gate), sigmoid_gate, *args, gradients=True)
 
 
 def test_at_equal_cost_inductor_is_chosen_and_fuses():

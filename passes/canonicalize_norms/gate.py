@@ -48,12 +48,10 @@ def gate_of(product: Any) -> Gate | None:
 def _read_activation(product: fx.Node, factor: fx.Node, other: fx.Node) -> Gate | None:
     rounded = peel_upcast(factor)
     value = arg(rounded, 0) if is_call(rounded, CONVERT) else rounded
-    if is_call(value, aten.sigmoid.default):
-        base, inside, name = arg(value, 0), (value,), "sigmoid"
-    elif (silu := _read_silu(value)) is not None:
-        base, inside, name = arg(value, 0), silu, "silu"
-    else:
+    silu = _read_silu(value)
+    if silu is None and not is_call(value, aten.sigmoid.default):
         return None
+    name, base = "sigmoid" if silu is None else "silu", arg(value, 0)
     computed, gate = val_of(value), base
     if computed is None or val_of(base) is None:
         return None
@@ -61,7 +59,7 @@ def _read_activation(product: fx.Node, factor: fx.Node, other: fx.Node) -> Gate 
         gate = peel_upcast(base)
     elif name != "sigmoid" or value is not rounded:
         return None
-    owned = tuple(dict.fromkeys((factor, rounded, *inside)))
+    owned = tuple(dict.fromkeys((factor, rounded, *(silu or (value,)))))
     return Gate(product, other, gate, name, rounded.meta["val"].dtype, owned)
 
 
@@ -137,7 +135,9 @@ def _read_group_weight(user: fx.Node, rows: NormedRows, is_flat: bool) -> bool:
         if not is_call(factor, *RESHAPES) or differ(_shape(factor), _shape(rows.last)[-2:]):
             return False
         factor = arg(factor, 0)
-    weight, steps = read_weight(factor, _dtype(rows.last)) if val_of(factor) is not None else (0, 0)
+    if val_of(factor) is None:
+        return False
+    weight, steps = read_weight(factor, _dtype(rows.last))
     vector = val_of(weight)
     if vector is None or differ(vector.shape, _shape(rows.x)[-1:]):
         return False

@@ -15,37 +15,29 @@ from fixpass.lowering.constraints import (
     Constraint,
     Dense,
     Dense2D,
-    HiddenAtMost,
     HiddenEven,
     LastStridesDivisible,
-    LeadingDims,
     NotEmpty,
     OffsetsBelow,
     Present,
     Rank,
     RowPitch,
-    SameHidden,
     SameShape,
     UnitLastStride,
 )
 from fixpass.lowering.contract import Contract, Kernel
 from fixpass.lowering.dtype_constraints import (
-    Alike,
     ComputesIn,
     DtypeIn,
-    GroupDivides,
-    OneNumber,
     SameDtype,
     WeightRule,
 )
 from fixpass.lowering.quantizing_kernels import QUANTIZING
 from fixpass.lowering.site import OPS
+from fixpass.lowering.strided_kernels import STRIDED
 from fixpass.runtime.errors import ConfigError
 from fixpass.runtime.kernels.checks import FLOATS as FLOAT
-from fixpass.runtime.kernels.checks import MAX_HIDDEN
-from fixpass.runtime.providers import TRITON, register
-from fixpass.runtime.quantized_norm import QUANTIZED
-from fixpass.runtime.strided import MAX_RANK
+from fixpass.runtime.providers import register
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -70,16 +62,6 @@ _ROWS: tuple[Constraint, ...] = (Dense2D("x"), Dense2D("out"))
 _PITCHED: tuple[Constraint, ...] = (Rank("x", 2, 2), UnitLastStride("x"), Dense2D("out"))
 # An odd hidden size corrupts the borders of rows: ROCm/aiter#5044.
 _AITER: tuple[Constraint, ...] = (HiddenEven(), *PLAIN, _EITHER)
-_ROWS_OF_ANY_STRIDE: tuple[Constraint, ...] = (
-    *(DtypeIn(name, FLOAT) for name in ("x", "weight", "bias")),
-    ComputesIn(torch.float32),
-    Rank("x", 1, MAX_RANK),
-    HiddenAtMost(MAX_HIDDEN),
-    LeadingDims(4),
-)
-_STRIDED = (DtypeIn("out", FLOAT), *_ROWS_OF_ANY_STRIDE)
-_STRIDED_RESIDUAL = (SameShape("residual", "x"), DtypeIn("residual", FLOAT))
-
 _CK = "aiter 0.1.7.post2, CK: m = numel / n, stride = input.stride(0), unchecked"
 _OPUS = "aiter of August 2026: fp16, bf16 and fp32; x by stride(0), the residual dense"
 _VLLM = "vLLM 0.32, csrc/layernorm_kernels.cu"
@@ -91,18 +73,13 @@ _PROVIDERS, _REFERENCES = "fixpass.runtime.providers", "fixpass.runtime.ops"
 _WITH_ADD = "aiter::rmsnorm2d_fwd_with_add"
 
 
-def _ours(op: str, constraints: tuple[Constraint, ...]) -> Kernel:
-    """Our Triton kernel of an op."""
-    contract = Contract(constraints, "fixpass.runtime.kernels")
-    return Kernel(f"strided_{op}", op, contract, f"fixpass.runtime.strided:{op}", TRITON)
-
-
 KERNELS: tuple[Kernel, ...] = (
     Kernel("inductor", "rms_norm", _ANY, f"{_REFERENCES}:rms_norm"),
     Kernel("inductor", "layer_norm", _ANY, f"{_REFERENCES}:layer_norm"),
     Kernel("inductor", "add_rms_norm", _ANY, f"{_REFERENCES}:add_rms_norm"),
     Kernel("inductor", "qk_norm", _ANY, f"{_REFERENCES}:qk_norm"),
     Kernel("inductor", "rms_norm_quant", _ANY, f"{_REFERENCES}:rms_norm_quant"),
+    Kernel("inductor", "gated_rms_norm", _ANY, f"{_REFERENCES}:gated_rms_norm"),
     Kernel(
         "aiter_rms_norm",
         "rms_norm",
@@ -221,32 +198,7 @@ KERNELS: tuple[Kernel, ...] = (
         overwrites=("x", "residual"),
     ),
     *QUANTIZING,
-    _ours("rms_norm", _STRIDED),
-    _ours("layer_norm", _STRIDED),
-    _ours("add_rms_norm", (*_STRIDED_RESIDUAL, *_STRIDED)),
-    _ours(
-        "rms_norm_quant",
-        (
-            DtypeIn("out", QUANTIZED),
-            *_STRIDED_RESIDUAL,
-            *_ROWS_OF_ANY_STRIDE,
-            OneNumber("scale"),
-            GroupDivides(),
-        ),
-    ),
-    _ours(
-        "qk_norm",
-        (
-            *(DtypeIn(name, FLOAT) for name in ("q", "out", "q_weight")),
-            SameDtype("k"),
-            ComputesIn(torch.float32),
-            Rank("q", 1, MAX_RANK),
-            Rank("k", 1, MAX_RANK),
-            HiddenAtMost(MAX_HIDDEN),
-            SameHidden("k", "q"),
-            Alike("k_weight", "q_weight"),
-        ),
-    ),
+    *STRIDED,
 )
 
 _table: dict[tuple[str, str], tuple[Kernel, ...]] = {}

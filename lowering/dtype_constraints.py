@@ -105,16 +105,20 @@ class OneNumber(OperandConstraint):
 
 @dataclass(frozen=True)
 class GroupDivides(Constraint):
-    """The values that share a scale: a whole row, or a power of two that divides it."""
+    """The values of a row that belong together are the whole row, or a part that divides it."""
+
+    power_of_two: bool = True
 
     def holds(self, site: Site) -> Known:
         size = site.steps.get("group_size", 0)
         if not size:
             return True
-        return size & (size - 1) == 0 and known(site.x.shape[-1] % size == 0)
+        if self.power_of_two and size & (size - 1):
+            return False
+        return known(site.x.shape[-1] % size == 0)
 
     def __str__(self) -> str:
-        return "group_size is a power of two that divides hidden_size"
+        return f"group_size {'is a power of two that ' * self.power_of_two}divides hidden_size"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import fx
 from fixpass.lowering.layout import Layout, known
 from fixpass.runtime.norms import default_compute_dtype
 
-OPS = ("rms_norm", "layer_norm", "add_rms_norm", "qk_norm", "rms_norm_quant")
+OPS = ("rms_norm", "layer_norm", "add_rms_norm", "qk_norm", "rms_norm_quant", "gated_rms_norm")
 # Positions of the tensor arguments in the schemas of `fixpass.runtime.ops`.
 OPERANDS: Mapping[str, tuple[str, ...]] = {
     "rms_norm": ("x", "weight", "bias"),
@@ -21,13 +21,14 @@ OPERANDS: Mapping[str, tuple[str, ...]] = {
     "add_rms_norm": ("x", "residual", "weight", "bias"),
     "qk_norm": ("q", "k", "q_weight", "k_weight"),
     "rms_norm_quant": ("x", "residual", "weight", "bias", "scale"),
+    "gated_rms_norm": ("x", "gate", "weight"),
     # A linear layer is an ATen op: its pass reads the operands, the weight (K, N) as mm takes it.
     "linear": ("x", "weight", "bias"),
 }
 _COPIES = (torch.ops.aten.clone.default,)
 _RESHAPES = (torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
 # Operands that have one row for each row of x; q and k have rows of their own.
-ROW_OPERANDS = ("x", "residual", "out")
+ROW_OPERANDS = ("x", "residual", "gate", "out")
 PARAMETERS = ("weight", "bias")
 
 

@@ -47,6 +47,7 @@ _OURS = (
     "strided_add_rms_norm",
     "strided_qk_norm",
     "strided_rms_norm_quant",
+    "strided_gated_rms_norm",
 )
 _AITER = ("aiter_rms_norm", "aiter_layer_norm", "aiter_add_rms_norm")
 

@@ -31,6 +31,11 @@ class Affine:
 
 def rms_norm(x: Tensor, eps: float, affine: Affine) -> Tensor:
     """Root-mean-square norm over the last dimension of x (..., hidden_size)."""
+    return with_order(rms_norm_values(x, eps, affine), affine.order)
+
+
+def rms_norm_values(x: Tensor, eps: float, affine: Affine) -> Tensor:
+    """The values of `rms_norm`, for one more step: laid out as PyTorch lays them out."""
     h = x.to(affine.compute_dtype or default_compute_dtype(x.dtype))
     return _finish(x, h, eps, affine)
 
@@ -39,7 +44,7 @@ def layer_norm(x: Tensor, eps: float, affine: Affine) -> Tensor:
     """Layer norm over the last dimension of x (..., hidden_size), with the biased variance."""
     h = x.to(affine.compute_dtype or default_compute_dtype(x.dtype))
     h = h - h.mean(-1, keepdim=True)
-    return _finish(x, h, eps, affine)
+    return with_order(_finish(x, h, eps, affine), affine.order)
 
 
 def default_compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -73,5 +78,4 @@ def _finish(x: Tensor, h: Tensor, eps: float, affine: Affine) -> Tensor:
         y = y * weight
     if affine.bias is not None:
         y = y + affine.bias
-    y = y.to(affine.out_dtype or x.dtype)
-    return with_order(y, affine.order)
+    return y.to(affine.out_dtype or x.dtype)

@@ -1,4 +1,6 @@
-"""The ops `fixpass::rms_norm`, `layer_norm`, `add_rms_norm`, `qk_norm` and `rms_norm_quant`.
+"""The ops `fixpass::rms_norm`, `layer_norm`, `add_rms_norm`, `qk_norm`, and what builds on them.
+
+`rms_norm_quant` quantises its result, and `gated_rms_norm` has a gate.
 
 An op states what is computed; its `kernel_name` argument says which kernel computes it. The name
 "inductor" is the reference in `fixpass.runtime.norms`, and the empty name, an op that no pass has
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fixpass.runtime import norms, providers, strided
+from fixpass.runtime.gated_norm import gated_rms_norm
 from fixpass.runtime.quantized_norm import empty_results, rms_norm_quant
 
 _ROUNDING = (
@@ -40,6 +43,11 @@ SCHEMAS = {
         "ScalarType? amax_dtype=None, float limit=1.0, float amax_min=0.0, float scale_min=0.0, "
         "ScalarType? scale_dtype=None, "
         f"{_ROUNDING}) -> (Tensor, Tensor, Tensor)"
+    ),
+    "gated_rms_norm": (
+        "(Tensor x, Tensor gate, Tensor? weight, float eps, *, str activation, "
+        "bool gate_first=False, int group_size=0, ScalarType? gate_dtype=None, "
+        f"ScalarType? normed_dtype=None, {_STEPS}) -> Tensor"
     ),
 }
 
@@ -89,6 +97,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "add_rms_norm": add_rms_norm,
     "qk_norm": qk_norm,
     "rms_norm_quant": rms_norm_quant,
+    "gated_rms_norm": gated_rms_norm,
 }
 # Functions that give the results' layouts without the steps of the reference.
 FAKES: dict[str, Callable[..., Any]] = {"rms_norm_quant": empty_results}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fixpass.runtime.gated_norm import split_gating
 from fixpass.runtime.kernels.checks import FLOATS, MAX_HIDDEN
 from fixpass.runtime.quantized_norm import empty_results, split_steps
 
@@ -135,6 +136,27 @@ def rms_norm_quant(
         **rest,
     )
     return codes, scales, total
+
+
+def gated_rms_norm(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    out_dtype: torch.dtype | None = None,
+    order: Sequence[int] | None = None,
+    compute_dtype: torch.dtype | None = None,
+    **steps: Any,
+) -> Tensor:
+    """`fixpass::gated_rms_norm` of x and gate, each with its own strides, in one launch."""
+    from fixpass.runtime.kernels.gated_rms_norm import gated_rms_norm as launch
+
+    _check_compute(compute_dtype)
+    gating, rule = split_gating(steps)
+    out = empty_like(x, out_dtype, order)
+    launch(x, gate, weight, eps, out=out, gating=gating, outputs_are_new=True, **rule)
+    return out
 
 
 def _norm(

@@ -1,8 +1,8 @@
 """Every spelling of RMSNorm and LayerNorm becomes `fixpass::rms_norm` and its siblings.
 
-Runs on the functional ATen graph. Four rewrites, each anchored at an op: norms written out, norm
-ops of other libraries, the residual add in front, and the quantisation behind it. No kernel is
-chosen.
+Runs on the functional ATen graph. Five rewrites, each anchored at an op: norms written out, norm
+ops of other libraries, the residual add in front, the quantisation behind it, and its gate. No
+kernel is chosen.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from typing import ClassVar
 from torch import fx
 
 from fixpass.passes.base import Pass, PassResult
+from fixpass.passes.canonicalize_norms.gated import GatedNorm
 from fixpass.passes.canonicalize_norms.idiom import NormIdiom
 from fixpass.passes.canonicalize_norms.opaque import OpaqueNormRewrite
 from fixpass.passes.canonicalize_norms.quantized import QuantizedNorm
@@ -26,6 +27,7 @@ class CanonicalizeNorms(Pass):
 
     def run(self, graph: fx.Graph, result: PassResult) -> None:
         # First the ops that stand in the graph already: the others join a residual by themselves.
-        # Quantisation is joined last: it starts from the ops that the others make.
-        for rewrite in (ResidualNorm(), OpaqueNormRewrite(), NormIdiom(), QuantizedNorm()):
+        # Quantisation and gates are joined last: they start from the ops that the others make.
+        first = (ResidualNorm(), OpaqueNormRewrite(), NormIdiom())
+        for rewrite in (*first, QuantizedNorm(), GatedNorm()):
             apply_rewrite(graph, rewrite, result)

@@ -101,7 +101,7 @@ def read_affine(scale: Scale) -> Tail:
     if weight_node is not None and product is not None:
         if cast is not scale.y:
             steps["norm_dtype"] = _dtype(cast)
-        weight, prepared = _read_weight(weight_node, _dtype(cast))
+        weight, prepared = read_weight(weight_node, _dtype(cast))
         steps.update(prepared)
         last = product
     if weight is not None or last is scale.y:
@@ -141,7 +141,7 @@ def _cast_of(node: fx.Node) -> fx.Node | None:
     return user if arg(user, 1).is_floating_point else None
 
 
-def _read_weight(node: fx.Node, norm_dtype: torch.dtype) -> tuple[fx.Node, dict[str, Any]]:
+def read_weight(node: fx.Node, norm_dtype: torch.dtype) -> tuple[fx.Node, dict[str, Any]]:
     """The stored weight behind `offset + weight.to(dtype)`, and the steps that lead to it."""
     steps: dict[str, Any] = {}
     stored = node

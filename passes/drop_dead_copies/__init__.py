@@ -13,7 +13,7 @@ from torch import fx
 
 from fixpass.lowering.contract_table import kernel_of
 from fixpass.lowering.relayout import hint
-from fixpass.lowering.site import OPERANDS, OPS, Site, op_name
+from fixpass.lowering.site import OPERANDS, OPS, ROW_OPERANDS, Site, op_name
 from fixpass.passes.base import Pass, PassResult
 from fixpass.passes.canonicalize_norms.norm import op_overload
 from fixpass.passes.drop_dead_copies.dead_copy import (
@@ -70,8 +70,14 @@ def _with_operand(graph: fx.Graph, node: fx.Node, i: int, source: fx.Node) -> fx
         node.update_arg(i, source)
         return node
     edit = Editor(graph, node)
-    args = (*node.args[:i], source, *node.args[i + 1 :])
-    new = edit.call(node.target, args, dict(node.kwargs))
+    args = list(node.args)
+    args[i] = source
+    for j, name in enumerate(OPERANDS[op_name(node)]):
+        other = args[j]
+        if name in ROW_OPERANDS and isinstance(other, fx.Node) and not has_shape_of(other, source):
+            sizes = [edit.size(source, dim) for dim in range(source.meta["val"].dim())]
+            args[j] = edit.call(torch.ops.aten.reshape.default, (other, sizes))
+    new = edit.call(node.target, tuple(args), dict(node.kwargs))
     shape = viewed_shape(operand)
     node.replace_all_uses_with(edit.call(torch.ops.aten.reshape.default, (new, shape)))
     graph.erase_node(node)

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fixpass.lowering.layout import Layout, known, same_shape
-from fixpass.lowering.site import OPERANDS, Site, op_name
+from fixpass.lowering.site import OPERANDS, ROW_OPERANDS, Site, op_name
 from fixpass.passes.rewrite import arg, is_call, val_of
 
 aten = torch.ops.aten
@@ -21,31 +21,43 @@ VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 def copied_operands(norm: fx.Node) -> dict[int, fx.Node]:
     """For each row operand that is a copy, by its position: the tensor that was copied.
 
-    A source of another shape changes the shape of the result, so it counts only where x alone
-    has rows and the result is contiguous.
+    A source of another shape changes the shape of the result. So it counts only where no residual
+    is added, the result is contiguous, and x and a gate can both have the shape without a copy.
     """
-    found: dict[int, fx.Node] = {}
     names = OPERANDS[op_name(norm)]
-    may_reshape = "residual" not in names and norm.kwargs.get("order") is None
-    for i, name in enumerate(names):
-        operand = norm.args[i]
-        if name not in ("x", "residual") or not isinstance(operand, fx.Node):
-            continue
-        source = _source_of(operand)
-        if source is not operand and (may_reshape or has_shape_of(source, operand)):
-            found[i] = source
-    return found
+    rows = {
+        i: operand
+        for i, operand in enumerate(norm.args)
+        if isinstance(operand, fx.Node) and names[i] in ROW_OPERANDS
+    }
+    sources = {i: _source_of(operand) for i, operand in rows.items()}
+    found = {i: source for i, source in sources.items() if source is not rows[i]}
+    if "residual" not in names and norm.kwargs.get("order") is None:
+        for i, source in found.items():
+            if not has_shape_of(source, rows[i]) and _can_have_shape(rows, sources, source):
+                return {j: other for j, other in found.items() if has_shape_of(other, source)}
+    return {i: source for i, source in found.items() if has_shape_of(source, rows[i])}
+
+
+def _can_have_shape(rows: dict[int, fx.Node], sources: dict[int, fx.Node], source: fx.Node) -> bool:
+    """Whether each operand, or what it was copied from, has the shape of `source` or is dense."""
+    return all(
+        has_shape_of(sources[i], source) or Layout.of(row.meta["val"]).is_dense() is True
+        for i, row in rows.items()
+    )
 
 
 def without_copies(site: Site, op_operands: tuple[str, ...], sources: dict[int, fx.Node]) -> Site:
-    """The site whose operands at these positions are replaced by the tensors that were copied."""
-    for i, source in sources.items():
-        layout = Layout.of(source.meta["val"])
-        changed = {op_operands[i]: layout}
-        if same_shape(layout, site.layouts["out"]) is not True:
-            changed["out"] = Layout.contiguous(layout.shape, site.layouts["out"].dtype)
-        site = site.with_layouts(**changed)
-    return site
+    """The site whose operands at these positions are replaced by the tensors that were copied.
+
+    The other rows and the result are dense, and are viewed in the shape of the sources.
+    """
+    changed = {op_operands[i]: Layout.of(source.meta["val"]) for i, source in sources.items()}
+    for layout in tuple(changed.values()):
+        for name in set(site.rows) - set(changed):
+            if same_shape(layout, site.layouts[name]) is not True:
+                changed[name] = Layout.contiguous(layout.shape, site.layouts[name].dtype)
+    return site.with_layouts(**changed)
 
 
 def viewed_shape(operand: fx.Node) -> list[Any]:

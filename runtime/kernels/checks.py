@@ -6,6 +6,7 @@ Plain Python on shapes, strides, dtypes and devices: no triton, no launch, no va
 import torch
 from torch import Tensor
 
+from fixpass.runtime.gated_norm import ACTIVATIONS, Gating
 from fixpass.runtime.kernels.row_geometry import describe, overlap_partly, overlaps_itself
 from fixpass.runtime.quantized_norm import QUANTIZED, Quantization
 
@@ -167,6 +168,32 @@ def check_norm_quant_overlap(
             _check_overlap(name, tensor, inputs)
             others = {n: t for n, t in written.items() if n != name and t is not None}
             _check_apart(name, tensor, others)
+
+
+def check_gated_norm(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor | None,
+    out: Tensor,
+    gating: Gating,
+    norm_dtype: torch.dtype | None,
+    weight_dtype: torch.dtype | None,
+) -> None:
+    """Raise ValueError where gated_rms_norm can't compute the operands."""
+    check_norm(x, weight, None, out, norm_dtype, weight_dtype)
+    _check_rows("gate", gate)
+    _check_like("gate", gate, x)
+    _check_type("gate_dtype", gating.gate_dtype)
+    _check_type("normed_dtype", gating.normed_dtype)
+    if gating.activation not in ACTIVATIONS:
+        raise ValueError(f"activation {gating.activation!r} is none of {list(ACTIVATIONS)}")
+    if gating.group_size and x.shape[-1] % gating.group_size:
+        raise ValueError(f"group_size {gating.group_size} does not divide {x.shape[-1]}")
+
+
+def check_gated_norm_overlap(x: Tensor, gate: Tensor, weight: Tensor | None, out: Tensor) -> None:
+    """Raise ValueError where gated_rms_norm would write over what it still reads."""
+    _check_overlap("out", out, {"x": x, "gate": gate, "weight": weight})
 
 
 def check_rounding(*dtypes: torch.dtype | None) -> None:

@@ -121,14 +121,21 @@ def weigh(
     columns = tl.broadcast_to(tl.arange(0, BLOCK)[None, :], [ROWS, BLOCK])
     y = y.to(NORM)
     if weight_ptr is not None:
-        weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(WEIGHT)
-        if OFFSET != 0.0:
-            weight = (weight.to(tl.float32) + OFFSET).to(WEIGHT)
-        y = (y.to(tl.float32) * weight.to(tl.float32)).to(PRODUCT)
+        weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
+        y = weigh_by(y, weight, WEIGHT, OFFSET, PRODUCT)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=mask, other=0.0)
         y = (y.to(tl.float32) + bias.to(tl.float32)).to(SUM)
     return y
+
+
+@triton.jit
+def weigh_by(y, weight, WEIGHT: tl.constexpr, OFFSET: tl.constexpr, PRODUCT: tl.constexpr):
+    """`y` times the weight of each element."""
+    weight = weight.to(WEIGHT)
+    if OFFSET != 0.0:
+        weight = (weight.to(tl.float32) + OFFSET).to(WEIGHT)
+    return (y.to(tl.float32) * weight.to(tl.float32)).to(PRODUCT)
 
 
 @triton.jit

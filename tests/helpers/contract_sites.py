@@ -17,7 +17,7 @@ from fixpass.runtime.ops import REFERENCES
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 FP8 = torch.float8_e4m3fn
-ROWS = ("x", "residual", "out", "q", "k")
+ROWS = ("x", "residual", "gate", "out", "q", "k")
 EPS = 1e-6
 
 

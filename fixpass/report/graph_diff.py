@@ -15,10 +15,11 @@ class GraphMatcher(SequenceMatcher[str]):
 
     def __init__(self, left: Sequence[str], right: Sequence[str]) -> None:
         super().__init__(None, left, right, autojunk=False)
+        self._left, self._right = left, right
 
     def get_matching_blocks(self) -> list[Match]:
         """Blocks around lines that occur once on each side; the last has no lines."""
-        left, right = self.a, self.b
+        left, right = self._left, self._right
         blocks: list[Match] = []
         i = j = 0
         for x, y in [*_anchors(left, right), (len(left), len(right))]:
@@ -39,10 +40,10 @@ class GraphMatcher(SequenceMatcher[str]):
             yield f"@@ -{group[0][1] + 1} +{group[0][3] + 1} @@"
             for kind, i, i_end, j, j_end in group:
                 if kind == "equal":
-                    yield from (f" {line}" for line in self.a[i:i_end])
+                    yield from (f" {line}" for line in self._left[i:i_end])
                     continue
-                yield from (f"-{line}" for line in self.a[i:i_end])
-                yield from (f"+{line}" for line in self.b[j:j_end])
+                yield from (f"-{line}" for line in self._left[i:i_end])
+                yield from (f"+{line}" for line in self._right[j:j_end])
 
 
 def _anchors(left: Sequence[str], right: Sequence[str]) -> list[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """`python -m fixpass passes`, `targets`, `kernels` and `doctor`: lists, as tables or as JSON."""
 
 import argparse
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -52,15 +53,16 @@ def targets(arguments: argparse.Namespace) -> int:
     groups: dict[tuple[str, ...], list[str]] = {}
     for target in known_targets(Config.resolve()) + TARGETS:
         groups.setdefault(target.kernels, []).append(target.name)
+    # In a table, lists below each other would look like pairs of a target and a kernel.
+    listed: Callable[[Sequence[str]], Any] = list if arguments.json else ", ".join
     records: list[dict[str, Any]] = []
     for names, of_targets in groups.items():
-        first: dict[str, Any] = {"targets": of_targets}
+        first = {"targets": listed(of_targets)}
         if not arguments.full:
-            records.append(first | {"kernels": names})
+            records.append(first | {"kernels": listed(names)})
             continue
-        for row in (row for name in names for row in rows_of(name)):
-            records.append(first | _kernel(row, with_constraints=True))
-            first = {"targets": of_targets if arguments.json else ""}
+        rows = (row for name in names for row in rows_of(name))
+        records += [first | _kernel(row, with_constraints=True) for row in rows]
     show_records(records, as_json=arguments.json)
     return 0
 

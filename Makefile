@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 FIXPASS_VERIFY=1 $(P
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test test-full engines accept lint format type site check bench gpu pages \
-	models-page sharding-page versions wheel wheel-test doctor clean
+	browser models-page sharding-page versions wheel wheel-test doctor clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,6 +85,11 @@ bench: $(STAMP) ## Measure: tables, and JSON in benchmarks/results
 pages: $(STAMP) ## Run the examples of the documentation and write their output into the pages
 	PYTHONPATH=.:tests $(PY) -P -W ignore -m helpers.pages $(PAGES)
 	PYTHONPATH=.:tests $(PY) -P -m helpers.layout_pictures
+
+browser: $(STAMP) ## Test the HTML report in the system's chromium, and make its pictures in docs/images
+	@$(PIP) -c constraints.txt --group browser
+	FIXPASS_TEST_FULL=1 $(PYTEST) tests/report/test_html_in_a_browser.py
+	PYTHONPATH=.:tests $(PY) -m helpers.report_picture
 
 models-page: $(STAMP) ## Compile the models with Inductor (half an hour); write docs/models.md
 	PYTHONPATH=.:tests $(PY) -m helpers.models_page

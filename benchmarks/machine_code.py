@@ -6,8 +6,10 @@ No code runs, so no time is measured.
 """
 
 import argparse
+import csv
+import io
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from importlib.util import find_spec
@@ -19,6 +21,8 @@ from torch import Tensor
 
 from benchmarks.assembly import MachineCode, read_amdgcn, read_cubin
 from fixpass.lowering.target import target_named
+from fixpass.report.compiled_kernels import TABLE
+from fixpass.report.tables import TextTable, markdown_line
 from fixpass.runtime.errors import ConfigError
 
 DOCUMENTED_TARGETS = ("cuda:sm_90", "cuda:sm_100", "rocm:gfx942", "rocm:gfx950")
@@ -129,10 +133,20 @@ def specimens(ops: Sequence[str] = OPS, dtypes: Sequence[str] = ("bf16", "fp16")
     return aligned + (narrow if "rms_norm" in ops else [])
 
 
-HEADER = (
-    "| kernel | hidden | dtype | pitch | tile | warps | registers | spills | shared "
-    "| loads | stores |\n|---|---|---|---|---|---|---|---|---|---|---|"
+COLUMNS = (
+    "kernel",
+    "hidden",
+    "dtype",
+    "pitch",
+    "tile",
+    "warps",
+    "registers",
+    "spills",
+    "shared",
+    "loads",
+    "stores",
 )
+HEADER = TextTable(COLUMNS, ()).markdown()
 
 
 def table_row(specimen: Specimen, target: Any) -> str:
@@ -144,8 +158,8 @@ def table_row(specimen: Specimen, target: Any) -> str:
 
 
 def _row(first: Sequence[Any], code: MachineCode) -> str:
-    cells = (*first, code.registers, code.spills, code.shared)
-    return f"| {' | '.join(map(str, cells))} | {_widths(code.loads)} | {_widths(code.stores)} |"
+    widths = map(_widths, (code.loads, code.stores))
+    return markdown_line((*first, code.registers, code.spills, code.shared, *widths))
 
 
 def _widths(counts: dict[int, int]) -> str:
@@ -217,13 +231,43 @@ def kernels_command(
         return 0
     prose = write.read_text().split(MARKER)[0]
     made_with = f"\nCompiled with Triton {metadata.version('triton')}."
-    write.write_text("\n".join([prose + MARKER, made_with, *lines, ""]))
+    page = "\n".join([prose + MARKER, made_with, *lines, ""])
+    write.write_text(page)
+    # The HTML report shows the rows of the chosen kernels.
+    TABLE.write_text(to_csv(read_table(page)))
     return 0
+
+
+def read_table(page: str) -> list[dict[str, str]]:
+    """Our kernels' rows on a page that `--write` made, each with its target and Triton."""
+    triton = page.partition("Compiled with Triton ")[2].partition(".\n")[0]
+    target, rows = "", []
+    for line in page.partition(MARKER)[2].splitlines():
+        target = line[3:] if line.startswith("## ") else target
+        cells = dict(
+            zip(COLUMNS, (cell.strip() for cell in line.strip("|").split("|")), strict=False)
+        )
+        if cells["kernel"] in OPS:
+            rows.append({"target": target, **cells, "triton": triton})
+    return rows
+
+
+def to_csv(rows: Sequence[Mapping[str, str]]) -> str:
+    """The rows as the text of `fixpass/report/machine_code.csv`."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command line; an unknown target is one line on stderr and exit status 2."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks machine_code", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks machine_code",
+        description=__doc__,
+        epilog="example: python -m benchmarks machine_code --target cuda:sm_90",
+    )
     parser.add_argument(
         "--target", default="all", help="a target, or all documented ones (default)"
     )

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from fixpass.report.tables import TextTable, show_records
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -63,10 +65,19 @@ class Check:
     def holds(self) -> bool:
         return self.measured >= self.bound if self.at_least else self.measured <= self.bound
 
-    def __str__(self) -> str:
+    @property
+    def record(self) -> dict[str, str]:
+        """A row of the table of bounds."""
         side = "at least" if self.at_least else "at most"
-        verdict = "holds" if self.holds else "MISSED"
-        return f"{verdict}: {self.claim}: {_number(self.measured)}, {side} {_number(self.bound)}"
+        return {
+            "bound": "holds" if self.holds else "MISSED",
+            "what": self.claim,
+            "measured": _number(self.measured),
+            "allowed": f"{side} {_number(self.bound)}",
+        }
+
+    def __str__(self) -> str:
+        return "{bound}: {what}: {measured}, {allowed}".format(**self.record)
 
 
 @dataclass
@@ -81,31 +92,55 @@ class Result:
     figure: Callable[[Path], None] | None = None
     """Draws the result into a folder."""
 
-    def text(self) -> str:
-        """The result as Markdown."""
-        lines = [f"# {self.name}", "", self.about, "", *_table(self.rows), ""]
-        lines += [f"- {check}" for check in self.checks]
+    def table(self) -> TextTable:
+        """The rows as a table."""
+        records = [{key: _cell(value) for key, value in row.items()} for row in self.rows]
+        return TextTable.of(records)
+
+    def notes(self) -> list[str]:
+        """What a reader needs to judge the numbers by."""
         where = environment()
-        lines += ["", f"torch {where['torch']}, Python {where['python']}, {where['cpus']} CPUs, "]
-        lines[-1] += f"{where['threads']} thread{'s' if where['threads'] != 1 else ''}. "
-        lines[-1] += "Numbers are medians, with the quartiles in brackets."
+        plural = "s" if where["threads"] != 1 else ""
+        notes = [
+            f"torch {where['torch']}, Python {where['python']}, {where['cpus']} CPUs, "
+            f"{where['threads']} thread{plural}. "
+            "Numbers are medians, with the quartiles in brackets."
+        ]
         if self.quick:
-            lines.append("A quick run on small sizes: its numbers prove nothing.")
+            notes.append("A quick run on small sizes: its numbers prove nothing.")
+        return notes
+
+    def markdown(self) -> str:
+        """The result as Markdown."""
+        lines = [f"# {self.name}", "", self.about, "", self.table().markdown(), ""]
+        lines += [*(f"- {check}" for check in self.checks), "", *self.notes()]
         return "\n".join(lines) + "\n"
 
-    def write(self, folder: Path) -> None:
-        """Write `name.json`, `name.md`, and the figure where there is one."""
-        folder.mkdir(parents=True, exist_ok=True)
-        data = {
+    def show(self) -> None:
+        """Print the result."""
+        print(f"{self.name}: {self.about}\n")
+        self.table().show()
+        if self.checks:
+            print()
+            show_records([check.record for check in self.checks])
+        print("\n".join(["", *self.notes(), ""]), flush=True)
+
+    def facts(self) -> dict[str, Any]:
+        """The result as JSON has it."""
+        return {
             "name": self.name,
             "about": self.about,
             "quick": self.quick,
             "environment": environment(),
-            "rows": [{k: _plain(v) for k, v in row.items()} for row in self.rows],
+            "rows": [{key: _plain(value) for key, value in row.items()} for row in self.rows],
             "checks": [{**asdict(check), "holds": check.holds} for check in self.checks],
         }
-        (folder / f"{self.name}.json").write_text(json.dumps(data, indent=2) + "\n")
-        (folder / f"{self.name}.md").write_text(self.text())
+
+    def write(self, folder: Path) -> None:
+        """Write `name.json`, `name.md`, and the figure where there is one."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{self.name}.json").write_text(json.dumps(self.facts(), indent=2) + "\n")
+        (folder / f"{self.name}.md").write_text(self.markdown())
         if self.figure is not None:
             self.figure(folder)
 
@@ -119,18 +154,6 @@ def environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    if not rows:
-        return []
-    header = list(rows[0])
-    body = [[_cell(row.get(key, "")) for key in header] for row in rows]
-    return [
-        f"| {' | '.join(header)} |",
-        f"|{' --- |' * len(header)}",
-        *(f"| {' | '.join(cells)} |" for cells in body),
-    ]
 
 
 def _cell(value: Any) -> str:

@@ -1,23 +1,19 @@
 """The command line: `python -m fixpass COMMAND`; each command is a function with its options."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fixpass import explain_command
-from fixpass.config import Config
-from fixpass.installation import findings, known_kernels
-from fixpass.lowering.contract_table import rows_of
-from fixpass.lowering.target import CPU, TARGETS
+from fixpass import explain_command, listing_commands
+from fixpass.lowering.target import TARGETS
 from fixpass.model_loading import load_function
-from fixpass.passes import default_passes, entry_passes
-from fixpass.pipelines import installed_passes, known_targets
+from fixpass.report.tables import show_json
 from fixpass.runtime.errors import ConfigError, FixpassError
 from fixpass.runtime.weights.audit import audit
 from fixpass.runtime.weights.checkpoint_diff import diff
@@ -49,50 +45,84 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fixpass")
-    commands = parser.add_subparsers(required=True, metavar="command")
-    names = ", ".join(target.name for target in TARGETS)
+_FUNCTION = "FILE.py:FUNCTION or MODULE:FUNCTION"
 
-    def command(name: str, run: Callable[..., int], about: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=about, description=about)
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fixpass", epilog=_example("doctor"))
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(
+        name: str, run: Callable[..., int], about: str, example: str
+    ) -> argparse.ArgumentParser:
+        epilog = _example(f"{name} {example}".strip())
+        sub = commands.add_parser(name, help=about, description=about, epilog=epilog)
         sub.set_defaults(run=run)
         return sub
 
-    sub = command(
-        "explain", explain_command.run, "report how fixpass would change a model, and why not more"
-    )
-    explain_command.add_arguments(sub, names)
-    function = "FILE.py:FUNCTION or MODULE:FUNCTION"
-    sub = command("check", _check, "say what is wrong with a checkpoint for a model, from headers")
+    about = "report how fixpass would change a model, and why not more"
+    sub = command("explain", explain_command.run, about, explain_command.EXAMPLE)
+    explain_command.add_arguments(sub, ", ".join(target.name for target in TARGETS))
+    _add_model_commands(command)
+    for name, run, about in (
+        ("passes", listing_commands.passes, "list the passes in the order in which they run"),
+        ("targets", listing_commands.targets, "list the targets with the kernels of each"),
+        ("kernels", listing_commands.kernels, "list the kernels with the source of each contract"),
+        ("doctor", listing_commands.doctor, "say what works on this machine, and what to do"),
+    ):
+        with_constraints = name in ("targets", "kernels")
+        sub = command(name, run, about, "--full" if with_constraints else "--json")
+        _add_json(sub)
+        if with_constraints:
+            help_text = "list the constraints of each kernel"
+            sub.add_argument("--full", action="store_true", help=help_text)
+    return parser
+
+
+def _example(words: str) -> str:
+    return f"example: python -m fixpass {words}"
+
+
+def _add_json(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_model_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands that read checkpoints, or that run a model of the user."""
+    about = "say what is wrong with a checkpoint for a model, from headers"
+    sub = command("check", _check, about, "model.safetensors model.py:model")
     sub.add_argument("checkpoint", help="a safetensors file, index, folder or pattern, and others")
-    sub.add_argument("model", help=f"{function}; it returns the model, and is run on device meta")
-    sub.add_argument("--mapping", help=f"{function}; it returns a fixpass.weights.Mapping")
+    sub.add_argument("model", help=f"{_FUNCTION}; it returns the model, and is run on device meta")
+    sub.add_argument("--mapping", help=f"{_FUNCTION}; it returns a fixpass.weights.Mapping")
     sub.add_argument("--cast", action="store_true", help="the load may round between float dtypes")
-    sub = command("diff", _diff, "compare the values of two checkpoints")
+    _add_json(sub)
+    about = "compare the values of two checkpoints"
+    sub = command("diff", _diff, about, "model.safetensors model.safetensors --sampled")
     sub.add_argument("first", help="a checkpoint")
     sub.add_argument("second", help="another checkpoint")
     for side in ("first", "second"):
-        sub.add_argument(f"--mapping-{side}", help=f"{function}; the mapping of the {side} one")
+        sub.add_argument(f"--mapping-{side}", help=f"{_FUNCTION}; the mapping of the {side} one")
     sub.add_argument("--sampled", action="store_true", help="read 12,000 values of each tensor")
-    sub = command("audit", _audit, "run post-processing twice and an update, and list the faults")
-    sub.add_argument("model", help=f"{function}; it returns (model, process)")
-    sub = command("bisect", _bisect, "find the pass and the change that make a model wrong")
+    _add_json(sub)
+    about = "run post-processing twice and an update, and list the faults"
+    sub = command("audit", _audit, about, "model.py:processed")
+    sub.add_argument("model", help=f"{_FUNCTION}; it returns (model, process)")
+    _add_json(sub)
+    about = "find the pass and the change that make a model wrong"
+    sub = command("bisect", _bisect, about, "model.py:build")
     sub.add_argument("model", help="as for explain")
     sub.add_argument(
         "--passes", action="append", default=[], help="FILE.py:CLASS, a pass that no package offers"
     )
     sub.add_argument("--script", default="fixpass_fault.py", help="the program that is written")
-    command("passes", _passes, "list the passes in the order in which they run")
-    for name, run, about in (
-        ("targets", _targets, "list the targets and the kernels of each, the preferred one first"),
-        ("kernels", _kernels, "list the kernels, and the source that shows what each one needs"),
-    ):
-        sub = command(name, run, about)
-        sub.add_argument("--full", action="store_true", help="list the constraints of each kernel")
-    sub = command("doctor", _doctor, "say what works on this machine, and the way out for the rest")
-    sub.add_argument("--json", action="store_true", help="print the findings as JSON")
-    return parser
+    _add_json(sub)
+
+
+def _show(found: object, facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        show_json(facts)
+    else:
+        print(found)
 
 
 def _bisect(arguments: argparse.Namespace) -> int:
@@ -100,13 +130,15 @@ def _bisect(arguments: argparse.Namespace) -> int:
 
     fault = find_fault(load_trial(arguments.model, arguments.passes))
     if fault is None:
-        print(f"{arguments.model} computes the same values with fixpass as without a compiler")
+        text = f"{arguments.model} computes the same values with fixpass as without a compiler"
+        _show(text, {"fault": None}, arguments.json)
         return 0
-    print(fault.text)
-    if not fault.is_ours:
-        return 1
-    Path(arguments.script).write_text(script_for(fault, arguments.model, arguments.passes))
-    print(f"python {arguments.script} shows the fault")
+    text, script = fault.text, None
+    if fault.is_ours:
+        script = arguments.script
+        Path(script).write_text(script_for(fault, arguments.model, arguments.passes))
+        text += f"\npython {script} shows the fault"
+    _show(text, {"fault": asdict(fault), "script": script}, arguments.json)
     return 1
 
 
@@ -117,14 +149,14 @@ def _check(arguments: argparse.Namespace) -> int:
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"{arguments.model} returned a {type(model).__name__}, not a module")
     found = check(arguments.checkpoint, model, _mapping(arguments.mapping), cast=arguments.cast)
-    print(found)
+    _show(found, asdict(found), arguments.json)
     return int(bool(found.faults))
 
 
 def _diff(arguments: argparse.Namespace) -> int:
     mappings = _mapping(arguments.mapping_first), _mapping(arguments.mapping_second)
     found = diff(arguments.first, arguments.second, mappings, sampled=arguments.sampled)
-    print(found)
+    _show(found, asdict(found), arguments.json)
     return int(not found.is_equal)
 
 
@@ -143,60 +175,7 @@ def _audit(arguments: argparse.Namespace) -> int:
             "function of it, such as a loop over process_weights_after_loading"
         )
     found = audit(*given)
-    print(found)
+    faults = [finding._asdict() for finding in found.findings]
+    facts = {"faults": faults, "num_tensors": len(found.census.entries)}
+    _show(found, facts, arguments.json)
     return int(bool(found))
-
-
-def _passes(_: argparse.Namespace) -> int:
-    stages = {
-        "on Dynamo's graph": entry_passes(),
-        "on the ATen graph": default_passes(CPU),
-        "installed": installed_passes(),
-    }
-    for stage, steps in stages.items():
-        print(stage)
-        for step in steps:
-            about = (type(step).__doc__ or "").partition("\n")[0]
-            print(f"    {step.name:<22} {about}")
-    return 0
-
-
-def _kernels(arguments: argparse.Namespace) -> int:
-    for kernel in known_kernels():
-        print(f"{kernel.name} computes {kernel.op}  [{kernel.contract.source}]")
-        for constraint in kernel.contract.constraints if arguments.full else ():
-            print(f"    {constraint}")
-    return 0
-
-
-def _targets(arguments: argparse.Namespace) -> int:
-    known_kernels()
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for target in known_targets(Config.resolve()) + TARGETS:
-        groups.setdefault(target.kernels, []).append(target.name)
-    for kernels, names in groups.items():
-        print(f"{', '.join(names)}\n    {', '.join(kernels)}")
-        for row in (row for name in kernels for row in rows_of(name) if arguments.full):
-            constraints = "; ".join(map(str, row.contract.constraints)) or "any layout"
-            print(f"        {row.name} of {row.op}: {constraints}")
-    return 0
-
-
-_STATES = {"works": "works", "absent": "not installed", "broken": "does not work"}
-
-
-def _doctor(arguments: argparse.Namespace) -> int:
-    found = list(findings())
-    if arguments.json:
-        print(json.dumps([asdict(finding) for finding in found], indent=2))
-        return 0
-    for state, title in _STATES.items():
-        chosen = [finding for finding in found if finding.state == state]
-        if chosen:
-            print(title)
-        for finding in chosen:
-            print(f"    {finding.name:<16} {finding.detail}")
-            if finding.way_out:
-                label = "to use it" if state == "absent" else "to do"
-                print(f"    {'':<16} {label}: {finding.way_out}")
-    return 0

@@ -1,7 +1,7 @@
 """`python -m fixpass explain`: the report of a model as text, JSON or a diff of its graphs."""
 
 import argparse
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -17,7 +17,10 @@ from fixpass.passes.remarks import Report
 from fixpass.report.expected import assert_fired, is_at
 from fixpass.report.html import to_html
 from fixpass.report.recording import Recorder
+from fixpass.report.tables import progress
 from fixpass.runtime.errors import ConfigError
+
+EXAMPLE = "model.py:build --target rocm:gfx942 --html report.html"
 
 
 def add_arguments(parser: argparse.ArgumentParser, targets: str) -> None:
@@ -44,10 +47,31 @@ def run(arguments: argparse.Namespace) -> int:
     """Explain the model and print what was asked for. Progress goes to stderr."""
     _check_names(arguments.passes)
     expect = dict(map(_expectation, arguments.expect))
+    with progress() as say:
+        report, recorder = _explained(arguments, say)
+        shown = _selected(report, tuple(arguments.passes), arguments.only)
+        if not shown.remarks:
+            say("no remark is left of these passes at these sites")
+        if recorder and arguments.html:
+            say(f"writing {arguments.html}")
+            Path(arguments.html).write_text(to_html(report, recorder), encoding="utf-8")
+    if recorder and arguments.diff:
+        print(recorder.diffs(tuple(arguments.passes)), end="")
+    else:
+        print(shown.to_json() if arguments.json else shown.text(with_lines=True))
+    assert_fired(report, expect)
+    return 0
+
+
+def _explained(
+    arguments: argparse.Namespace, say: Callable[[str], None]
+) -> tuple[Report, Recorder | None]:
+    """The report, and the graphs where they are to be shown."""
+    say(f"loading {arguments.model}")
     loaded = load_model(arguments.model, arguments.set)
     if arguments.train and isinstance(loaded.model, nn.Module):
         loaded.model.train()
-    _say(f"tracing {_describe(loaded.model)}")
+    say(f"tracing {_describe(loaded.model)}")
     start = perf_counter()
     recorder = Recorder() if arguments.diff or arguments.html else None
     with torch.set_grad_enabled(arguments.train):
@@ -59,21 +83,10 @@ def run(arguments: argparse.Namespace) -> int:
             dynamic=arguments.dynamic or None,
             backward=arguments.train,
             recorder=recorder,
-            say=_say,
+            say=say,
         )
-    _say(f"done in {perf_counter() - start:.1f} s")
-    shown = _selected(report, tuple(arguments.passes), arguments.only)
-    if not shown.remarks:
-        _say("no remark is left of these passes at these sites")
-    if recorder and arguments.html:
-        Path(arguments.html).write_text(to_html(report, recorder), encoding="utf-8")
-        _say(f"wrote {arguments.html}")
-    if recorder and arguments.diff:
-        print(recorder.diffs(tuple(arguments.passes)), end="")
-    else:
-        print(shown.to_json() if arguments.json else shown.text(with_lines=True))
-    assert_fired(report, expect)
-    return 0
+    say(f"done in {perf_counter() - start:.1f} s")
+    return report, recorder
 
 
 def _selected(report: Report, passes: tuple[str, ...], site: str | None) -> Report:
@@ -105,7 +118,3 @@ def _describe(model: object) -> str:
         return "a function"
     count = sum(parameter.numel() for parameter in model.parameters())
     return f"{type(model).__name__}, {count:,} parameters"
-
-
-def _say(text: str) -> None:
-    print(f"fixpass: {text}", file=sys.stderr, flush=True)

@@ -114,8 +114,8 @@ def merged_lines(remarks: Iterable[Remark], with_lines: bool = False) -> list[st
     """One line for each group of remarks that differ only in numbers of layers and of nodes."""
     groups: dict[tuple[str, str, str], list[Remark]] = {}
     for remark in remarks:
-        site = re.sub(r"\d+", "*", remark.where) or _without_names(remark.node)
-        groups.setdefault((remark.kind, site, _without_names(remark.text)), []).append(remark)
+        site = re.sub(r"\d+", "*", remark.where) or without_names(remark.node)
+        groups.setdefault((remark.kind, site, without_names(remark.text)), []).append(remark)
     return [_line(group, _place(group) if with_lines else "") for group in groups.values()]
 
 
@@ -132,10 +132,10 @@ def _line(group: list[Remark], place: str) -> str:
         site = f"{first.node} ({first.where})" if first.where else first.node
         return f"{first.kind:<7} {site}{place}: {first.text}"
     where = re.sub(r"\d+", "*", first.where)
-    site = where or _without_names(first.node)
+    site = where or without_names(first.node)
     return f"{first.kind:<7} {len(group)} x {site}{place}: {first.text}"
 
 
-def _without_names(text: str) -> str:
+def without_names(text: str) -> str:
     """The text with node names' numbers left out: `mul_12` and `mul_34` are one reason."""
     return re.sub(r"\b([a-z]\w*?)_\d+\b", r"\1", text)

@@ -1,10 +1,13 @@
 """The command line, from any folder: models in files, lists, exit statuses, closed pipes."""
 
+import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from fixpass.cli import main
@@ -37,6 +40,17 @@ def build():
 
 def alone():
     return Queries()
+
+class Norm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.RMSNorm(16, dtype=torch.bfloat16)
+
+def model():
+    return Norm()
+
+def processed():
+    return Norm(), lambda model: None
 """
 
 
@@ -109,7 +123,7 @@ def test_a_function_that_gives_no_arguments_is_said_on_one_line(tmp_path, capsys
     ("command", "expected"),
     [
         ("passes", "insert-relayout"),
-        ("kernels", "aiter_rms_norm computes rms_norm"),
+        ("kernels", "aiter_add_rms_norm          add_rms_norm    aiter"),
         ("doctor", f"{torch.__version__} with fixpass"),
     ],
 )
@@ -131,11 +145,56 @@ def test_constraints_are_listed_in_full_only(capsys):
 def test_targets_list_their_kernels_the_preferred_one_first(capsys):
     assert main(["targets"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["cpu", "    inductor"]
-    aiter = next(i for i, line in enumerate(lines) if "rocm:gfx942" in line)
-    assert lines[aiter + 1].startswith("    aiter_rms_norm, aiter_layer_norm")
+    assert lines[1].split() == ["cpu", "inductor"]
+    assert any(line.startswith("rocm:gfx942, rocm:gfx950  ") for line in lines)
+    assert any(" aiter_rms_norm, aiter_layer_norm, aiter_add_rms_norm, " in line for line in lines)
     assert main(["targets", "--full"]) == 0
-    assert "        aiter_rms_norm of rms_norm: x is dense 2-D" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "rocm:gfx942, rocm:gfx950 " in out
+    assert "aiter_rms_norm          rms_norm        x is 2-D" in out
+
+
+COMMANDS = ("explain", "check", "diff", "audit", "bisect", "passes", "targets", "kernels", "doctor")
+
+
+@pytest.fixture
+def examples(tmp_path, monkeypatch):
+    """A folder with the files that the examples of `--help` name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sizes.py").write_text("HEADS = 4")
+    (tmp_path / "model.py").write_text(MODEL)
+    save_file({"norm.weight": torch.ones(16, dtype=torch.bfloat16)}, "model.safetensors")
+
+
+def example_of(capsys, *words):
+    """The words of the example at the end of a help text."""
+    with pytest.raises(SystemExit):
+        main([*words, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    return text.partition("example: python -m fixpass ")[2].split()
+
+
+@pytest.mark.parametrize(
+    "command",
+    # Bisection compiles the model with Inductor.
+    [pytest.param(c, marks=pytest.mark.full if c == "bisect" else ()) for c in COMMANDS],
+)
+def test_the_example_of_the_help_runs_and_may_print_json(command, examples, capsys):
+    words = example_of(capsys, command)
+    assert words[0] == command
+    if "--json" not in words:
+        assert main(words) == 0
+        assert capsys.readouterr().out
+        words = [word for word in words if word != "--full"] + ["--json"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)
+
+
+def test_every_command_has_an_example(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    listed = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(listed) == sorted(COMMANDS)
 
 
 @pytest.mark.parametrize("command", ["kernels", "passes"])

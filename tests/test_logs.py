@@ -2,12 +2,14 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+# pip puts it beside Python.
+TLPARSE = Path(sys.executable).with_name("tlparse")
 PROGRAM = """
 import torch
 from torch import nn
@@ -67,11 +69,10 @@ def test_the_trace_holds_the_report_with_the_lines_of_the_model(run):
     assert REMARK in report
 
 
-@pytest.mark.full
-@pytest.mark.skipif(shutil.which("tlparse") is None, reason="needs tlparse: pip install tlparse")
+@pytest.mark.skipif(not TLPARSE.exists(), reason="needs tlparse: pip install tlparse")
 def test_tlparse_shows_the_report(run, tmp_path):
     (log,) = run[0].iterdir()
-    words = ["tlparse", str(log), "-o", str(tmp_path / "page"), "--no-browser"]
+    words = [str(TLPARSE), str(log), "-o", str(tmp_path / "page"), "--no-browser"]
     subprocess.run(words, check=True, capture_output=True)
     (page,) = (tmp_path / "page").rglob("fixpass_report*")
     assert REMARK in page.read_text()

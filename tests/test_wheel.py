@@ -49,7 +49,7 @@ def in_the_tree():
         f"{name}/{path.relative_to(root).as_posix()}"
         for root, name in roots.items()
         for path in root.rglob("*")
-        if path.is_file() and path.suffix in (".py", ".cpp", ".h", ".c", ".typed")
+        if path.is_file() and path.suffix in (".py", ".cpp", ".h", ".c", ".typed", ".html", ".csv")
     }
 
 

@@ -42,7 +42,10 @@ LAST_SECONDS = 5.0
 
 def main(argv: Sequence[str]) -> int:
     """Run the parts; 0 when all are ok, 1 otherwise."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__)
+    epilog = "example: python -m benchmarks gpu --device cpu --only kernels"
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks gpu", description=__doc__, epilog=epilog
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together")
     parser.add_argument("--only", choices=list(PARTS), action="append", metavar="PART")

@@ -1,39 +1,24 @@
-"""The report as one HTML file that needs no network: sites, kernels, layouts, passes, graphs."""
+"""The report as one HTML file that needs no network: sites, kernels, layouts, passes, graphs.
 
-from collections.abc import Iterable, Iterator
+Sites that differ only in their path, such as the norms of equal layers, share one body in the page.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from itertools import chain
+from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from fixpass.passes.base import Remark
 from fixpass.passes.remarks import Report
-from fixpass.report.expected import sites_of
-from fixpass.report.page_template import TEMPLATE
+from fixpass.report.compiled_kernels import code_rows
+from fixpass.report.graph_diff import GraphMatcher
+from fixpass.report.module_tree import SiteBody, leaves_of, module_tree, outcomes_of, views_of
 from fixpass.report.recording import Recorder, Step
-from fixpass.report.sites import SiteFacts
 
 _CONTEXT = 2
-
-
-@dataclass(frozen=True)
-class SiteView:
-    """A module with its remarks and its norms."""
-
-    where: str
-    remarks: tuple[Remark, ...]
-    norms: tuple[tuple[SiteFacts, str], ...]
-    """Each norm with the kernel that `select-norm-kernel` chose."""
-
-    @property
-    def kernel(self) -> str:
-        """The kernel that the last pass chose, such as one for two norms; empty where none did."""
-        return next((r.choice.kernel for r in reversed(self.remarks) if r.choice), "")
-
-    @property
-    def is_missed(self) -> bool:
-        return any(remark.kind != "applied" for remark in self.remarks)
+_MOST_ROWS = 3_000
+"""Rows of a pass: a browser lays out that many in half a second."""
 
 
 @dataclass(frozen=True)
@@ -54,33 +39,41 @@ def to_html(report: Report, recorder: Recorder) -> str:
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.globals["rows_of"] = rows_of
-    return environment.from_string(TEMPLATE).render(
-        report=report, sites=list(_views(report, recorder.sites)), graphs=recorder.graphs
+    source = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    views = list(views_of(report, recorder.sites))
+    numbers: dict[SiteBody, int] = {}
+    for view in views:
+        numbers.setdefault(SiteBody.of(view), len(numbers))
+    bodies, leaves = list(numbers), list(leaves_of(views, numbers))
+    outcomes = outcomes_of(leaves, bodies)
+    marks = {leaf.body: i + 1 for i, outcome in enumerate(outcomes) for leaf in outcome.leaves}
+    target = report.title.removeprefix("target ")
+    return environment.from_string(source).render(
+        report=report,
+        num_sites=len(views),
+        tree=module_tree(leaves),
+        bodies=bodies,
+        outcomes=outcomes,
+        marks=marks,
+        code_rows=list(code_rows(views, target)),
+        target=target,
+        graphs=recorder.graphs,
     )
 
 
-def _views(report: Report, sites: Iterable[SiteFacts]) -> Iterator[SiteView]:
-    """The sites in the order of the remarks."""
-    facts = {(site.node, site.where): site for site in sites}
-    groups: dict[str, list[Remark]] = {}
-    for remark in report.remarks:
-        for where in sites_of(remark):
-            groups.setdefault(where, []).append(remark)
-    for where, remarks in groups.items():
-        chosen = ((facts.get((r.node, r.where)), r.choice) for r in remarks if r.choice)
-        norms = tuple((site, choice.kernel) for site, choice in chosen if site)
-        yield SiteView(where, tuple(remarks), norms)
+def rows_of(step: Step) -> tuple[list[Row], int]:
+    """The lines that a pass changed, side by side, with two lines around each change.
 
-
-def rows_of(step: Step) -> list[Row]:
-    """The lines that a pass changed, side by side, with two lines around each change."""
+    Returns:
+        The first rows, and the number of rows that are left out.
+    """
     left, right = step.lines
-    groups = SequenceMatcher(None, left, right, autojunk=False).get_grouped_opcodes(_CONTEXT)
+    groups = GraphMatcher(left, right).get_grouped_opcodes(_CONTEXT)
     rows: list[Row] = []
     for group in groups:
         rows += [Row("gap", "…", "…")] if rows else []
         rows += chain.from_iterable(_rows(code, left, right) for code in group)
-    return rows
+    return rows[:_MOST_ROWS], len(rows[_MOST_ROWS:])
 
 
 def _rows(code: tuple[str, int, int, int, int], left: list[str], right: list[str]) -> Iterator[Row]:

@@ -7,7 +7,6 @@ nothing; a compile has none.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from difflib import unified_diff
 from time import perf_counter
 from typing import ClassVar
 
@@ -17,6 +16,7 @@ from fixpass.passes.base import Pass, PassResult
 from fixpass.passes.pipeline import Pipeline
 from fixpass.passes.printer import format_graph
 from fixpass.passes.select_norm_kernel import SelectNormKernel
+from fixpass.report.graph_diff import GraphMatcher
 from fixpass.report.sites import RecordSites, SiteFacts
 
 _COLUMNS = re.compile(r"(?<=\S) {2,}")
@@ -49,8 +49,8 @@ class Step:
 
     @property
     def diff(self) -> str:
-        """The lines that the pass changed, as a unified diff; empty where it changed none."""
-        return "\n".join(list(unified_diff(*self.lines, lineterm="", n=1))[2:])
+        """The lines that the pass changed, as a diff; empty where it changed none."""
+        return "\n".join(GraphMatcher(*self.lines).text(context=1))
 
 
 @dataclass

@@ -100,6 +100,17 @@ def normalize(h, mask, eps, HIDDEN: tl.constexpr, CENTER: tl.constexpr):
 
 
 @triton.jit
+def times_weight(
+    y, weight, WEIGHT: tl.constexpr, OFFSET: tl.constexpr, PRODUCT: tl.constexpr
+):
+    """The product with the weight, or with the weight and its offset."""
+    weight = weight.to(WEIGHT)
+    if OFFSET != 0.0:
+        weight = (weight.to(tl.float32) + OFFSET).to(WEIGHT)
+    return (y.to(tl.float32) * weight.to(tl.float32)).to(PRODUCT)
+
+
+@triton.jit
 def weigh(
     y,
     weight_ptr,
@@ -121,10 +132,8 @@ def weigh(
     columns = tl.broadcast_to(tl.arange(0, BLOCK)[None, :], [ROWS, BLOCK])
     y = y.to(NORM)
     if weight_ptr is not None:
-        weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(WEIGHT)
-        if OFFSET != 0.0:
-            weight = (weight.to(tl.float32) + OFFSET).to(WEIGHT)
-        y = (y.to(tl.float32) * weight.to(tl.float32)).to(PRODUCT)
+        weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
+        y = times_weight(y, weight, WEIGHT, OFFSET, PRODUCT)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=mask, other=0.0)
         y = (y.to(tl.float32) + bias.to(tl.float32)).to(SUM)

@@ -34,7 +34,9 @@ from fixpass.lowering.dtype_constraints import (
     DtypeIn,
     GroupDivides,
     OneNumber,
+    RotaryTables,
     SameDtype,
+    SameHead,
     WeightRule,
 )
 from fixpass.lowering.quantizing_kernels import QUANTIZING
@@ -80,6 +82,14 @@ _ROWS_OF_ANY_STRIDE: tuple[Constraint, ...] = (
 )
 _STRIDED = (DtypeIn("out", FLOAT), *_ROWS_OF_ANY_STRIDE)
 _STRIDED_RESIDUAL = (SameShape("residual", "x"), DtypeIn("residual", FLOAT))
+_TWO_SIDES: tuple[Constraint, ...] = (
+    DtypeIn("q", FLOAT),
+    SameDtype("k"),
+    ComputesIn(torch.float32),
+    Rank("q", 1, MAX_RANK),
+    Rank("k", 1, MAX_RANK),
+    HiddenAtMost(MAX_HIDDEN),
+)
 
 _CK = "aiter 0.1.7.post2, CK: m = numel / n, stride = input.stride(0), unchecked"
 _OPUS = "aiter of August 2026: fp16, bf16 and fp32; x by stride(0), the residual dense"
@@ -103,6 +113,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("inductor", "layer_norm", _ANY, f"{_REFERENCES}:layer_norm"),
     Kernel("inductor", "add_rms_norm", _ANY, f"{_REFERENCES}:add_rms_norm"),
     Kernel("inductor", "qk_norm", _ANY, f"{_REFERENCES}:qk_norm"),
+    Kernel("inductor", "qk_norm_rope", _ANY, f"{_REFERENCES}:qk_norm_rope"),
     Kernel("inductor", "rms_norm_quant", _ANY, f"{_REFERENCES}:rms_norm_quant"),
     Kernel(
         "aiter_rms_norm",
@@ -235,18 +246,8 @@ KERNELS: tuple[Kernel, ...] = (
             GroupDivides(),
         ),
     ),
-    _ours(
-        "qk_norm",
-        (
-            DtypeIn("q", FLOAT),
-            SameDtype("k"),
-            ComputesIn(torch.float32),
-            Rank("q", 1, MAX_RANK),
-            Rank("k", 1, MAX_RANK),
-            HiddenAtMost(MAX_HIDDEN),
-            SameHidden("k", "q"),
-        ),
-    ),
+    _ours("qk_norm", (*_TWO_SIDES, SameHidden("k", "q"))),
+    _ours("qk_norm_rope", (*_TWO_SIDES, SameHead(), DtypeIn("cos", FLOAT), RotaryTables())),
 )
 
 _table: dict[tuple[str, str], tuple[Kernel, ...]] = {}

@@ -102,7 +102,8 @@ def _cut(value: HeadColumns, where: range) -> HeadColumns | None:
 def _split(node: fx.Node, found: Found) -> HeadColumns | None:
     """A list of parts of its source; `_part` reads one of them."""
     source, dim = arg(node, 0), arg(node, -1)
-    return found[source] if len(node.args) > 1 and _is_last(source, dim) else None
+    has_dim = len(node.args) == (2 if is_call(node, aten.unbind.int) else 3)
+    return found[source] if has_dim and _is_last(source, dim) else None
 
 
 def _part(node: fx.Node, found: Found) -> HeadColumns | None:
@@ -113,7 +114,9 @@ def _part(node: fx.Node, found: Found) -> HeadColumns | None:
     if is_call(parts, aten.unbind.int):
         return _of_pair(value, i)
     sizes = arg(parts, 1)
-    if len(parts.args) < 3 or not all(type(size) is int for size in sizes):
+    if type(sizes) is int:
+        return _cut(value, range(value.width)[sizes * i : sizes * (i + 1)])
+    if not all(type(size) is int for size in sizes):
         return None
     start = sum(sizes[:i])
     return _cut(value, range(start, start + sizes[i]))
@@ -264,6 +267,7 @@ def _are_equal(left: Sequence[Any], right: Sequence[Any]) -> bool:
 
 _RULES: Mapping[Any, Callable[[fx.Node, Found], HeadColumns | None]] = {
     aten.slice.Tensor: _slice,
+    aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split,
     aten.unbind.int: _split,
     getitem: _part,

@@ -33,6 +33,7 @@ MOST_NODES = 64
 """The nodes that are looked at behind one norm."""
 _STARTS = (
     aten.slice.Tensor,
+    aten.split.Tensor,
     aten.split_with_sizes.default,
     aten.mul.Tensor,
     CONVERT,

@@ -1,5 +1,4 @@
-"""The ops `fixpass::rms_norm`, `layer_norm`, `add_rms_norm`, `qk_norm`, `qk_norm_rope`
-and `rms_norm_quant`.
+"""The ops of norms: `fixpass::rms_norm`, `layer_norm`, `qk_norm` and the others in `SCHEMAS`.
 
 An op states what is computed; its `kernel_name` argument says which kernel computes it. The name
 "inductor" is the reference in `fixpass.runtime.norms`, and the empty name, an op that no pass has

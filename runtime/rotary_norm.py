@@ -76,7 +76,9 @@ def rotate(y: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation) -> Tensor:
     cos_a, cos_b = _table(cos, rotation)
     sin_a, sin_b = _table(sin, rotation)
     rotated = a * cos_a - b * sin_a, b * cos_b + a * sin_b
-    result = torch.stack(rotated, -1).flatten(-2) if rotation.interleaved else torch.cat(rotated, -1)
+    result = (
+        torch.stack(rotated, -1).flatten(-2) if rotation.interleaved else torch.cat(rotated, -1)
+    )
     result = result.to(rotation.result_dtype or y.dtype)
     if size < values.shape[-1]:
         result = torch.cat((result, values[..., size:].to(result.dtype)), -1)

@@ -148,8 +148,8 @@ def _launched(sides: Sides, cos: Tensor, sin: Tensor) -> Iterator[tuple[Sides, T
         return
     for side, pieces in cut.items():
         for piece in pieces:
-            both = {name: (piece["x"], sides[side][1], piece["out"]) for name in sides}
-            found = {name: (piece["cos"], piece["sin"]) for name in sides}
+            both = dict.fromkeys(sides, (piece["x"], sides[side][1], piece["out"]))
+            found = dict.fromkeys(sides, (piece["cos"], piece["sin"]))
             other = "k" if side == "q" else "q"
             x, weight, out = both[other]
             both[other] = (x[:0], weight, out[:0])

@@ -244,8 +244,9 @@ def norm_rope_tile(
     first = (a * cos_a).to(ROTATED).to(tl.float32) - (b * sin_a).to(ROTATED).to(tl.float32)
     second = (b * cos_b).to(ROTATED).to(tl.float32) + (a * sin_b).to(ROTATED).to(tl.float32)
     RESULT: tl.constexpr = out_ptr.dtype.element_ty
+    first, second = first.to(ROTATED).to(RESULT), second.to(ROTATED).to(RESULT)
     store_pairs(
-        out_ptr, out_rows, out_step, live, first.to(ROTATED).to(RESULT), second.to(ROTATED).to(RESULT),
+        out_ptr, out_rows, out_step, live, first, second,
         HALF, BLOCK, HEADS, BLOCK_HEADS, HEAD, OUT_UNIT, ONE_ROW, INTERLEAVED,
     )  # fmt: skip
     if REST > 0:

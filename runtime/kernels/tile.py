@@ -100,9 +100,7 @@ def normalize(h, mask, eps, HIDDEN: tl.constexpr, CENTER: tl.constexpr):
 
 
 @triton.jit
-def times_weight(
-    y, weight, WEIGHT: tl.constexpr, OFFSET: tl.constexpr, PRODUCT: tl.constexpr
-):
+def times_weight(y, weight, WEIGHT: tl.constexpr, OFFSET: tl.constexpr, PRODUCT: tl.constexpr):
     """The product with the weight, or with the weight and its offset."""
     weight = weight.to(WEIGHT)
     if OFFSET != 0.0:

@@ -61,7 +61,8 @@ def compiled(target_name, kind):
 def assert_wide(target_name, kind):
     code = compiled(target_name, kind)
     assert code.spills == 0
-    assert code.narrowest() == 128
+    # A quarter of a wide head is rotated: wider loads would take more rows and more registers.
+    assert code.narrowest() == (64 if kind[1:3] == (256, 64) else 128)
 
 
 @pytest.mark.parametrize(("target", "kind"), SHORT, ids=str)

@@ -24,7 +24,7 @@ from helpers.processes import run_python
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 FP8 = torch.float8_e4m3fn
-ROWS = ("x", "residual", "out", "q", "k")
+ROWS = ("x", "residual", "out", "q", "k", "cos", "sin")
 identified = {
     "argvalues": KERNELS,
     "ids": [f"{k.name}-{k.op}-{k.needs}" for k in KERNELS],
@@ -41,7 +41,7 @@ def good_site(kernel: Kernel) -> Site:
     }
     if "scale" in layouts:
         layouts["scale"] = Layout.contiguous((1,), F32)
-    every = [({}, BF16), ({"norm_dtype": BF16}, BF16), *quantised()]
+    every = [({"rotary_dim": 128}, BF16), ({"norm_dtype": BF16}, BF16), *quantised()]
     for steps, dtype in every:
         out = Layout.contiguous((6, 128), dtype)
         for left_out in ((), ("bias",), ("bias", "residual", "scale")):
@@ -117,6 +117,7 @@ def broken_sites(site: Site):
         {"weight_offset": 0.5},
         {"group_size": 96},
         {"apply": "multiply"},
+        {"rotary_dim": 127},
     ):
         yield Site(site.op, site.layouts, "cuda", {**site.steps, **steps})
 

@@ -231,12 +231,15 @@ def _cat(node: fx.Node, found: Found) -> HeadColumns | None:
     sources = arg(node, 0)
     values = [found.get(source) for source in sources]
     dim = node.args[1] if len(node.args) > 1 else 0
-    if None in values or not _is_last(node, dim) or len({_dtype(each) for each in sources}) > 1:
-        return None
     known_values = [value for value in values if value is not None]
-    # Values that stay as they are stand beside rotated ones.
-    steps = {value.steps for value in known_values if not value.is_raw}
-    steps = steps or {value.steps for value in known_values}
+    if len(known_values) < len(values) or not _is_last(node, dim):
+        return None
+    # Values that stay as they are stand beside rotated ones, and may be widened to their dtype.
+    pairs = list(zip(sources, known_values, strict=True))
+    rounded = [pair for pair in pairs if not pair[1].is_raw] or pairs
+    steps = {value.steps for _, value in rounded}
+    if {_dtype(source) for source, _ in rounded} != {_dtype(node)}:
+        return None
     forms = [value.form for value in known_values]
     if len(steps) > 1:
         return None

@@ -1,4 +1,4 @@
-"""The launcher of `rope_kernel`: checks, tiles and arguments for q, k, cos and sin of any strides."""
+"""The launcher of `rope_kernel`: checks, tiles and arguments, for operands of any strides."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ from fixpass.runtime.kernels.row_geometry import (
 from fixpass.runtime.rotary_norm import Rotation
 
 MOST_A_THREAD = 64
-"""The values of a row that a thread holds at most, where a small rotated part asks for more rows."""
+"""The values that a thread holds at most, where a small rotated part asks for more rows."""
 
 
 @dataclass(frozen=True)

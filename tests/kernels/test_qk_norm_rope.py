@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fixpass.runtime import rotary_norm
+from fixpass.runtime import rotary_norm, strided
 from fixpass.runtime.kernels.qk_norm_rope import qk_norm_rope
 from fixpass.runtime.rotary_norm import Rotation
 from fixpass.testing.kernel_memory import trace_memory
@@ -194,3 +194,16 @@ def test_a_result_may_not_lie_over_a_table():
     given[4] = table[:, :1]
     with pytest.raises(ValueError, match=r"q_out .*: lies over cos"):
         qk_norm_rope(*given, EPS, q_out=table, k_out=torch.empty(2, 1, 128), rotation=Rotation(128))
+
+
+def test_a_call_by_the_kernels_name_gives_what_the_reference_gives():
+    given, steps = packed(), {"rotary_dim": 64, "norm_dtype": torch.bfloat16, "order": [1, 0, 2]}
+    given[4:] = [table[..., :32] for table in given[4:]]
+    found = []
+    report = trace_memory(
+        lambda *a, **k: found.extend(strided.qk_norm_rope(*a, **k)), *given, EPS, **steps
+    )
+    wants = rotary_norm.qk_norm_rope(*given, EPS, **steps)
+    assert [kernel for kernel, _ in report.launches] == ["qk_norm_rope_kernel"]
+    assert all(map(torch.equal, found, wants))
+    assert [x.stride() for x in found] == [x.stride() for x in wants]

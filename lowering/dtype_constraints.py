@@ -112,9 +112,10 @@ class RotaryTables(Constraint):
         cos, sin = site.layouts["cos"], site.layouts["sin"]
         if cos.dtype != sin.dtype or not (cos.rank and sin.rank and site.x.rank):
             return False
-        head = site.steps.get("head_size", 0) or site.x.shape[-1]
+        head, hidden = site.steps.get("head_size", 0), site.x.shape[-1]
         columns = [known(cos.shape[-1] == wanted) for wanted in (size, size // 2)]
-        fits = all_known((size % 2 == 0, known(size <= head), known(site.x.shape[-1] % head == 0)))
+        whole = known(hidden % head == 0) if head else True
+        fits = all_known((size % 2 == 0, known(size <= (head or hidden)), whole))
         same = known(sin.shape[-1] == cos.shape[-1])
         return all_known((fits, either(*columns), same))
 

@@ -13,7 +13,7 @@ from torch import fx
 import fixpass.runtime.ops  # noqa: F401  (defines torch.ops.fixpass)
 from fixpass.lowering.target import Target
 from fixpass.passes.base import Pass, PassResult
-from fixpass.passes.join_qk_rope.qk_pair import describe, join, why_apart
+from fixpass.passes.join_qk_rope.qk_pair import Tables, describe, join, why_apart
 from fixpass.passes.join_qk_rope.rotated_norm import RotatedNorm, read_rotated
 from fixpass.passes.rewrite import Missed, erase_dead, find_anchors
 
@@ -34,6 +34,7 @@ class JoinQkRope(Pass):
         if not self.target.has(KERNEL):
             return
         waiting: RotatedNorm | None = None
+        tables: Tables = {}
         for norm in list(find_anchors(graph, NORMS)):
             seen = read_rotated(norm)
             if isinstance(seen, Missed):
@@ -50,14 +51,16 @@ class JoinQkRope(Pass):
                 continue
             if not result.take_fuel():
                 return
-            _replace(graph, waiting, seen, result)
+            _replace(graph, waiting, seen, tables, result)
             waiting = None
         if waiting is not None:
             result.missed(waiting.norm, "the same cos and sin rotate no other norm")
 
 
-def _replace(graph: fx.Graph, q: RotatedNorm, k: RotatedNorm, result: PassResult) -> None:
-    joined, parts = join(graph, q, k)
+def _replace(
+    graph: fx.Graph, q: RotatedNorm, k: RotatedNorm, tables: Tables, result: PassResult
+) -> None:
+    joined, parts = join(graph, q, k, tables)
     result.applied(joined, describe(q, k))
     for each, part in zip((q, k), parts, strict=True):
         each.root.replace_all_uses_with(part)

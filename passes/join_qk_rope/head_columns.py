@@ -71,8 +71,9 @@ def columns_of(node: fx.Node, found: Found) -> HeadColumns | None:
 
 
 def _slice(node: fx.Node, found: Found) -> HeadColumns | None:
-    source, dim, start, stop, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
-    where = (start, stop, step)
+    given: tuple[Any, ...] = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
+    dim, *where = given
+    source = arg(node, 0)
     if not _is_last(source, dim) or not all(i is None or type(i) is int for i in where):
         return None
     value = found[source]
@@ -107,7 +108,7 @@ def _split(node: fx.Node, found: Found) -> HeadColumns | None:
 
 
 def _part(node: fx.Node, found: Found) -> HeadColumns | None:
-    parts, i = node.args
+    parts, i = arg(node, 0), arg(node, 1)
     value = found[parts] if isinstance(parts, fx.Node) else None
     if value is None or not isinstance(i, int) or not isinstance(parts, fx.Node):
         return None
@@ -123,8 +124,8 @@ def _part(node: fx.Node, found: Found) -> HeadColumns | None:
 
 
 def _select(node: fx.Node, found: Found) -> HeadColumns | None:
-    source, dim, i = node.args
-    return _of_pair(found[source], i) if _is_last(source, dim) else None  # type: ignore[index]
+    source, dim, i = (arg(node, place) for place in range(3))
+    return _of_pair(found[source], i) if _is_last(source, dim) else None
 
 
 def _of_pair(value: HeadColumns, i: Any) -> HeadColumns | None:
@@ -179,12 +180,14 @@ def _convert(node: fx.Node, found: Found) -> HeadColumns | None:
 
 
 def _mul(node: fx.Node, found: Found) -> HeadColumns | None:
-    x, table = node.args if node.args[0] in found else reversed(node.args)
+    x, table = arg(node, 0), arg(node, 1)
+    if x not in found:
+        x, table = table, x
     val = val_of(table)
     if val is None or table in found or not isinstance(table, fx.Node) or not val.dim():
         return None
-    value: HeadColumns = found[x]  # type: ignore[index]
-    has_shape = _are_equal(x.meta["val"].shape, node.meta["val"].shape)  # type: ignore[union-attr]
+    value = found[x]
+    has_shape = _are_equal(x.meta["val"].shape, node.meta["val"].shape)
     if not value.is_raw or not has_shape or not _are_equal(val.shape[-1:], (value.width,)):
         return None
     pieces, start = [], 0
@@ -200,7 +203,7 @@ def _mul(node: fx.Node, found: Found) -> HeadColumns | None:
 
 
 def _add(node: fx.Node, found: Found) -> HeadColumns | None:
-    a, b = (found.get(each) for each in node.args[:2])  # type: ignore[arg-type]
+    a, b = found.get(arg(node, 0)), found.get(arg(node, 1))
     if a is None or b is None or node.kwargs or a.steps != b.steps or a.width != b.width:
         return None
     if a.is_raw or len(node.args) > 2:

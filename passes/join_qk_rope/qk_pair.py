@@ -6,20 +6,21 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fixpass.lowering.layout import Layout, dense_order, known
 from fixpass.passes.canonicalize_norms.norm import op_overload
 from fixpass.passes.cost import VIEWS
 from fixpass.passes.join_qk_norms.packed_qk import hoist
 from fixpass.passes.join_qk_rope.rotated_norm import RotatedNorm
-from fixpass.passes.rewrite import Editor, is_call, val_of
+from fixpass.passes.rewrite import Editor, copy_of, is_call, val_of
 
 aten = torch.ops.aten
 
 
 def why_apart(q: RotatedNorm, k: RotatedNorm) -> str:
     """Why the two are not one op; empty where they are."""
-    if not (_same(q.cos, k.cos) and _same(q.sin, k.sin)):
+    if (_key(q.cos), _key(q.sin)) != (_key(k.cos), _key(k.sin)):
         return "other tables rotate it"
     if q.order != k.order or q.steps != k.steps:
         return "the dimensions or the dtypes of the rotations differ"
@@ -51,7 +52,13 @@ def describe(q: RotatedNorm, k: RotatedNorm) -> str:
     )
 
 
-def join(graph: fx.Graph, q: RotatedNorm, k: RotatedNorm) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+Tables = dict[Any, fx.Node]
+"""The tables that the ops of other layers read already."""
+
+
+def join(
+    graph: fx.Graph, q: RotatedNorm, k: RotatedNorm, made: Tables
+) -> tuple[fx.Node, tuple[fx.Node, ...]]:
     """The op for both norms and rotations, and what stands for the two roots."""
     edit = Editor(graph, min(q.root, k.root))
     norm_steps = {name: step for name, step in q.norm.kwargs.items() if name != "order"}
@@ -59,13 +66,22 @@ def join(graph: fx.Graph, q: RotatedNorm, k: RotatedNorm) -> tuple[fx.Node, tupl
     if order is not None and order == _dense_order(k):
         norm_steps["order"] = order
     weights = [None if each.weight is None else hoist(edit, each.weight) for each in (q, k)]
-    tables = [_table(edit, q, table) for table in (q.cos, q.sin)]
+    tables = [_table(edit, q, table, made) for table in (q.cos, q.sin)]
     operands = (hoist(edit, q.operand), hoist(edit, k.operand), *weights, *tables)
     args = (*operands, q.norm.args[3])
-    joined = edit.call(op_overload("qk_norm_rope"), args, {**norm_steps, **dict(q.steps)})
+    steps = {**norm_steps, **dict(q.steps)}
+    val = None
+    if q.norm.kwargs.get("order") == norm_steps.get("order"):
+        # The norms have the layouts of the results, and running the op costs more than the match.
+        with unset_fake_temporarily():
+            val = tuple(
+                copy_of(each.norm.meta["val"], dtype=each.root.meta["val"].dtype) for each in (q, k)
+            )
+    joined = edit.call(op_overload("qk_norm_rope"), args, steps, val)
     if "nn_module_stack" in q.norm.meta:
         joined.meta["nn_module_stack"] = q.norm.meta["nn_module_stack"]
-    parts = [edit.call(getitem, (joined, i)) for i in (0, 1)]
+    vals = joined.meta["val"]
+    parts = [edit.call(getitem, (joined, i), val=vals[i]) for i in (0, 1)]
     return joined, tuple(_placed(edit, *pair) for pair in zip(parts, (q, k), strict=True))
 
 
@@ -90,8 +106,22 @@ def _dense_order(each: RotatedNorm) -> list[int] | None:
     return None if order is None or order == tuple(range(layout.rank)) else list(order)
 
 
-def _table(edit: Editor, each: RotatedNorm, table: fx.Node) -> fx.Node:
-    """The table such that it broadcasts to the rows of the norm's operand."""
+def _table(edit: Editor, each: RotatedNorm, table: fx.Node, made: Tables) -> fx.Node:
+    """The table such that it broadcasts to the rows of the norm's operand; made once."""
+    key = (_key(table), each.order, each.split is None)
+    if key not in made or not made[key] < edit.anchor:
+        made[key] = _make_table(edit, each, table)
+    return made[key]
+
+
+def _key(node: fx.Node) -> Any:
+    """What two views of one tensor have in common where they are the same."""
+    if not is_call(node, *VIEWS):
+        return node
+    return node.target, *(_key(a) if isinstance(a, fx.Node) else repr(a) for a in node.args)
+
+
+def _make_table(edit: Editor, each: RotatedNorm, table: fx.Node) -> fx.Node:
     node, rank = hoist(edit, table), len(each.order)
     if each.order != tuple(range(rank)) and node.meta["val"].dim() > 1:
         while node.meta["val"].dim() < rank:
@@ -109,17 +139,6 @@ def _is_one_for_all_heads(each: RotatedNorm) -> bool:
     rank, shape = len(each.order), each.cos.meta["val"].shape
     place = each.order.index(rank - 2) - rank + len(shape)
     return place < 0 or known(shape[place] == 1) is True
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether both are one node, or the same views of one."""
-    if a is b:
-        return True
-    if not is_call(a, *VIEWS) or not is_call(b, *VIEWS) or a.target != b.target:
-        return False
-    pairs = zip(a.args, b.args, strict=False)
-    same = (_same(x, y) if isinstance(x, fx.Node) else x == y for x, y in pairs)
-    return len(a.args) == len(b.args) and all(same)
 
 
 def _nodes_in(argument: Any) -> list[fx.Node]:

@@ -206,4 +206,4 @@ def test_a_call_by_the_kernels_name_gives_what_the_reference_gives():
     wants = rotary_norm.qk_norm_rope(*given, EPS, **steps)
     assert [kernel for kernel, _ in report.launches] == ["qk_norm_rope_kernel"]
     assert all(map(torch.equal, found, wants))
-    assert [x.stride() for x in found] == [x.stride() for x in wants]
+    assert all(x.permute(1, 0, 2).is_contiguous() for x in (*found, *wants))

@@ -78,6 +78,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("inductor", "layer_norm", _ANY, f"{_REFERENCES}:layer_norm"),
     Kernel("inductor", "add_rms_norm", _ANY, f"{_REFERENCES}:add_rms_norm"),
     Kernel("inductor", "qk_norm", _ANY, f"{_REFERENCES}:qk_norm"),
+    Kernel("inductor", "qk_norm_rope", _ANY, f"{_REFERENCES}:qk_norm_rope"),
     Kernel("inductor", "rms_norm_quant", _ANY, f"{_REFERENCES}:rms_norm_quant"),
     Kernel("inductor", "gated_rms_norm", _ANY, f"{_REFERENCES}:gated_rms_norm"),
     Kernel(

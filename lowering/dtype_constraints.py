@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from fixpass.lowering.constraints import Constraint, OperandConstraint
-from fixpass.lowering.layout import Known, dtype_name, known
+from fixpass.lowering.layout import Known, all_known, dtype_name, either, known
 from fixpass.lowering.site import Site
 
 
@@ -119,6 +119,41 @@ class GroupDivides(Constraint):
 
     def __str__(self) -> str:
         return f"group_size {'is a power of two that ' * self.power_of_two}divides hidden_size"
+
+
+@dataclass(frozen=True)
+class RotaryTables(Constraint):
+    """cos and sin have one dtype, and a column for each rotated value, or for each pair."""
+
+    def holds(self, site: Site) -> Known:
+        size = site.steps.get("rotary_dim", 0)
+        cos, sin = site.layouts["cos"], site.layouts["sin"]
+        if cos.dtype != sin.dtype or not (cos.rank and sin.rank and site.x.rank):
+            return False
+        head, hidden = site.steps.get("head_size", 0), site.x.shape[-1]
+        columns = [known(cos.shape[-1] == wanted) for wanted in (size, size // 2)]
+        whole = known(hidden % head == 0) if head else True
+        fits = all_known((size % 2 == 0, known(size <= (head or hidden)), whole))
+        same = known(sin.shape[-1] == cos.shape[-1])
+        return all_known((fits, either(*columns), same))
+
+    def __str__(self) -> str:
+        return "cos and sin have one dtype and rotary_dim columns, or half as many"
+
+
+@dataclass(frozen=True)
+class SameHead(Constraint):
+    """k has heads of the size of q's."""
+
+    def holds(self, site: Site) -> Known:
+        q, k = site.layouts["q"], site.layouts["k"]
+        if not (q.rank and k.rank):
+            return False
+        size = site.steps.get("head_size", 0)
+        return known(k.shape[-1] % size == 0 if size else k.shape[-1] == q.shape[-1])
+
+    def __str__(self) -> str:
+        return "k has heads of the size of q's"
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,22 @@ from torch import fx
 from fixpass.lowering.layout import Layout, known
 from fixpass.runtime.norms import default_compute_dtype
 
-OPS = ("rms_norm", "layer_norm", "add_rms_norm", "qk_norm", "rms_norm_quant", "gated_rms_norm")
+OPS = (
+    "rms_norm",
+    "layer_norm",
+    "add_rms_norm",
+    "qk_norm",
+    "qk_norm_rope",
+    "rms_norm_quant",
+    "gated_rms_norm",
+)
 # Positions of the tensor arguments in the schemas of `fixpass.runtime.ops`.
 OPERANDS: Mapping[str, tuple[str, ...]] = {
     "rms_norm": ("x", "weight", "bias"),
     "layer_norm": ("x", "weight", "bias"),
     "add_rms_norm": ("x", "residual", "weight", "bias"),
     "qk_norm": ("q", "k", "q_weight", "k_weight"),
+    "qk_norm_rope": ("q", "k", "q_weight", "k_weight", "cos", "sin"),
     "rms_norm_quant": ("x", "residual", "weight", "bias", "scale"),
     "gated_rms_norm": ("x", "gate", "weight"),
     # A linear layer is an ATen op: its pass reads the operands, the weight (K, N) as mm takes it.

@@ -21,7 +21,9 @@ from fixpass.lowering.dtype_constraints import (
     DtypeIn,
     GroupDivides,
     OneNumber,
+    RotaryTables,
     SameDtype,
+    SameHead,
 )
 from fixpass.runtime.kernels.checks import FLOATS as FLOAT
 from fixpass.runtime.kernels.checks import MAX_HIDDEN
@@ -39,6 +41,15 @@ _ROWS: tuple[Constraint, ...] = (
 )
 _BIAS = DtypeIn("bias", FLOAT)
 _NORM = (DtypeIn("out", FLOAT), _BIAS, *_ROWS)
+_TWO_SIDES: tuple[Constraint, ...] = (
+    *(DtypeIn(name, FLOAT) for name in ("q", "out", "q_weight")),
+    SameDtype("k"),
+    Alike("k_weight", "q_weight"),
+    ComputesIn(torch.float32),
+    Rank("q", 1, MAX_RANK),
+    Rank("k", 1, MAX_RANK),
+    HiddenAtMost(MAX_HIDDEN),
+)
 _RESIDUAL = (SameShape("residual", "x"), DtypeIn("residual", FLOAT))
 
 
@@ -66,17 +77,6 @@ STRIDED: tuple[Kernel, ...] = (
             *_ROWS,
         ),
     ),
-    _ours(
-        "qk_norm",
-        (
-            *(DtypeIn(name, FLOAT) for name in ("q", "out", "q_weight")),
-            SameDtype("k"),
-            ComputesIn(torch.float32),
-            Rank("q", 1, MAX_RANK),
-            Rank("k", 1, MAX_RANK),
-            HiddenAtMost(MAX_HIDDEN),
-            SameHidden("k", "q"),
-            Alike("k_weight", "q_weight"),
-        ),
-    ),
+    _ours("qk_norm", (*_TWO_SIDES, SameHidden("k", "q"))),
+    _ours("qk_norm_rope", (*_TWO_SIDES, SameHead(), DtypeIn("cos", FLOAT), RotaryTables())),
 )

@@ -46,6 +46,7 @@ _OURS = (
     "strided_layer_norm",
     "strided_add_rms_norm",
     "strided_qk_norm",
+    "strided_qk_norm_rope",
     "strided_rms_norm_quant",
     "strided_gated_rms_norm",
 )

@@ -9,6 +9,7 @@ from fixpass.passes.functionalize_norms import FunctionalizeNorms
 from fixpass.passes.insert_relayout import InsertRelayout
 from fixpass.passes.join_linears import JoinLinears
 from fixpass.passes.join_qk_norms import JoinQkNorms
+from fixpass.passes.join_qk_rope import JoinQkRope
 from fixpass.passes.lower_norms import LowerNorms
 from fixpass.passes.place_symmetric_memory import PlaceSymmetricMemory
 from fixpass.passes.prepack_linears import PrepackLinears
@@ -45,6 +46,8 @@ def default_passes(
     return (
         # First: everything after it sees one spelling of each norm.
         CanonicalizeNorms(),
+        # Before the choice of kernel, which compares the joined op with Inductor's code.
+        JoinQkRope(target),
         # Before any relayout: the choice of kernel decides which one is needed, if any.
         SelectNormKernel(target),
         # Makes the chosen kernel's contract hold.

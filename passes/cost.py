@@ -34,6 +34,8 @@ VIEWS = (
     aten.split_with_sizes.default,
     getitem,
 )
+# The ops that normalise two tensors.
+PAIRS = ("qk_norm", "qk_norm_rope")
 # Not tagged pointwise, but Inductor computes it element by element in the same loop.
 POINTWISE = (torch.ops.prims.convert_element_type.default, aten.cat.default, aten.clone.default)
 
@@ -49,7 +51,7 @@ class Fusion:
 
 def launches_of_inductor(op: str) -> int:
     """How many kernels Inductor generates for `op`: one for each tensor that is normalised."""
-    return 2 if op == "qk_norm" else 1
+    return 2 if op in PAIRS else 1
 
 
 def fusion_of(norm: fx.Node) -> Fusion:
@@ -65,7 +67,8 @@ def fusion_of(norm: fx.Node) -> Fusion:
         num_bytes = bytes_of(operand)
         opaque += num_bytes
         producer = source_of(operand)
-        if not is_pointwise(producer):
+        # Every layer reads the tables of a rotation, so they are written whatever reads them.
+        if name in ("cos", "sin") or not is_pointwise(producer):
             fused += num_bytes
             continue
         names.append(producer.name)
@@ -87,7 +90,7 @@ def results_of(norm: fx.Node) -> Iterator[fx.Node]:
         yield norm
         return
     # The second result of add_rms_norm is the sum, which is written either way.
-    normalised = (0, 1) if op_name(norm) == "qk_norm" else (0,)
+    normalised = (0, 1) if op_name(norm) in PAIRS else (0,)
     yield from (user for user in norm.users if user.args[1] in normalised)
 
 

@@ -1,6 +1,4 @@
-"""The ops `fixpass::rms_norm`, `layer_norm`, `add_rms_norm`, `qk_norm`, and what builds on them.
-
-`rms_norm_quant` quantises its result, and `gated_rms_norm` has a gate.
+"""The ops of norms: `fixpass::rms_norm`, `layer_norm`, `qk_norm` and the others in `SCHEMAS`.
 
 An op states what is computed; its `kernel_name` argument says which kernel computes it. The name
 "inductor" is the reference in `fixpass.runtime.norms`, and the empty name, an op that no pass has
@@ -17,6 +15,7 @@ from torch import Tensor
 from fixpass.runtime import norms, providers, strided
 from fixpass.runtime.gated_norm import gated_rms_norm
 from fixpass.runtime.quantized_norm import empty_results, rms_norm_quant
+from fixpass.runtime.rotary_norm import empty_rotated, qk_norm_rope
 
 _ROUNDING = (
     "float weight_offset=0.0, ScalarType? compute_dtype=None, ScalarType? norm_dtype=None, "
@@ -36,6 +35,11 @@ SCHEMAS = {
     "qk_norm": (
         "(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, float eps, *, "
         f"{_STEPS}) -> (Tensor, Tensor)"
+    ),
+    "qk_norm_rope": (
+        "(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, "
+        "float eps, *, int rotary_dim, int head_size=0, bool interleaved=False, "
+        f"ScalarType? rope_dtype=None, ScalarType? result_dtype=None, {_STEPS}) -> (Tensor, Tensor)"
     ),
     "rms_norm_quant": (
         "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? scale, float eps, *, "
@@ -96,11 +100,15 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "layer_norm": layer_norm,
     "add_rms_norm": add_rms_norm,
     "qk_norm": qk_norm,
+    "qk_norm_rope": qk_norm_rope,
     "rms_norm_quant": rms_norm_quant,
     "gated_rms_norm": gated_rms_norm,
 }
 # Functions that give the results' layouts without the steps of the reference.
-FAKES: dict[str, Callable[..., Any]] = {"rms_norm_quant": empty_results}
+FAKES: dict[str, Callable[..., Any]] = {
+    "rms_norm_quant": empty_results,
+    "qk_norm_rope": empty_rotated,
+}
 
 
 def _make_autograd(name: str) -> tuple[Callable[..., Any], Callable[..., None]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fixpass.runtime.gated_norm import split_gating
 from fixpass.runtime.kernels.checks import FLOATS, MAX_HIDDEN
 from fixpass.runtime.quantized_norm import empty_results, split_steps
+from fixpass.runtime.rotary_norm import empty_rotated, split_rotation
 
 MAX_RANK = 6
 
@@ -102,6 +103,42 @@ def qk_norm(
         q, k, q_weight, k_weight, eps, q_out=outs[0], k_out=outs[1], outputs_are_new=True, **steps
     )
     return outs
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    **steps: Any,
+) -> tuple[Tensor, Tensor]:
+    """`fixpass::qk_norm_rope` in one launch, straight from a packed projection."""
+    from fixpass.runtime.kernels.qk_norm_rope import qk_norm_rope as launch
+
+    _check_compute(compute_dtype)
+    q_out, k_out = empty_rotated(q, k, **steps)
+    rotation, rest = split_rotation(steps)
+    rest.pop("order", None)
+    launch(
+        q,
+        k,
+        q_weight,
+        k_weight,
+        cos,
+        sin,
+        eps,
+        q_out=q_out,
+        k_out=k_out,
+        rotation=rotation,
+        outputs_are_new=True,
+        **rest,
+    )
+    return q_out, k_out
 
 
 def rms_norm_quant(

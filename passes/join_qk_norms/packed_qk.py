@@ -75,7 +75,7 @@ class QkNorm(Rewrite):
         edit = Editor(graph, first)
         q, k, *weights = match.inputs
         assert k is not None
-        inputs = (q, _hoist(edit, k), *weights)
+        inputs = (q, hoist(edit, k), *weights)
         joined = Norm((first,), match.text, 0, match.op, inputs, match.eps, match.steps)
         pair = build_norm(graph, joined, first, (first.meta["val"], second.meta["val"]))
         with graph.inserting_after(pair):
@@ -135,11 +135,11 @@ def _views_after(norm: fx.Node, first: fx.Node) -> Iterator[fx.Node]:
             queue += node.all_input_nodes
 
 
-def _hoist(edit: Editor, node: fx.Node) -> fx.Node:
+def hoist(edit: Editor, node: fx.Node) -> fx.Node:
     """`node`, or a copy of the views that make it where they come behind the editor's place."""
     if node < edit.anchor:
         return node
-    args = fx.node.map_arg(node.args, lambda source: _hoist(edit, source))
+    args = fx.node.map_arg(node.args, lambda source: hoist(edit, source))
     return edit.call(node.target, args, dict(node.kwargs))
 
 

@@ -75,18 +75,23 @@ def check_qk_norm(
     k_out: Tensor,
     norm_dtype: torch.dtype | None,
     weight_dtype: torch.dtype | None,
+    *,
+    head_size: int = 0,
 ) -> None:
-    """Raise ValueError where qk_norm can't compute the operands."""
+    """Raise ValueError where qk_norm can't compute the operands.
+
+    head_size: rows are norms of several heads, and may differ in size.
+    """
     _check_rows("q", q)
     _check_rows("k", k)
     if k.device != q.device:
         raise ValueError(f"k {describe(k)} is on {k.device}, q on {q.device}")
-    if k.shape[-1] != q.shape[-1] or k.dtype != q.dtype:
+    if (k.shape[-1] != q.shape[-1] and not head_size) or k.dtype != q.dtype:
         raise ValueError(f"k {describe(k)}: hidden size and dtype differ from q {describe(q)}")
     if (q_weight is None) != (k_weight is None):
         raise ValueError("q_weight and k_weight: both or neither")
     _check_parameter("q_weight", q_weight, q)
-    _check_parameter("k_weight", k_weight, q)
+    _check_parameter("k_weight", k_weight, k)
     if q_weight is not None and k_weight is not None and q_weight.dtype != k_weight.dtype:
         raise ValueError(f"k_weight {describe(k_weight)}: q_weight is {describe(q_weight)}")
     _check_type("norm_dtype", norm_dtype)

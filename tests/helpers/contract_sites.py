@@ -17,7 +17,7 @@ from fixpass.runtime.ops import REFERENCES
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 FP8 = torch.float8_e4m3fn
-ROWS = ("x", "residual", "gate", "out", "q", "k")
+ROWS = ("x", "residual", "gate", "out", "q", "k", "cos", "sin")
 EPS = 1e-6
 
 
@@ -31,7 +31,8 @@ def good_site(kernel: Kernel) -> Site:
     }
     if "scale" in layouts:
         layouts["scale"] = Layout.contiguous((1,), F32)
-    every = [({}, BF16), ({"norm_dtype": BF16}, BF16), *quantised()]
+    plain = {"rotary_dim": 128} if kernel.op == "qk_norm_rope" else {}
+    every = [(plain, BF16), ({"norm_dtype": BF16}, BF16), *quantised()]
     for steps, dtype in every:
         out = Layout.contiguous((6, 128), dtype)
         for left_out in ((), ("bias",), ("bias", "residual", "scale")):
@@ -107,6 +108,7 @@ def broken_sites(site: Site):
         {"weight_offset": 0.5},
         {"group_size": 96},
         {"apply": "multiply"},
+        {"rotary_dim": 127},
     ):
         yield Site(site.op, site.layouts, "cuda", {**site.steps, **steps})
 

@@ -73,7 +73,7 @@ def lines(way, whose):
     ("way", "whose", "not_shown", "shown"),
     [
         ("called", "opaque", NOT_SHOWN, 150),
-        pytest.param("called", "ours", OURS_NOT_SHOWN, 40, marks=pytest.mark.full),
+        pytest.param("called", "ours", OURS_NOT_SHOWN, 35, marks=pytest.mark.full),
         pytest.param("compiled", "opaque", NOT_SHOWN, 150, marks=pytest.mark.full),
     ],
     ids=["called-opaque", "called-ours", "compiled-opaque"],

@@ -15,12 +15,19 @@ def double(*shape):
     return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
 
+TABLES = torch.linspace(-1, 1, 24, dtype=torch.float64).view(2, 3, 4).unbind()
 CALLS = {
     "rms_norm": lambda x, r, w, **k: ops.rms_norm(x, w, None, 1e-6, **k),
     "rms_norm with bias": lambda x, r, w, **k: ops.rms_norm(x, w, w, 1e-6, **k),
     "layer_norm": lambda x, r, w, **k: ops.layer_norm(x, w, w, 1e-6, **k),
     "layer_norm alone": lambda x, r, w, **k: ops.layer_norm(x, None, None, 1e-6, **k),
     "add_rms_norm": lambda x, r, w, **k: ops.add_rms_norm(x, r, w, None, 1e-6, **k),
+    "qk_norm_rope": lambda x, r, w, **k: ops.qk_norm_rope(
+        x, r, w, w, *TABLES, 1e-6, rotary_dim=4, **k
+    ),
+    "qk_norm_rope of heads": lambda x, r, w, **k: ops.qk_norm_rope(
+        x, r, w, w, *TABLES, 1e-6, rotary_dim=4, head_size=4, interleaved=True, **k
+    ),
 }
 
 
@@ -41,6 +48,18 @@ def test_torch_finds_no_fault_with_schema_fake_and_autograd(name):
             torch.library.opcheck(
                 getattr(ops, name).default, (*rows, *weights, 1e-6), {"order": order}
             )
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_torch_finds_no_fault_with_the_rotated_norms(interleaved):
+    packed = torch.randn(4, 3072, requires_grad=True)
+    heads = packed[:, :1024].view(4, 8, 128), packed[:, 1024:1280].view(4, 2, 128)
+    weight = torch.randn(128, requires_grad=True)
+    tables = torch.randn(2, 4, 1, 32).unbind()
+    for order in (None, [1, 0, 2]):
+        options = {"order": order, "rotary_dim": 64, "interleaved": interleaved}
+        args = (*heads, weight, weight, *tables, 1e-6)
+        torch.library.opcheck(ops.qk_norm_rope.default, args, options)
 
 
 def test_the_reference_is_pytorchs_own_norm():

@@ -86,10 +86,13 @@ def planted(*names, before=None, after=None, owner=group_commit.Attempt):
     """Do something once, before or after the first of these steps in the next update."""
     originals = {name: getattr(owner, name) for name in names}
 
+    def restore():
+        for each, original in originals.items():
+            setattr(owner, each, original)
+
     def wrapped(name):
         def method(self, *args):
-            for each, original in originals.items():
-                setattr(owner, each, original)
+            restore()
             if before is not None:
                 before()
             result = originals[name](self, *args)
@@ -101,6 +104,7 @@ def planted(*names, before=None, after=None, owner=group_commit.Attempt):
 
     for name in names:
         setattr(owner, name, wrapped(name))
+    here["restore"] = restore
 
 
 def failing(phase, kind):
@@ -140,6 +144,9 @@ def step(value, who=None, phase=None, kind=None, mode="buffered", timeout=None):
                     fault(kind)
         except (UpdateError, ValueError) as error:
             said.append(str(error))
+        finally:
+            # An update that is aborted early does not come to the planted step.
+            here.pop("restore", lambda: None)()
     said += [str(warning.message) for warning in caught]
     return said, state()
 

@@ -15,7 +15,13 @@ import torch
 from fixpass.lowering import contract_table
 from fixpass.lowering.contract import Contract
 from fixpass.runtime import providers
-from fixpass.runtime.kernels import add_rms_norm, qk_norm, rms_norm, rms_norm_quant  # noqa: F401
+from fixpass.runtime.kernels import (  # noqa: F401
+    add_rms_norm,
+    gated_rms_norm,
+    qk_norm,
+    rms_norm,
+    rms_norm_quant,
+)
 from fixpass.testing.kernel_memory import trace_memory
 from helpers import pointer_kernels
 from helpers.compiling import compiled_anew

@@ -31,8 +31,8 @@ def good_site(kernel: Kernel) -> Site:
     }
     if "scale" in layouts:
         layouts["scale"] = Layout.contiguous((1,), F32)
-    plain = {"rotary_dim": 128} if kernel.op == "qk_norm_rope" else {}
-    every = [(plain, BF16), ({"norm_dtype": BF16}, BF16), *quantised()]
+    needed = {"qk_norm_rope": {"rotary_dim": 128}, "gated_rms_norm": {"activation": "silu"}}
+    every = [(needed.get(kernel.op, {}), BF16), ({"norm_dtype": BF16}, BF16), *quantised()]
     for steps, dtype in every:
         out = Layout.contiguous((6, 128), dtype)
         for left_out in ((), ("bias",), ("bias", "residual", "scale")):
@@ -200,6 +200,8 @@ def _operand_sites(site: Site):
             yield site.with_layouts(scale=Layout.contiguous(shape, scale))
     if "residual" in OPERANDS[site.op]:
         yield site.with_layouts(residual=Layout.contiguous((1, 128), dtype))
+    if "gate" in OPERANDS[site.op]:
+        yield site.with_layouts(gate=Layout.contiguous((1, 128), dtype))
 
 
 STEPS = (
@@ -220,8 +222,9 @@ def call_sites(site: Site):
     yield from _row_sites(site)
     yield from _dtype_sites(site)
     yield from _operand_sites(site)
+    unknown = {"rms_norm_quant": set(), "gated_rms_norm": {"apply"}}
     for steps in STEPS:
-        if site.op == "rms_norm_quant" or not steps.keys() & {"group_size", "apply"}:
+        if not steps.keys() & unknown.get(site.op, {"group_size", "apply"}):
             yield Site(site.op, site.layouts, "cuda", {**site.steps, **steps})
 
 

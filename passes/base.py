@@ -18,6 +18,10 @@ from fixpass.passes.source_lines import SourceLine, source_lines
 Kind = Literal["applied", "missed", "failed"]
 
 
+JOINED_MODULES = "fixpass_joined"
+"""The key of a node's metadata for the modules of the norms that the node computes together."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """The kernel that a site got. Reports count launches and copies from it."""

@@ -66,8 +66,9 @@ class Report:
 
 def log_line(report: Report) -> str:
     """One line for a log: what compiles to the same code, then how often each pass did what."""
-    joined = {site for r in report.remarks if r.choice is not None for site in r.choice.sites}
-    same = sum(r.same_code and r.where not in joined - {""} for r in report.remarks)
+    chosen = (r.choice for r in report.remarks if r.choice is not None and not r.same_code)
+    joined = {site for choice in chosen for site in choice.sites if site}
+    same = sum(r.same_code and r.where not in joined for r in report.remarks)
     parts = []
     if same:
         read = "norm reads its strides" if same == 1 else "norms read their strides"

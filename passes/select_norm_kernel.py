@@ -15,7 +15,7 @@ from torch import fx
 from fixpass.lowering.relayout import hint
 from fixpass.lowering.site import OPS
 from fixpass.lowering.target import FALLBACK, Target
-from fixpass.passes.base import Choice, Pass, PassResult
+from fixpass.passes.base import JOINED_MODULES, Choice, Pass, PassResult
 from fixpass.passes.canonicalize_norms.norm import op_overload
 from fixpass.passes.norm_candidates import Candidates, KernelCandidate, candidates_of
 from fixpass.passes.rewrite import find_anchors
@@ -46,7 +46,10 @@ class SelectNormKernel(Pass):
         node.update_kwarg("kernel_name", best.kernel)
         first = seen.found[0]
         is_strided = seen.site.x.is_dense() is not True
-        choice = Choice(best.kernel, best.launches, first.launches, is_strided, best.plan.copied)
+        sites = node.meta.get(JOINED_MODULES, ())
+        choice = Choice(
+            best.kernel, best.launches, first.launches, is_strided, best.plan.copied, sites
+        )
         saved = max(first.num_bytes - best.num_bytes, 0)
         result.applied(node, "".join(_describe(best, seen)), bytes_saved=saved, choice=choice)
 

@@ -12,7 +12,7 @@ from torch import fx
 
 import fixpass.runtime.ops  # noqa: F401  (defines torch.ops.fixpass)
 from fixpass.lowering.target import Target
-from fixpass.passes.base import Pass, PassResult
+from fixpass.passes.base import JOINED_MODULES, Pass, PassResult, module_path
 from fixpass.passes.join_qk_rope.qk_pair import Tables, describe, join, why_apart
 from fixpass.passes.join_qk_rope.rotated_norm import RotatedNorm, read_rotated
 from fixpass.passes.rewrite import Missed, erase_dead, find_anchors
@@ -61,6 +61,7 @@ def _replace(
     graph: fx.Graph, q: RotatedNorm, k: RotatedNorm, tables: Tables, result: PassResult
 ) -> None:
     joined, parts = join(graph, q, k, tables)
+    joined.meta[JOINED_MODULES] = (module_path(q.norm), module_path(k.norm))
     result.applied(joined, describe(q, k))
     for each, part in zip((q, k), parts, strict=True):
         each.root.replace_all_uses_with(part)

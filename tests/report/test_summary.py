@@ -8,7 +8,8 @@ import fixpass
 from fixpass import Remark
 from fixpass.passes.base import Choice
 from fixpass.report.summary import readable, summary
-from fixpass.testing import bf16
+from fixpass.testing import assert_fired, bf16
+from helpers.rotary_spellings import neox
 
 
 def chosen(*choices, bytes_saved=0):
@@ -86,3 +87,23 @@ def test_the_figures_are_those_of_the_graph():
         f"2 launches instead of 5; {copies:,} bytes not moved."
     )
     assert str(report).splitlines()[1] == report.summary
+
+
+class RotatedQk(PackedQk):
+    """The norms of q and k, and their rotations."""
+
+    def forward(self, qkv, cos, sin):
+        heads = qkv.unflatten(-1, (-1, 16))
+        q, k = self.q_norm(heads[:, :4]), self.k_norm(heads[:, 4:8])
+        return neox(q, cos[:, None], sin[:, None]), neox(k, cos[:, None], sin[:, None])
+
+
+@torch.no_grad()
+def test_one_kernel_for_q_and_k_counts_as_two_norms_and_is_found_at_both():
+    inputs = bf16(5, 192), bf16(5, 16), bf16(5, 16)
+    report = fixpass.explain(RotatedQk(), *inputs, target="cuda:sm_90")
+    assert report.summary == (
+        "On cuda:sm_90: 2 of 2 norms read a strided layout without a copy; the norms take "
+        "1 launch instead of 2."
+    )
+    assert_fired(report, {"?_norm": "strided_qk_norm_rope"})

@@ -122,7 +122,7 @@ class Pass(ABC):
     """The pass in front of which a third party's pass runs; empty: no such pass."""
 
     def cache_key(self) -> str | None:
-        """A text for all that changes what the pass does; None: its source and its options are it.
+        """A cache key for the pass's behaviour; None: the key is made of its source and options.
 
         Give a pass this method where an option or a helper has no source and no values to hash,
         such as an open file. A graph that such a pass rewrote is not cached without it.

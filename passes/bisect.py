@@ -31,7 +31,7 @@ def is_elsewhere() -> bool:
 
 
 def is_disabled(subsystem: str, pass_name: str) -> bool:
-    """Whether torch's bisector has switched this change or pass off; it counts each question."""
+    """Whether torch's bisector has switched this change or pass off; the bisector counts calls."""
     disabled: bool = CompilerBisector.disable_subsystem(BACKEND, subsystem, lambda: pass_name)
     return disabled
 

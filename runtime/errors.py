@@ -1,6 +1,7 @@
 """The errors that fixpass raises, one class for each kind of mistake, and the line a warning names.
 
-Each says what was found and the way out. A pattern that does not match is no error: it is a
+Each error message says what was found and how to fix it.
+A pattern that does not match is no error: it is a
 remark on the report.
 """
 

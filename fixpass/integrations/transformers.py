@@ -1,8 +1,8 @@
 """Compile a `transformers` model for all that `generate` does with it.
 
 Every call of the model is compiled: prefill and decode, with static and dynamic caches, tensor
-parallel ranks, continuous batches. Where `generate` would compile a static decode step by itself,
-that is compiled with fixpass too. Weights, configs and what `save_pretrained` writes stay as they
+parallel ranks, continuous batches. Where `generate` itself compiles a static decode step with
+Inductor, fixpass replaces Inductor. Weights, configs and what `save_pretrained` writes stay as they
 are.
 """
 

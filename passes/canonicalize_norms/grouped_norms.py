@@ -18,7 +18,7 @@ _SAME_ELEMENTS = (*RESHAPES, torch.ops.prims.convert_element_type.default, aten.
 
 
 def describe_groups(last: fx.Node) -> str:
-    """The groups of a norm without a weight whose value is `last`, as the end of a remark."""
+    """The end of a remark, on the groups of the weightless norm `last`; empty without groups."""
     size = last.meta["val"].shape[-1]
     node = last
     while (user := sole_user(node)) is not None:

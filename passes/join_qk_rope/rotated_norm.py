@@ -77,7 +77,7 @@ class _Pairs:
 
 
 def read_rotated(norm: fx.Node) -> RotatedNorm | Missed:
-    """The rotation behind `norm`; why there is none that the op has; or no remark."""
+    """The rotation behind `norm`; else `Missed`, with a reason if nearly found."""
     heads, split, order = _heads(norm)
     size = heads.meta["val"].shape[-1]
     if type(size) is not int or not any(is_call(user, *_STARTS) for user in heads.users):

@@ -1,7 +1,7 @@
 """RMS norm with a gate in one launch, x, gate and result of any layout.
 
-Norm then gate, or gate then norm; silu or sigmoid; over rows or over groups of a row. A group is a
-row of its own with a part of the weight, so the weight is laid out as x is, with strides of 0.
+Norm then gate, or gate then norm; silu or sigmoid; over rows or over groups of a row. The kernel
+treats each group as a row. So the weight is expanded to the shape of x, with strides of 0.
 """
 
 # A kernel's arguments have no Python types.

@@ -150,7 +150,7 @@ def _padded(outermost_first: tuple[int, ...], length: int) -> tuple[int, ...]:
 
 
 def parts(**tensors: Tensor) -> Iterator[dict[str, Tensor]]:
-    """The tensors, or slices of them where more than MAX_LEADING dimensions are left."""
+    """The tensors, or slices of them if more than MAX_LEADING dimensions remain after merging."""
     names = tuple(tensors)
     geometry = lay_out(tuple(operand(tensor, 0) for tensor in tensors.values()))
     if len(geometry.sizes) <= MAX_LEADING:

@@ -44,7 +44,7 @@ MOST_A_THREAD = 64
 
 @dataclass(frozen=True)
 class HeadParts:
-    """The two halves and the rest of a head, each in a block that is a power of two."""
+    """Sizes of a head's rotated halves and of its rest; blocks are rounded up to powers of two."""
 
     head: int
     half: int

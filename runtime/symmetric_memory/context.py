@@ -32,7 +32,7 @@ class Stats:
 
 
 class SymmetricContext:
-    """A group's symmetric memory. Use it in a `with` block to allocate there.
+    """A group's symmetric memory. `with context:` allocates in this memory.
 
     Within the block, new CPU tensors of this thread lie in the group's memory while it has room,
     so that a matmul writes where the other ranks read. Blocks are not nested: an inner one does

@@ -176,7 +176,7 @@ class _Search:
         self._skipped: list[str] = []
 
     def may_follow(self, one: Held) -> bool:
-        """Whether a value is none that a checkpoint gives, or was made by post-processing."""
+        """Whether the value is not a checkpoint's weight, or was made by post-processing."""
         return id(one.value) not in self._ids or one.name in self._made
 
     def census(self, held: Iterable[Held]) -> Census:

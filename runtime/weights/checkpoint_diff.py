@@ -208,7 +208,7 @@ def stored_tensors(
     """The values of a model under the names, shapes and dtypes of a checkpoint: a load reversed.
 
     Args:
-        model: with any layouts, shards and ties. Of a DTensor all ranks take part.
+        model: may have layouts, shards and ties. With DTensors, all ranks must call this.
         like: a path of any format that `load` takes, of which only headers are read.
         mapping: the mapping of a load from `like`.
 

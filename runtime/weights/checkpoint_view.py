@@ -249,7 +249,7 @@ class _Redirect(TorchDispatchMode):
     def _on_copies(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        """Run any other operation on copies of the parts that it reads; write back its results."""
+        """Run `func` on copies of logical tensors, then copy written arguments back."""
         copies: dict[int, tuple[Tensor, Tensor]] = {}
 
         def copied(leaf: Any) -> Any:

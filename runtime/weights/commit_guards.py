@@ -213,7 +213,7 @@ class DoubleBuffer:
         _SPARE[self._model] = list(self._live.values())
 
     def on_back(self, tensor: Tensor) -> Tensor:
-        """The same part of the other memory."""
+        """The part of the other memory that corresponds to `tensor`."""
         return same_part(tensor, self._back[tensor.untyped_storage().data_ptr()])
 
 

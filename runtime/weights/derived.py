@@ -145,7 +145,7 @@ def _computed(derivation: Derivation, sources: Sequence[Tensor]) -> Value:
 
 
 def _fitting(module: nn.Module, derivation: Derivation, held: Value, value: Value) -> Value:
-    """The value, where it can take the place of the one that is there."""
+    """`value`, if it can replace `held`; else raises WeightError."""
     what = f"{type(module).__name__}: {derivation.name!r} is {_facts(held)}, and its function gives"
     if isinstance(held, Tensor) is not isinstance(value, Tensor) or _facts(held) != _facts(value):
         raise WeightError(f"{what} {_facts(value)}")
@@ -168,7 +168,7 @@ class _Refresh(NamedTuple):
     value: Value
 
     def put(self, value: Value) -> None:
-        """Put the new value, or the old one again, where the held one is."""
+        """Copy a tensor `value` into `held`; otherwise set `value` under its name."""
         if isinstance(self.held, Tensor) and isinstance(value, Tensor):
             # torch writes a tensor of inference mode only in that mode.
             with torch.inference_mode(self.held.is_inference()), torch.no_grad():

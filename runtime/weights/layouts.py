@@ -51,7 +51,7 @@ class Permute:
 
 @dataclass(frozen=True)
 class SwapHalves:
-    """The halves of one dimension exchanged: gate above up becomes up above gate, w13 to w31."""
+    """Exchanges the halves of one dimension: (gate, up) becomes (up, gate)."""
 
     dim: int = -2
     """Counted from the last dimension: -1, -2 and so on."""

@@ -99,7 +99,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class Stage:
-    """The layers that a pipeline stage holds, under whatever the containers are called."""
+    """The layers that a pipeline stage holds, found by names in `containers`."""
 
     layers: range
     containers: tuple[str, ...] = ("layers", "blocks", "h")

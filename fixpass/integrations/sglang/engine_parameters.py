@@ -60,7 +60,7 @@ class ProcessedParameter:
 
 
 class _Before(NamedTuple):
-    """A parameter before it is processed; `values` only where they are few."""
+    """A parameter before processing; `values` is None for large and meta tensors."""
 
     param: nn.Parameter
     data: Tensor
@@ -119,7 +119,7 @@ def _settle(
     before: _Before | None,
     prior: ProcessedParameter | None,
 ) -> ProcessedParameter | None:
-    """Put the old parameter into its place with the new values; None where nothing changed."""
+    """Put the old parameter back with the engine's values; return its record, if any."""
     new = _in_use(module, name)
     if before is None:
         # Made by the engine: kept from now on, so that its storage stays the same one.

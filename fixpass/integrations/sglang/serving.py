@@ -45,7 +45,7 @@ def plugin() -> None:
 
 
 def serving_hooks() -> tuple[Hook, ...]:
-    """The hooks of the serving side; FIXPASS_EAGER_KERNELS=off leaves those of norms out."""
+    """The hooks of the serving side; FIXPASS_EAGER_KERNELS=off leaves out norm hooks."""
     norms: tuple[Hook, ...] = ()
     if Config.resolve().eager_kernels:
         norms = norm_hooks(LAYERNORM, "_use_aiter")
@@ -117,7 +117,7 @@ def _keep_parameters(
 
 
 def _restore(engines: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Before a load: SGLang's own undoing first, then ours for the other parameters."""
+    """Before a load: SGLang restores its weights first, then fixpass restores other parameters."""
     token = _undoing.set(True)
     try:
         result = engines(model, *args, **kwargs)

@@ -74,7 +74,7 @@ def unshuffled(x: Tensor) -> Tensor:
 
 
 def _largest(before: Tensor, after: Tensor) -> Undo | None:
-    """One scale, the largest of all; a scale that was never set stays unset."""
+    """Undo the merge of all scales into the largest; unset scales stay unset."""
     if after.numel() != 1 or not before.dtype.is_floating_point or before.element_size() < 2:
         return None
     if not before.numel() or before.dtype != after.dtype or before.max() != after.reshape(()):

@@ -59,7 +59,7 @@ def _name(target: torch._ops.OpOverload) -> str:
 
 
 def _inline(graph: fx.Graph, node: fx.Node) -> str:
-    """Put the implementation's operations in the place of `node`; the line for the report."""
+    """Replace `node` by the implementation's operations; return the report's line."""
     op = IrOp.registry[_name(node.target)]  # type: ignore[arg-type]
     given = op.apply_arg_defaults(node.args)
     tensors = [arg for arg in given if isinstance(arg, fx.Node)]

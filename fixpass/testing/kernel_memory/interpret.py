@@ -1,7 +1,8 @@
 """Triton's interpreter as a context: kernels compiled before and after it are untouched.
 
-TRITON_INTERPRET decides at import for a whole process; here `@triton.jit` functions are
-switched to the interpreter on entry and back on exit, and its arithmetic is corrected:
+TRITON_INTERPRET decides at import for a whole process. The context
+switches `@triton.jit` functions to the interpreter on entry and back on exit.
+The context also corrects the interpreter:
 float32 becomes bfloat16 by rounding to the nearest, where Triton 3.7 truncates.
 
 It records nothing by itself (see trace.py), and calls no kernel.

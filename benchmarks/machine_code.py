@@ -233,8 +233,9 @@ def kernels_command(
     made_with = f"\nCompiled with Triton {metadata.version('triton')}."
     page = "\n".join([prose + MARKER, made_with, *lines, ""])
     write.write_text(page)
-    # The HTML report shows the rows of the chosen kernels.
-    TABLE.write_text(to_csv(read_table(page)))
+    # The HTML report shows the rows of the chosen kernels, for each documented target.
+    if target == "all":
+        TABLE.write_text(to_csv(read_table(page)))
     return 0
 
 

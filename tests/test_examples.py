@@ -7,6 +7,7 @@ import torch
 
 import fixpass
 from examples import packed_qkv
+from fixpass.testing import assert_fired
 from helpers.models import build
 from helpers.processes import run_python
 
@@ -17,7 +18,7 @@ EXAMPLES = ROOT / "examples"
 @pytest.mark.inductor
 def test_the_demo_generates_the_tokens_of_eager():
     output = run_python("demo.py", "1", cwd=EXAMPLES)
-    assert "strided_rms_norm" in output
+    assert "strided_qk_norm_rope reads" in output
     assert "16 greedy tokens are those of eager" in output
 
 
@@ -29,11 +30,10 @@ def test_a_packed_model_computes_what_the_model_does():
         torch.testing.assert_close(packed_qkv.pack_qkv(model)(tokens).logits, want)
 
 
-def test_the_packed_model_has_norms_that_only_a_strided_kernel_reads():
+def test_q_and_k_of_the_packed_model_are_normalised_and_rotated_where_they_lie():
     model, args = packed_qkv.build(num_layers=1)
-    texts = [remark.text for remark in fixpass.explain(model, *args, target="rocm:gfx942").remarks]
-    refused = [text for text in texts if "aiter_rms_norm: x is dense 2-D does not hold" in text]
-    assert len(refused) == 2
+    report = fixpass.explain(model, *args, target="rocm:gfx942")
+    assert_fired(report, {"q_norm": "strided_qk_norm_rope", "k_norm": "strided_qk_norm_rope"})
 
 
 def test_every_example_is_short_and_runs_in_the_gallery_or_here():

@@ -278,11 +278,11 @@ def _add_parts(
 
 def check_faults(plan: Plan, options: Options) -> None:
     """Raise for what is missing or left over, at the level of `strict`, or else of `scope`."""
-    scope, said = options.scope, f"strict={options.strict!r}"
+    scope, said = options.scope, f"strict={options.strict!r} raises for these"
     level = options.strict or ("complete" if scope == "model" else "none")
     faults = [f"{what}: {some(found)}" for what in RAISES[level] if (found := vars(plan)[what])]
     if options.strict is None:
-        said = f"scope={scope!r}"
+        said = f"scope={scope!r} raises for these"
         partial = [missing for missing in plan.missing if missing.why != NOTHING_STORED]
         if scope != "model":
             # A parameter that this update does not touch is not missing.
@@ -294,4 +294,4 @@ def check_faults(plan: Plan, options: Options) -> None:
             texts = [f"{name} ({a:,} of {b:,} bytes)" for name, (a, b) in plan.covered.items()]
             faults.append(f"not covered: {some(texts)}")
     if faults:
-        raise CheckpointError("\n".join([*faults, *plan.hints, f"{said} raises for these"]))
+        raise CheckpointError("\n".join([*faults, *plan.hints, said]))

@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 FIXPASS_VERIFY=1 $(P
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test test-full engines accept lint format type site check bench gpu pages \
-	browser models-page sharding-page versions wheel wheel-test doctor clean
+	browser models-page sharding-page launches-page versions wheel wheel-test doctor clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -93,6 +93,9 @@ browser: $(STAMP) ## Test the HTML report in the system's chromium, and make its
 
 models-page: $(STAMP) ## Compile the models with Inductor (half an hour); write docs/models.md
 	PYTHONPATH=.:tests $(PY) -m helpers.models_page
+
+launches-page: $(STAMP) ## Count the launches of norms in the models (ten minutes); write docs/launches.md
+	PYTHONPATH=.:tests $(PY) -P -m helpers.launches_page
 
 sharding-page: $(STAMP) ## Write the table of units in docs/checkpoints.md
 	PYTHONPATH=.:tests $(PY) -m helpers.sharding_page

@@ -92,6 +92,21 @@ class WeightRule(Constraint):
 
 
 @dataclass(frozen=True)
+class RoundsTo(Constraint):
+    """The dtypes to which the steps of the op round."""
+
+    dtypes: tuple[torch.dtype, ...]
+
+    def holds(self, site: Site) -> Known:
+        names = ("norm", "weight", "normed", "gate", "rope", "result")
+        steps = (site.steps.get(f"{name}_dtype") for name in names)
+        return all(dtype in (None, *self.dtypes) for dtype in steps)
+
+    def __str__(self) -> str:
+        return f"each step rounds to {' or '.join(map(dtype_name, self.dtypes))}"
+
+
+@dataclass(frozen=True)
 class OneNumber(OperandConstraint):
     """The operand is one number in float32."""
 

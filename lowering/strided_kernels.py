@@ -22,6 +22,7 @@ from fixpass.lowering.dtype_constraints import (
     GroupDivides,
     OneNumber,
     RotaryTables,
+    RoundsTo,
     SameDtype,
     SameHead,
 )
@@ -35,6 +36,7 @@ _ROWS: tuple[Constraint, ...] = (
     DtypeIn("x", FLOAT),
     DtypeIn("weight", FLOAT),
     ComputesIn(torch.float32),
+    RoundsTo(FLOAT),
     Rank("x", 1, MAX_RANK),
     HiddenAtMost(MAX_HIDDEN),
     LeadingDims(4),
@@ -46,6 +48,7 @@ _TWO_SIDES: tuple[Constraint, ...] = (
     SameDtype("k"),
     Alike("k_weight", "q_weight"),
     ComputesIn(torch.float32),
+    RoundsTo(FLOAT),
     Rank("q", 1, MAX_RANK),
     Rank("k", 1, MAX_RANK),
     HiddenAtMost(MAX_HIDDEN),

@@ -121,6 +121,8 @@ def _read_cast(user: fx.Node, rows: NormedRows) -> bool:
         return False
     if _dtype(rows.last) != torch.float32:
         return False
+    if rows.weight is None and "norm_dtype" in rows.steps:
+        return False
     if rows.weight is None:
         rows.steps["norm_dtype"] = arg(user, 1)
     return True

@@ -89,6 +89,8 @@ def _behind(anchor: fx.Node, rows: NormedRows, gate: Gate) -> Norm | Missed:
         # A wider result would only be written in more bytes.
         last = product if peel_upcast(cast) is product else cast
     shared = _shared((rows.last, gate.other, *gate.owned), {gate.other, product})
+    if peel_upcast(gate.gate) is rows.last:
+        return Missed(f"{rows.last.name} is its own gate")
     inputs = (rows.x, gate.gate, rows.weight)
     return Missed(shared) if shared else _joined(anchor, inputs, gate, rows.last, last, steps)
 
@@ -135,6 +137,9 @@ def _wrong(anchor: fx.Node, inputs: tuple[Any, ...], gate: Gate, factor: fx.Node
         return "a bias stands between the norm and its gate"
     if any(value is None or value.dtype not in FLOATS[:3] for value in values):
         return "the gate, x and the weight are not all f16, bf16 or f32"
+    for name, dtype in (("norm", _dtype(arg(anchor, 0))), ("activation", gate.dtype)):
+        if dtype not in FLOATS[:3]:
+            return f"the {name} is computed in {dtype_name(dtype)}"
     layouts = [Layout.of(node.meta["val"]) for node in (x, gate.gate, gate.product)]
     if any(differ(layout.shape, layouts[0].shape) for layout in layouts):
         return f"{gate.product.name} broadcasts x {layouts[0]} or its gate {layouts[1]}"

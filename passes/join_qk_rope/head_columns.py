@@ -117,7 +117,7 @@ def _part(node: fx.Node, found: Found) -> HeadColumns | None:
     sizes = arg(parts, 1)
     if type(sizes) is int:
         return _cut(value, range(value.width)[sizes * i : sizes * (i + 1)])
-    if not all(type(size) is int for size in sizes):
+    if isinstance(sizes, fx.Node) or not all(type(size) is int for size in sizes):
         return None
     start = sum(sizes[:i])
     return _cut(value, range(start, start + sizes[i]))
@@ -218,6 +218,8 @@ def _add(node: fx.Node, found: Found) -> HeadColumns | None:
         edges = sorted({*_edges(a), *_edges(b)})
         spans = [range(*edge) for edge in pairwise(edges)]
         a, b = (_joined([_cut(each, span) for span in spans], each) for each in (a, b))
+    if [len(p[0].columns) for p in a.pieces] != [len(q[0].columns) for q in b.pieces]:
+        return None
     pieces = tuple(p + q for p, q in zip(a.pieces, b.pieces, strict=True))
     return replace(a, pieces=pieces, steps=(*a.steps, ("sum", _dtype(node))))
 

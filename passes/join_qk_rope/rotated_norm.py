@@ -175,8 +175,10 @@ def _pairs(value: HeadColumns, size: int) -> _Pairs | None:
     kept = [(Term(range(rotary_dim, size)),)] if rotary_dim < size else []
     if rest != kept:
         return None
-    for entries in ((a, b), (range(half), range(half))):
+    for entries, width in (((a, b), rotary_dim), ((range(half), range(half)), half)):
         for cos, sin in _tables(first):
+            if not all(known_equal(t.meta["val"].shape[-1], width) is True for t in (cos, sin)):
+                continue
             wanted = (
                 {Term(a, 1, cos, entries[0]), Term(b, -1, sin, entries[0])},
                 {Term(b, 1, cos, entries[1]), Term(a, 1, sin, entries[1])},

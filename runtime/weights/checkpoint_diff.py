@@ -1,4 +1,4 @@
-"""Compare two checkpoints under two mappings, and write a model under the names of a checkpoint.
+"""Compare two checkpoints under two mappings; give a model's values under a checkpoint's names.
 
 `diff` brings the tensors of both sides to the parameters that their mappings name, part by part,
 and compares the values there. No model is needed: the parts of a parameter give its shape.

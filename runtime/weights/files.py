@@ -1,4 +1,4 @@
-"""Open the files of a checkpoint, and move many ranges of bytes with one system call.
+"""Open checkpoint files, and move batches of byte ranges, read or written, in several threads.
 
 A checkpoint that is replaced by a rename while it is read stays readable through the descriptor.
 `preadv` and `pwritev` move many ranges of memory, whose addresses go to the kernel as plain

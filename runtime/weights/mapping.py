@@ -1,4 +1,4 @@
-"""`Mapping`: finds the parameter that takes a stored tensor, and the part of it, by names.
+"""`Mapping`: turns a stored name into names of parameters that may take it, and the part of each.
 
 A checkpoint stores q, k and v, or each expert, by itself; a model holds them in one parameter.
 `candidates` turns a stored name into the parameters that may take it, the most specific first.

@@ -1,4 +1,4 @@
-"""Set layouts by parameter name, and hook modules so that state dicts keep checkpoint order.
+"""Hook modules with layouts: state dicts keep checkpoint order; deepcopy and pickle raise.
 
 The state dict of a protected module has logical values, and `load_state_dict` takes them. deepcopy
 and pickle, which would lose the layout and keep its bytes, raise. Forward is left alone: its

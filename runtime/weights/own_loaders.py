@@ -1,4 +1,4 @@
-"""Call the `weight_loader` that a parameter brings, on a stand-in for the parameter.
+"""Run a parameter's own `weight_loader` on a stand-in, whose values the update writes later.
 
 The loader is called as engines call it: with a parameter and a tensor, for a part of a stack with
 the shard's name, for an expert with the mapped name, shard_id and expert_id. The parameter is a

@@ -1,4 +1,4 @@
-"""Cache values that are computed from weights, and compute them again when a weight changes.
+"""Cache values that compiled graphs compute from weights; compute them anew when weights change.
 
 One compiled graph may serve many modules, each with weights of its own, and one weight many graphs:
 there is one value per function and set of weights. When a weight is written, its value is computed

@@ -1,4 +1,4 @@
-"""Detect that a weight has changed: `WeightVersion` of one weight, `watch` of a whole model.
+"""Detect writes to weights: `WeightVersion` of one; `watch` finds those outside of updates.
 
 Two things are compared. `write_key` is torch's count of writes and the address: it misses writes
 through `.data`, numpy or a storage, which torch does not count. A sample of words spread over the

@@ -105,6 +105,7 @@ def broken_sites(site: Site):
         {"compute_dtype": BF16},
         {"norm_dtype": BF16},
         {"norm_dtype": None},
+        {"norm_dtype": F64},
         {"weight_offset": 0.5},
         {"group_size": 96},
         {"apply": "multiply"},

@@ -77,6 +77,21 @@ def named(x, gate, weight):
     return y * torch.sigmoid(gate)
 
 
+def its_own_gate(x, gate, weight):
+    y = llama(x, weight)
+    return y * torch.sigmoid(y)
+
+
+def gate_of_integers(x, gate, weight):
+    return llama(x, weight) * torch.sigmoid(gate.float() * 20).to(torch.int32)
+
+
+def groups_in_float64(x, gate, weight):
+    g = x.double().view(-1, 4, 16)
+    g = g * torch.rsqrt(g.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return g.view(-1, 64) * weight * torch.sigmoid(gate)
+
+
 # The reason why each gate stays.
 LEFT = {
     also_read: "rms_norm is also read by output, so its gate stays",
@@ -86,5 +101,8 @@ LEFT = {
     product_kept: "mul is also read by output, so its gate stays",
     viewed_in_front: "the gated mul is viewed in front of the norm",
     wide_product_of_a_rounded_gate: "mul is computed in f32, not bf16",
+    its_own_gate: "rms_norm is its own gate",
+    gate_of_integers: "the activation is computed in i32",
+    groups_in_float64: "the norm is computed in f64",
     named: "the model asks for inductor, which has no gate",
 }

@@ -152,6 +152,50 @@ missed  rms_norm_1: its columns are no pairs of a rotation in the end
     )
 
 
+def half_of_wide_tables(x, cos, sin):
+    """One half of the tables serves both elements of a pair, and the other half nothing."""
+    a, b = x.chunk(2, -1)
+    y, z = x * cos, torch.cat((b, a), -1) * sin
+    v, w = torch.cat((b, a), -1) * cos, x * sin
+    return torch.cat((y[..., :64] - z[..., :64], v[..., :64] + w[..., :64]), -1)
+
+
+def part_of_wide_tables(x, cos, sin):
+    y = x * cos + torch.cat((-x[..., 32:64], x[..., :96]), -1) * sin
+    return torch.cat((y[..., :64], x[..., 64:]), -1)
+
+
+def pieces_that_do_not_fit(x, cos, sin):
+    e = x[..., :64]
+    pairs = torch.stack((-e[..., 1::2], e[..., ::2]), -1).flatten(-2)
+    return torch.cat((pairs * sin[..., :64], x[..., 64:]), -1) + x * cos
+
+
+@pytest.mark.parametrize("rope", [half_of_wide_tables, part_of_wide_tables, pieces_that_do_not_fit])
+def test_columns_that_the_op_would_read_elsewhere_are_missed(rope):
+    gm, report = joined(attention(rope), *inputs())
+    assert not ops(gm)
+    assert report.count("its columns are no pairs of a rotation in the end") == 2
+
+
+def test_a_split_at_a_symbol_is_left_alone():
+    def split(x, cos, sin):
+        rotated, kept = x.split(cos.shape[-1], -1)
+        return torch.cat((neox(rotated, cos, sin), kept), -1)
+
+    gm, _ = joined(attention(split), *inputs(64), dynamic=True)
+    assert not ops(gm)
+
+
+def test_a_rotation_in_float64_is_not_given_to_our_kernel():
+    def wide(x, cos, sin):
+        return neox(x.double(), cos, sin).to(x.dtype)
+
+    gm = trace(attention(wide), *inputs())
+    report = Pipeline(default_passes(CUDA), verify=True, strict=True).run(gm.graph)
+    assert "qk_norm_rope: inductor reads" in str(report)
+
+
 def test_a_head_that_is_read_before_its_rotation_is_missed():
     _, report = joined(attention(read_twice), *inputs())
     assert_expected_inline(

@@ -27,8 +27,8 @@ otherwise), a prefill of two sequences of 12 tokens. *Norms* counts the norms th
 *Launches* are those of these norms, with the copies that their kernels need: "first" with the first
 kernel of the target for each norm, "chosen" with the kernels that fixpass chose. *Kernels of
 Inductor* are all loops of the whole model, norms and neighbours, in the C++ that Inductor generates
-on this machine, without fixpass and with it; a layer norm has fewer loops as fixpass decomposes it. No
-launch was made on a GPU.
+on this machine, without fixpass and with it; they differ in models with
+layer norms, which fixpass decomposes in its own way. No launch was made on a GPU.
 
 | model | norms | sm_90: first | sm_90: chosen | gfx942: first | gfx942: chosen | kernels of Inductor | with fixpass |
 | --- | --- | --- | --- | --- | --- | --- | --- |

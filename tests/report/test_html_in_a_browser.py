@@ -82,6 +82,8 @@ def test_sites_with_a_missed_rewrite_may_be_shown_alone(page):
 def test_a_pass_shows_its_changes_when_it_is_opened(page):
     step = page.locator("details.step").first
     step.locator("summary").click()
+    # The contents come with the event of the opening.
+    step.locator("table").wait_for(state="attached")
     assert step.locator("tr.replace, tr.insert, tr.delete").count() > 0
     step.locator("summary").click()
     step.locator("summary").click()

@@ -193,9 +193,13 @@ def _follows(outer: tuple[Dim, ...], size: Dim, inner: tuple[Dim, ...]) -> bool:
 
 
 def same_shape(left: Layout, right: Layout) -> Known:
-    if left.rank != right.rank:
+    return same_sizes(left.shape, right.shape)
+
+
+def same_sizes(left: Sequence[Dim], right: Sequence[Dim]) -> Known:
+    if len(left) != len(right):
         return False
-    return all_known(known_equal(a, b) for a, b in zip(left.shape, right.shape, strict=True))
+    return all_known(known_equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 _NAMES = {

@@ -38,6 +38,11 @@ class Choice:
     sites: tuple[str, ...] = ()
     """The modules of the norms that became one; empty for a site of its own."""
 
+    @property
+    def num_norms(self) -> int:
+        """The norms that the kernel computes."""
+        return max(1, len(self.sites))
+
 
 @dataclass(frozen=True)
 class Remark:

@@ -5,7 +5,7 @@ is built completely before anything is taken out, so that an error leaves the gr
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -17,7 +17,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from fixpass.lowering.layout import Layout, dense_order
+from fixpass.lowering.layout import Layout, dense_order, same_sizes
 from fixpass.lowering.relayout import hint
 from fixpass.passes.base import Choice, PassResult
 
@@ -160,6 +160,23 @@ def val_of(node: Any) -> torch.Tensor | None:
     """The fake tensor that `node` records, or None for anything else."""
     val = node.meta.get("val") if isinstance(node, fx.Node) else None
     return val if isinstance(val, torch.Tensor) else None
+
+
+def dtype_of(node: fx.Node) -> torch.dtype:
+    """The dtype of the tensor that `node` records."""
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
+
+
+def shape_of(node: fx.Node) -> torch.Size:
+    """The shape of the tensor that `node` records."""
+    shape: torch.Size = node.meta["val"].shape
+    return shape
+
+
+def differ(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    """Whether two shapes are not proved to be equal."""
+    return same_sizes(left, right) is not True
 
 
 @dataclass(frozen=True)

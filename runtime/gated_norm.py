@@ -45,13 +45,6 @@ class Gating:
         return self.gate_dtype or torch.float32
 
 
-def split_gating(steps: dict[str, Any]) -> tuple[Gating, dict[str, Any]]:
-    """The keyword arguments of the op: those of the gate, and the norm's own."""
-    names = Gating.__dataclass_fields__
-    gating = Gating(**{name: steps[name] for name in names if name in steps})
-    return gating, {name: step for name, step in steps.items() if name not in names}
-
-
 def gated_rms_norm(
     x: Tensor,
     gate: Tensor,
@@ -66,7 +59,7 @@ def gated_rms_norm(
 
     weight: (hidden_size,), also where groups of a row are normalised.
     """
-    gating, rules = split_gating(steps)
+    gating, rules = norms.split_steps(Gating, steps)
     scale = _activate(gate, gating)
     result = out_dtype or x.dtype
     if gating.gate_first:

@@ -5,9 +5,15 @@ op bodies in `fixpass.runtime.ops` call them. They choose no kernel and read no 
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Own = TypeVar("Own", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,13 @@ class Affine:
     weight_dtype: torch.dtype | None = None
     out_dtype: torch.dtype | None = None
     order: list[int] | None = None
+
+
+def split_steps(kind: type[Own], steps: dict[str, Any]) -> tuple[Own, dict[str, Any]]:
+    """The keyword arguments of an op: the fields of `kind`, and the norm's own."""
+    names = kind.__dataclass_fields__
+    own = kind(**{name: steps[name] for name in names if name in steps})
+    return own, {name: step for name, step in steps.items() if name not in names}
 
 
 def rms_norm(x: Tensor, eps: float, affine: Affine) -> Tensor:

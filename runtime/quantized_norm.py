@@ -82,13 +82,6 @@ def _codes(values: Tensor, scale: Tensor, steps: Quantization) -> Tensor:
     return scaled.clamp(steps.low, steps.high).to(steps.quant_dtype)
 
 
-def split_steps(steps: dict[str, Any]) -> tuple[Quantization, dict[str, Any]]:
-    """The keyword arguments of the op: those of the quantisation, and the norm's own."""
-    names = Quantization.__dataclass_fields__
-    quantization = Quantization(**{name: steps[name] for name in names if name in steps})
-    return quantization, {name: step for name, step in steps.items() if name not in names}
-
-
 def rms_norm_quant(
     x: Tensor,
     residual: Tensor | None,
@@ -103,7 +96,7 @@ def rms_norm_quant(
     scale: one float32 number for all rows; None gives each row or group a scale of its own. The
     scales are empty where `scale` is given, and the sum where there is no residual.
     """
-    quantization, norm_steps = split_steps(steps)
+    quantization, norm_steps = norms.split_steps(Quantization, steps)
     total = x.new_empty(0) if residual is None else norms.with_order(x + residual, None)
     rows = x if residual is None else total
     y = norms.rms_norm(rows, eps, norms.Affine(weight, bias, **norm_steps))
@@ -120,7 +113,7 @@ def empty_results(
     **steps: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised results of `rms_norm_quant`: for kernels to fill, and with fake operands."""
-    quantization, _ = split_steps(steps)
+    quantization, _ = norms.split_steps(Quantization, steps)
     codes = x.new_empty(x.shape, dtype=quantization.quant_dtype)
     groups = x.shape[-1] // quantization.group_size if quantization.group_size else 1
     shape = (*x.shape[:-1], groups) if scale is None else (0,)

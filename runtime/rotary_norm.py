@@ -33,13 +33,6 @@ class Rotation:
     """The dtype of the result; None means that of the norm."""
 
 
-def split_rotation(steps: dict[str, Any]) -> tuple[Rotation, dict[str, Any]]:
-    """The keyword arguments of the op: those of the rotation, and the norm's own."""
-    names = Rotation.__dataclass_fields__
-    rotation = Rotation(**{name: steps[name] for name in names if name in steps})
-    return rotation, {name: step for name, step in steps.items() if name not in names}
-
-
 def qk_norm_rope(
     q: Tensor,
     k: Tensor,
@@ -57,7 +50,7 @@ def qk_norm_rope(
     q: (..., hidden_size); k may have other rows. cos, sin: (..., rotary_dim), or half of that,
     where both values of a pair have one angle. They broadcast to the rows of q and of k.
     """
-    rotation, norm_steps = split_rotation(steps)
+    rotation, norm_steps = norms.split_steps(Rotation, steps)
     results = []
     for x, weight in ((q, q_weight), (k, k_weight)):
         y = norms.rms_norm(x, eps, norms.Affine(weight, **norm_steps))

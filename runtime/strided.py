@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fixpass.runtime.gated_norm import split_gating
+from fixpass.runtime.gated_norm import Gating
 from fixpass.runtime.kernels.checks import FLOATS, MAX_HIDDEN
-from fixpass.runtime.quantized_norm import empty_results, split_steps
-from fixpass.runtime.rotary_norm import empty_rotated, split_rotation
+from fixpass.runtime.norms import split_steps
+from fixpass.runtime.quantized_norm import Quantization, empty_results
+from fixpass.runtime.rotary_norm import Rotation, empty_rotated
 
 MAX_RANK = 6
 
@@ -122,7 +123,7 @@ def qk_norm_rope(
 
     _check_compute(compute_dtype)
     q_out, k_out = empty_rotated(q, k, **steps)
-    rotation, rest = split_rotation(steps)
+    rotation, rest = split_steps(Rotation, steps)
     rest.pop("order", None)
     launch(
         q,
@@ -156,7 +157,7 @@ def rms_norm_quant(
     from fixpass.runtime.kernels.rms_norm_quant import rms_norm_quant as launch
 
     _check_compute(compute_dtype)
-    quantization, rest = split_steps(steps)
+    quantization, rest = split_steps(Quantization, steps)
     codes, scales, total = empty_results(x, residual, weight, bias, scale, eps, **steps)
     launch(
         x,
@@ -190,7 +191,7 @@ def gated_rms_norm(
     from fixpass.runtime.kernels.gated_rms_norm import gated_rms_norm as launch
 
     _check_compute(compute_dtype)
-    gating, rule = split_gating(steps)
+    gating, rule = split_steps(Gating, steps)
     out = empty_like(x, out_dtype, order)
     launch(x, gate, weight, eps, out=out, gating=gating, outputs_are_new=True, **rule)
     return out

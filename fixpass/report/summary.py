@@ -21,11 +21,12 @@ def summary(remarks: Iterable[Remark], target: str) -> str:
     norms = [choice for choice in choices if choice.launches > 0]
     if not norms:
         return ""
-    parts = [_layouts([choice for choice in norms if choice.is_strided], _count(norms))]
+    total = sum(choice.num_norms for choice in norms)
+    parts = [_layouts([choice for choice in norms if choice.is_strided], total)]
     launches = sum(choice.launches for choice in choices)
     first = sum(choice.first_launches for choice in choices)
     instead = f" instead of {first}" if first > launches else ""
-    take = "the norm takes" if _count(norms) == 1 else "the norms take"
+    take = "the norm takes" if total == 1 else "the norms take"
     parts.append(f"{take} {launches} launch{'' if launches == 1 else 'es'}{instead}")
     if num_bytes := sum(remark.bytes_saved for remark in remarks):
         parts.append(f"{readable(num_bytes)} not moved")
@@ -36,16 +37,11 @@ def _layouts(strided: list[Choice], total: int) -> str:
     norms = "1 norm" if total == 1 else f"{total} norms"
     if not strided:
         return f"{norms} over dense tensors"
-    free = _count([choice for choice in strided if not choice.copied])
+    free = sum(choice.num_norms for choice in strided if not choice.copied)
     reads = "reads" if free == 1 else "read"
     text = f"{free} of {norms} {reads} a strided layout without a copy"
-    copied = _count(strided) - free
+    copied = sum(choice.num_norms for choice in strided) - free
     return f"{text}, {copied} through a copy" if copied else text
-
-
-def _count(choices: list[Choice]) -> int:
-    """The norms that have these kernels; one kernel may compute several norms."""
-    return sum(max(1, len(choice.sites)) for choice in choices)
 
 
 def readable(num_bytes: int) -> str:

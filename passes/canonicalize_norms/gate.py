@@ -13,9 +13,18 @@ from torch import fx
 
 from fixpass.lowering.layout import known, known_equal
 from fixpass.passes.canonicalize_norms.idiom import read_weight
-from fixpass.passes.canonicalize_norms.quantization import differ
 from fixpass.passes.canonicalize_norms.scale import ADDS, CONVERT, FLOATS, aten, peel_upcast
-from fixpass.passes.rewrite import RESHAPES, Missed, arg, is_call, sole_user, val_of
+from fixpass.passes.rewrite import (
+    RESHAPES,
+    Missed,
+    arg,
+    differ,
+    dtype_of,
+    is_call,
+    shape_of,
+    sole_user,
+    val_of,
+)
 
 
 @dataclass(frozen=True)
@@ -101,11 +110,15 @@ def read_rows(norm: fx.Node) -> NormedRows | Missed:
     if not size:
         return NormedRows(x, norm, weight, steps)
     rows = NormedRows(peel_upcast(arg(x, 0)), norm, None, {**steps, "group_size": size}, [x])
-    if _dtype(norm) != torch.float32:
-        rows.steps["norm_dtype"] = _dtype(norm)
+    if dtype_of(norm) != torch.float32:
+        rows.steps["norm_dtype"] = dtype_of(norm)
     is_flat = False
     while (user := sole_user(rows.last)) is not None:
-        if is_call(user, *RESHAPES) and not is_flat and not differ(_shape(user), _shape(rows.x)):
+        if (
+            is_call(user, *RESHAPES)
+            and not is_flat
+            and not differ(shape_of(user), shape_of(rows.x))
+        ):
             is_flat = True
         elif not _read_cast(user, rows) and not _read_group_weight(user, rows, is_flat):
             break
@@ -119,7 +132,7 @@ def _read_cast(user: fx.Node, rows: NormedRows) -> bool:
     """Whether `user` rounds the norm: once in front of the weight and once behind it."""
     if not is_call(user, CONVERT) or arg(user, 1) not in FLOATS[:3]:
         return False
-    if _dtype(rows.last) != torch.float32:
+    if dtype_of(rows.last) != torch.float32:
         return False
     if rows.weight is None and "norm_dtype" in rows.steps:
         return False
@@ -134,17 +147,17 @@ def _read_group_weight(user: fx.Node, rows: NormedRows, is_flat: bool) -> bool:
         return False
     factor = arg(user, 1) if arg(user, 0) is rows.last else arg(user, 0)
     if not is_flat:
-        if not is_call(factor, *RESHAPES) or differ(_shape(factor), _shape(rows.last)[-2:]):
+        if not is_call(factor, *RESHAPES) or differ(shape_of(factor), shape_of(rows.last)[-2:]):
             return False
         factor = arg(factor, 0)
     if val_of(factor) is None:
         return False
-    weight, steps = read_weight(factor, _dtype(rows.last))
+    weight, steps = read_weight(factor, dtype_of(rows.last))
     vector = val_of(weight)
-    if vector is None or differ(vector.shape, _shape(rows.x)[-1:]):
+    if vector is None or differ(vector.shape, shape_of(rows.x)[-1:]):
         return False
-    promoted = torch.promote_types(_dtype(rows.last), steps.get("weight_dtype", vector.dtype))
-    if promoted != _dtype(user):
+    promoted = torch.promote_types(dtype_of(rows.last), steps.get("weight_dtype", vector.dtype))
+    if promoted != dtype_of(user):
         return False
     rows.weight = weight
     rows.steps.update(steps)
@@ -155,19 +168,9 @@ def _group_size(x: Any) -> int:
     """The size of the last dimension of `x`, where x views rows in groups of it; else 0."""
     if not is_call(x, *RESHAPES) or val_of(arg(x, 0)) is None:
         return 0
-    before, after = _shape(arg(x, 0)), _shape(x)
+    before, after = shape_of(arg(x, 0)), shape_of(x)
     if len(after) != len(before) + 1 or differ(before[:-1], after[:-2]):
         return 0
     size = after[-1]
     is_part = type(size) is int and known(before[-1] % size == 0) is True
     return size if is_part and known_equal(before[-1], after[-2] * size) is True else 0
-
-
-def _shape(node: fx.Node) -> torch.Size:
-    shape: torch.Size = node.meta["val"].shape
-    return shape
-
-
-def _dtype(node: fx.Node) -> torch.dtype:
-    dtype: torch.dtype = node.meta["val"].dtype
-    return dtype

@@ -15,7 +15,6 @@ from torch import fx
 from fixpass.lowering.layout import Layout, dtype_name
 from fixpass.passes.canonicalize_norms.gate import Gate, NormedRows, gate_of, read_rows
 from fixpass.passes.canonicalize_norms.norm import Norm, build_norm, out_steps
-from fixpass.passes.canonicalize_norms.quantization import differ
 from fixpass.passes.canonicalize_norms.scale import CONVERT, FLOATS, peel_upcast
 from fixpass.passes.rewrite import (
     NO_REMARK,
@@ -24,6 +23,8 @@ from fixpass.passes.rewrite import (
     Missed,
     Rewrite,
     arg,
+    differ,
+    dtype_of,
     is_call,
     sole_user,
     val_of,
@@ -82,8 +83,8 @@ def _in_front(anchor: fx.Node, rows: NormedRows, gate: Gate) -> Norm | Missed:
 def _behind(anchor: fx.Node, rows: NormedRows, gate: Gate) -> Norm | Missed:
     """The gate is applied to the norm with its weight; a cast may follow."""
     product, steps = gate.product, dict(rows.steps)
-    if _dtype(rows.last) != _dtype(rows.x):
-        steps["normed_dtype"] = _dtype(rows.last)
+    if dtype_of(rows.last) != dtype_of(rows.x):
+        steps["normed_dtype"] = dtype_of(rows.last)
     last, cast = product, sole_user(product)
     if is_call(cast, CONVERT) and arg(cast, 1) in FLOATS[:3]:
         # A wider result would only be written in more bytes.
@@ -137,13 +138,13 @@ def _wrong(anchor: fx.Node, inputs: tuple[Any, ...], gate: Gate, factor: fx.Node
         return "a bias stands between the norm and its gate"
     if any(value is None or value.dtype not in FLOATS[:3] for value in values):
         return "the gate, x and the weight are not all f16, bf16 or f32"
-    for name, dtype in (("norm", _dtype(arg(anchor, 0))), ("activation", gate.dtype)):
+    for name, dtype in (("norm", dtype_of(arg(anchor, 0))), ("activation", gate.dtype)):
         if dtype not in FLOATS[:3]:
             return f"the {name} is computed in {dtype_name(dtype)}"
     layouts = [Layout.of(node.meta["val"]) for node in (x, gate.gate, gate.product)]
     if any(differ(layout.shape, layouts[0].shape) for layout in layouts):
         return f"{gate.product.name} broadcasts x {layouts[0]} or its gate {layouts[1]}"
-    product, wanted = layouts[2].dtype, torch.promote_types(_dtype(factor), gate.dtype)
+    product, wanted = layouts[2].dtype, torch.promote_types(dtype_of(factor), gate.dtype)
     if product != wanted:
         return f"{gate.product.name} is computed in {dtype_name(product)}, not {dtype_name(wanted)}"
     return ""
@@ -157,8 +158,3 @@ def _shared(nodes: tuple[fx.Node, ...], inside: set[fx.Node]) -> str:
         if others:
             return f"{node.name} is also read by {', '.join(others)}, so its gate stays"
     return ""
-
-
-def _dtype(node: fx.Node) -> torch.dtype:
-    dtype: torch.dtype = node.meta["val"].dtype
-    return dtype

@@ -35,6 +35,7 @@ from fixpass.passes.rewrite import (
     Missed,
     Rewrite,
     arg,
+    dtype_of,
     is_call,
     sole_user,
     val_of,
@@ -100,8 +101,8 @@ def read_affine(scale: Scale) -> Tail:
     weight = bias = None
     if weight_node is not None and product is not None:
         if cast is not scale.y:
-            steps["norm_dtype"] = _dtype(cast)
-        weight, prepared = read_weight(weight_node, _dtype(cast))
+            steps["norm_dtype"] = dtype_of(cast)
+        weight, prepared = read_weight(weight_node, dtype_of(cast))
         steps.update(prepared)
         last = product
     if weight is not None or last is scale.y:
@@ -151,7 +152,7 @@ def read_weight(node: fx.Node, norm_dtype: torch.dtype) -> tuple[fx.Node, dict[s
     if is_call(stored, CONVERT) and _is_vector(arg(stored, 0)):
         dtype, source = arg(stored, 1), arg(stored, 0)
         # Without an offset, type promotion makes the same conversion by itself.
-        promoted = torch.promote_types(_dtype(source), norm_dtype)
+        promoted = torch.promote_types(dtype_of(source), norm_dtype)
         if steps or promoted != torch.promote_types(dtype, norm_dtype) or promoted != dtype:
             steps["weight_dtype"] = dtype
         stored = source
@@ -161,8 +162,3 @@ def read_weight(node: fx.Node, norm_dtype: torch.dtype) -> tuple[fx.Node, dict[s
 def _is_vector(node: Any) -> bool:
     val = val_of(node)
     return val is not None and val.dim() == 1 and val.dtype in FLOATS
-
-
-def _dtype(node: fx.Node) -> torch.dtype:
-    dtype: torch.dtype = node.meta["val"].dtype
-    return dtype

@@ -14,9 +14,9 @@ import torch
 from torch import fx
 
 import fixpass.runtime.ops  # noqa: F401  (defines torch.ops.fixpass)
-from fixpass.lowering.layout import all_known, dtype_name, known, known_equal
+from fixpass.lowering.layout import dtype_name, known, known_equal
 from fixpass.passes.canonicalize_norms.scale import CONVERT, FLOATS, aten, peel_upcast
-from fixpass.passes.rewrite import RESHAPES, arg, is_call
+from fixpass.passes.rewrite import RESHAPES, arg, differ, dtype_of, is_call
 
 NORMS = (torch.ops.fixpass.rms_norm.default, torch.ops.fixpass.add_rms_norm.default)
 SHAPES = (*RESHAPES, aten.unsqueeze.default, aten.squeeze.dim)
@@ -49,7 +49,7 @@ class Reading:
     def clamp_min(self, node: Any, step: str) -> Any:
         """The value behind an optional lower bound in float32."""
         is_bound = is_call(node, aten.clamp_min.default) and isinstance(arg(node, 1), Real)
-        if not is_bound or _dtype(node) != torch.float32:
+        if not is_bound or dtype_of(node) != torch.float32:
             return node
         self.steps[step] = float(arg(node, 1))
         self.owned.append(node)
@@ -113,8 +113,8 @@ def norm_of(y: fx.Node) -> fx.Node:
 def wrong_codes(reading: Reading, scaled: fx.Node) -> str:
     code, tail = reading.steps["quant_dtype"], reading.tail
     name = dtype_name(code)
-    if _dtype(scaled) != torch.float32:
-        return f"scaled in {dtype_name(_dtype(scaled))}, not in f32"
+    if dtype_of(scaled) != torch.float32:
+        return f"scaled in {dtype_name(dtype_of(scaled))}, not in f32"
     if "converts" in tail:
         return f"converted to {dtype_name(tail['converts'])} before {name}"
     low, high = tail.get("low"), tail.get("high")
@@ -141,12 +141,12 @@ def read_scale(scale: Any, y: fx.Node, values: fx.Node, reading: Reading) -> boo
     node = inner.peel(node, *SHAPES)
     if not is_call(node, aten.div.Tensor) or not isinstance(arg(node, 1), Real):
         return False
-    if arg(node, 1) <= 0 or _dtype(node) not in FLOATS[:3]:
+    if arg(node, 1) <= 0 or dtype_of(node) not in FLOATS[:3]:
         return False
     inner.owned.append(node)
     inner.steps["limit"] = float(arg(node, 1))
-    if _dtype(node) != torch.float32:
-        inner.steps["scale_dtype"] = _dtype(node)
+    if dtype_of(node) != torch.float32:
+        inner.steps["scale_dtype"] = dtype_of(node)
     largest = inner.source(inner.clamp_min(inner.source(arg(node, 0)), "amax_min"))
     grouped = _read_amax(largest, inner)
     if grouped is None or inner.source(grouped) is not y:
@@ -159,8 +159,8 @@ def read_scale(scale: Any, y: fx.Node, values: fx.Node, reading: Reading) -> boo
         if not isinstance(size, int) or known(hidden_size % size == 0) is not True:
             return False
         inner.steps["group_size"] = size
-    if _dtype(largest) != _dtype(y):
-        inner.steps["amax_dtype"] = _dtype(largest)
+    if dtype_of(largest) != dtype_of(y):
+        inner.steps["amax_dtype"] = dtype_of(largest)
     reading.steps |= inner.steps
     reading.owned += [each for each in inner.owned if each is not scale]
     return True
@@ -184,15 +184,3 @@ def _read_amax(node: Any, inner: Reading) -> fx.Node | None:
     inner.owned += [node, magnitudes]
     found: fx.Node = arg(magnitudes, 0)
     return found
-
-
-def differ(left: Any, right: Any) -> bool:
-    """Whether two shapes are not proved to be equal."""
-    if len(left) != len(right):
-        return True
-    return all_known(known_equal(a, b) for a, b in zip(left, right, strict=True)) is not True
-
-
-def _dtype(node: fx.Node) -> torch.dtype:
-    dtype: torch.dtype = node.meta["val"].dtype
-    return dtype

@@ -17,7 +17,6 @@ from fixpass.passes.canonicalize_norms.norm import op_overload
 from fixpass.passes.canonicalize_norms.quantization import (
     NORMS,
     Reading,
-    differ,
     norm_of,
     read_codes,
     read_scale,
@@ -34,7 +33,9 @@ from fixpass.passes.rewrite import (
     Rewrite,
     arg,
     copy_of,
+    differ,
     is_call,
+    shape_of,
     sole_user,
     val_of,
 )
@@ -134,7 +135,7 @@ def _nothing(like: FakeTensor, dtype: torch.dtype) -> FakeTensor:
 
 def _in_shape_of(graph: fx.Graph, old: fx.Node, result: fx.Node) -> fx.Node:
     """The result, viewed where `old` has its rows in groups."""
-    shape, ours = _shape(old), _shape(result)
+    shape, ours = shape_of(old), shape_of(result)
     if not differ(ours, shape):
         return result
     edit, sizes = Editor(graph, old), []
@@ -158,7 +159,7 @@ def _wrong_given(scale: fx.Node, norm: fx.Node, values: fx.Node, scaled: fx.Node
     val = val_of(scale)
     if val is None or known(val.numel() == 1) is not True or val.dtype != torch.float32:
         return f"the scale {scale.name} is neither one f32 number nor amax / constant of a row"
-    if differ(_shape(values), _shape(scaled)):
+    if differ(shape_of(values), shape_of(scaled)):
         return f"the scale {scale.name} adds dimensions"
     if not scale < norm:
         return f"the scale {scale.name} is computed after the norm"
@@ -182,7 +183,7 @@ def _quantized(
     norm = norm_of(y)
     last, user = anchor, sole_user(anchor)
     # Groups are viewed as rows again behind the conversion.
-    if is_call(user, *RESHAPES) and not differ(_shape(user), _shape(y)):
+    if is_call(user, *RESHAPES) and not differ(shape_of(user), shape_of(y)):
         last = user
     totals = [user for user in norm.users if arg(user, 1) == 1] if y is not norm else []
     kind = f"{steps['group_size']} values" if "group_size" in steps else "row"
@@ -198,8 +199,3 @@ def _quantized(
         has_scales=not given,
         steps={**{k: v for k, v in norm.kwargs.items() if k != "order"}, **steps},
     )
-
-
-def _shape(node: fx.Node) -> torch.Size:
-    shape: torch.Size = node.meta["val"].shape
-    return shape

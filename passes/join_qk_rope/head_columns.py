@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fixpass.lowering.layout import known_equal
 from fixpass.passes.canonicalize_norms.scale import CONVERT
-from fixpass.passes.rewrite import RESHAPES, arg, is_call, val_of
+from fixpass.passes.rewrite import RESHAPES, arg, differ, dtype_of, is_call, val_of
 
 aten = torch.ops.aten
 
@@ -143,12 +142,12 @@ def _unsqueeze(node: fx.Node, found: Found) -> HeadColumns | None:
 def _view(node: fx.Node, found: Found) -> HeadColumns | None:
     value = found[arg(node, 0)]
     before, after = arg(node, 0).meta["val"].shape, node.meta["val"].shape
-    if _are_equal(before, after):
+    if not differ(before, after):
         return value
     if value.form == "pairs":
-        merges = _are_equal((*before[:-2], value.width), after)
+        merges = not differ((*before[:-2], value.width), after)
         return replace(value, form="alternating") if merges else None
-    splits = value.width % 2 == 0 and _are_equal((*before[:-1], value.width // 2, 2), after)
+    splits = value.width % 2 == 0 and not differ((*before[:-1], value.width // 2, 2), after)
     return _alternating(value, "pairs") if splits and value.is_raw else None
 
 
@@ -187,8 +186,8 @@ def _mul(node: fx.Node, found: Found) -> HeadColumns | None:
     if val is None or table in found or not isinstance(table, fx.Node) or not val.dim():
         return None
     value = found[x]
-    has_shape = _are_equal(x.meta["val"].shape, node.meta["val"].shape)
-    if not value.is_raw or not has_shape or not _are_equal(val.shape[-1:], (value.width,)):
+    has_shape = not differ(x.meta["val"].shape, node.meta["val"].shape)
+    if not value.is_raw or not has_shape or differ(val.shape[-1:], (value.width,)):
         return None
     pieces, start = [], 0
     for i, piece in enumerate(value.pieces):
@@ -199,7 +198,7 @@ def _mul(node: fx.Node, found: Found) -> HeadColumns | None:
         pieces.append(tuple(replace(t, table=table, entries=entries) for t in piece))
     if value.form not in ("row", "alternating") or len(value.pieces) > 2:
         return None
-    return replace(value, pieces=tuple(pieces), steps=(*value.steps, ("product", _dtype(node))))
+    return replace(value, pieces=tuple(pieces), steps=(*value.steps, ("product", dtype_of(node))))
 
 
 def _add(node: fx.Node, found: Found) -> HeadColumns | None:
@@ -221,7 +220,7 @@ def _add(node: fx.Node, found: Found) -> HeadColumns | None:
     if [len(p[0].columns) for p in a.pieces] != [len(q[0].columns) for q in b.pieces]:
         return None
     pieces = tuple(p + q for p, q in zip(a.pieces, b.pieces, strict=True))
-    return replace(a, pieces=pieces, steps=(*a.steps, ("sum", _dtype(node))))
+    return replace(a, pieces=pieces, steps=(*a.steps, ("sum", dtype_of(node))))
 
 
 def _edges(value: HeadColumns) -> list[int]:
@@ -243,7 +242,7 @@ def _cat(node: fx.Node, found: Found) -> HeadColumns | None:
     pairs = list(zip(sources, known_values, strict=True))
     rounded = [pair for pair in pairs if not pair[1].is_raw] or pairs
     steps = {value.steps for _, value in rounded}
-    if {_dtype(source) for source, _ in rounded} != {_dtype(node)}:
+    if {dtype_of(source) for source, _ in rounded} != {dtype_of(node)}:
         return None
     forms = [value.form for value in known_values]
     if len(steps) > 1:
@@ -261,16 +260,6 @@ def _clone(node: fx.Node, found: Found) -> HeadColumns | None:
 
 def _is_last(node: Any, dim: Any) -> bool:
     return isinstance(node, fx.Node) and dim in (-1, node.meta["val"].dim() - 1)
-
-
-def _dtype(node: fx.Node) -> torch.dtype:
-    dtype: torch.dtype = node.meta["val"].dtype
-    return dtype
-
-
-def _are_equal(left: Sequence[Any], right: Sequence[Any]) -> bool:
-    same = (known_equal(a, b) is True for a, b in zip(left, right, strict=False))
-    return len(left) == len(right) and all(same)
 
 
 _RULES: Mapping[Any, Callable[[fx.Node, Found], HeadColumns | None]] = {

@@ -55,6 +55,11 @@ class TileChoice:
     num_warps: int
 
 
+def power_of_two(size: int) -> int:
+    """The least power of two that is not smaller than `size`."""
+    return 1 << max(0, size - 1).bit_length()
+
+
 def choose(
     num_rows: int, hidden_size: int, itemsize: int, *, by_rows: bool, lanes: int
 ) -> TileChoice:
@@ -70,7 +75,7 @@ def choose(
     * Unit stride along rows (channels first): up to 32 rows, so that a column of the tile
       is whole sectors, as long as the tile is 32 KiB: more spills.
     """
-    block = 1 << max(0, hidden_size - 1).bit_length()
+    block = power_of_two(hidden_size)
     most_warps = 512 // lanes
     if by_rows:
         rows = max(1, min(32, BY_ROWS_BYTES // itemsize // block))

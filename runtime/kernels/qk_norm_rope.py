@@ -24,6 +24,7 @@ from fixpass.runtime.kernels.launch import (
     num_programs,
     parts,
     place,
+    power_of_two,
     rounding,
     row_arguments,
 )
@@ -55,20 +56,17 @@ class HeadParts:
     @staticmethod
     def of(head_size: int, rotary_dim: int) -> "HeadParts":
         half, rest = rotary_dim // 2, head_size - rotary_dim
-        return HeadParts(head_size, half, rest, _power(half), _power(rest) if rest else 0)
+        return HeadParts(
+            head_size, half, rest, power_of_two(half), power_of_two(rest) if rest else 0
+        )
 
     def padded(self, heads: int) -> int:
         """The values that a row of so many heads takes in registers."""
-        return _power(heads) * (2 * self.block + self.block_rest)
+        return power_of_two(heads) * (2 * self.block + self.block_rest)
 
     def narrowest(self, heads: int) -> int:
         """The values of the narrowest tile of such a row."""
-        return _power(heads) * min(self.block, self.block_rest or self.block)
-
-
-def _power(size: int) -> int:
-    """The least power of two that is not smaller."""
-    return 1 << max(0, size - 1).bit_length()
+        return power_of_two(heads) * min(self.block, self.block_rest or self.block)
 
 
 def qk_norm_rope(
@@ -204,7 +202,7 @@ def plan_qk_norm_rope(
     for side, (_, weight, _) in sides.items():
         rows = max(1, choice.rows * choice.block // head.padded(heads[side]))
         told, programs[side] = _side(placed[side][0], replace(choice, rows=rows))
-        told |= {"HEADS": heads[side], "BLOCK_HEADS": _power(heads[side])}
+        told |= {"HEADS": heads[side], "BLOCK_HEADS": power_of_two(heads[side])}
         arguments |= placed[side][1]
         arguments |= {_prefixed(side, name): value for name, value in told.items()}
         arguments[f"{side}_weight_ptr"] = dense_vector(weight)
@@ -227,8 +225,8 @@ def choose_tile(
     choice = choose(geometry.num_rows, padded, itemsize, by_rows=by_rows, lanes=lanes)
     threads = choice.num_warps * lanes
     wide = -(-VECTOR * threads // head.narrowest(heads))
-    most = max(1, MOST_A_THREAD * threads // _power(padded))
-    return TileChoice(max(choice.rows, min(_power(wide), most)), padded, choice.num_warps)
+    most = max(1, MOST_A_THREAD * threads // power_of_two(padded))
+    return TileChoice(max(choice.rows, min(power_of_two(wide), most)), padded, choice.num_warps)
 
 
 def _side(geometry: RowGeometry, choice: TileChoice) -> tuple[dict[str, Any], int]:

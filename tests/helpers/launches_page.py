@@ -106,7 +106,7 @@ def _row(name: str) -> str:
     with torch.no_grad():
         reports = [explain(module, target=target, **inputs) for target in TARGETS]
         chosen = [choice for choice in _choices(reports[0]) if choice.launches > 0]
-        cells.append(sum(max(1, len(choice.sites)) for choice in chosen))
+        cells.append(sum(choice.num_norms for choice in chosen))
         for report in reports:
             cells.append(sum(choice.first_launches for choice in _choices(report)))
             cells.append(sum(choice.launches for choice in _choices(report)))
